@@ -1,0 +1,151 @@
+"""From a rule's bounds to FlexAttention's BlockMask, without evaluating the mask.
+
+A block of queries sees the key blocks between its first query's first key and its last query's
+last key. Among these a block is full when even the last query's first key and the first query's
+last key enclose it. So a row of the grid is a short band of block states, and the whole grid
+costs time and memory linear in the sequence. The transposed lists, for the backward pass, follow
+in the same way from the rule's inverse bounds.
+
+Block masks: https://pytorch.org/docs/stable/nn.attention.flex_attention.html
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from .clip import at_least, at_most
+from .keys import padding_mod
+from .rule import Rule, mask_mod
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Band:
+    """The states of the blocks that one side's blocks touch.
+
+    ``states`` is ``(batch, heads, rows, width)`` with EMPTY, PARTIAL or FULL; ``columns`` is
+    ``(rows, width)``, the block that each state belongs to; both integer.
+    """
+
+    states: Tensor
+    columns: Tensor
+
+
+def block_mask(
+    rule: Rule,
+    n_queries: int,
+    n_keys: int,
+    *,
+    block_size: int | tuple[int, int] = 128,
+    device: torch.device | str = "cpu",
+    key_mask: Tensor | None = None,
+    full_width: bool = False,
+) -> BlockMask:
+    """The BlockMask of ``rule`` for ``n_queries`` queries and ``n_keys`` key slots.
+
+    Args:
+        rule: the mask rule, a ``Window`` for instance.
+        n_queries: queries, at least 1.
+        n_keys: key slots, at least 1.
+        block_size: tokens in a sparse block, or ``(queries, keys)`` in one.
+        device: where the index tensors live.
+        key_mask: boolean ``(batch, n_keys)`` or ``(batch, heads, n_keys)``, True = keep. Blocks
+            whose keys are all hidden become empty, and others that hold one partial.
+        full_width: index tensors as wide as the grid, which compiled FlexAttention wants on the
+            CPU, instead of as wide as the band.
+
+    Returns:
+        A BlockMask with forward and transposed lists, int32, of batch and heads 1 or
+        ``key_mask``'s. A block that sticks out past the last query or key is partial.
+    """
+    query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+    queries = _Side(n_queries, query_block)
+    keys = _Side(n_keys, key_block)
+    forward = _band(queries, keys, rule.first_key, rule.last_key, rule.most_keys, rule, device)
+    backward = _band(
+        keys, queries, rule.first_query, rule.last_query, rule.most_queries, rule, device
+    )
+    mod = mask_mod(rule)
+    if key_mask is not None:
+        if key_mask.dim() == 2:
+            key_mask = key_mask[:, None]
+        some, every = _kept(key_mask, keys)
+        forward = _with_keys(forward, some[..., forward.columns], every[..., forward.columns])
+        backward = _with_keys(backward, some[..., None], every[..., None])
+        mod = and_masks(mod, padding_mod(key_mask))
+    width = (keys.blocks, queries.blocks) if full_width else (0, 0)
+    kv, full_kv = (_listed(forward, state, width[0]) for state in (PARTIAL, FULL))
+    q, full_q = (_listed(backward, state, width[1]) for state in (PARTIAL, FULL))
+    return BlockMask((n_queries, n_keys), *kv, *full_kv, *q, *full_q, (query_block, key_block), mod)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The queries or the keys, cut into blocks."""
+
+    length: int
+    block: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.block)
+
+
+def _band(
+    rows: _Side,
+    columns: _Side,
+    first: Callable[[Tensor], Tensor],
+    last: Callable[[Tensor], Tensor],
+    most: Callable[[int], int],
+    rule: Rule,
+    device: torch.device | str,
+) -> Band:
+    row = torch.arange(rows.blocks, device=device)
+    top = row * rows.block
+    bottom = at_most(top + rows.block, rows.length) - 1
+    # Touched: all that any token of the row's block sees. Full: what every one of them sees.
+    touched_first, touched_last = at_least(first(top), 0), at_most(last(bottom), columns.length - 1)
+    full_first, full_last = first(bottom), at_most(last(top), columns.length - 1)
+
+    start = touched_first // columns.block
+    column = start[:, None] + torch.arange(_width(rows, columns, most, rule), device=device)
+    left, right = column * columns.block, column * columns.block + columns.block - 1
+    touched = (left <= touched_last[:, None]) & (touched_first <= touched_last)[:, None]
+    whole = (top + rows.block <= rows.length)[:, None]
+    full = whole & (full_first[:, None] <= left) & (right <= full_last[:, None])
+    states = touched.to(torch.int32) + (touched & full).to(torch.int32)
+    return Band(states[None, None], at_most(column, columns.blocks - 1))
+
+
+def _width(rows: _Side, columns: _Side, most: Callable[[int], int], rule: Rule) -> int:
+    # The band's first key lies at a multiple of `grain`, so it begins a block or this far into it.
+    grain = math.gcd(rows.block, rule.size, columns.block)
+    width = (most(rows.block) - 1 + columns.block - grain) // columns.block + 1
+    return width if width < columns.blocks else columns.blocks
+
+
+def _kept(key_mask: Tensor, keys: _Side) -> tuple[Tensor, Tensor]:
+    """Which blocks of ``(batch, heads, n_keys)`` keep some key, and which keep every key."""
+    missing = keys.blocks * keys.block - keys.length
+    blocks = torch.nn.functional.pad(key_mask, (0, missing)).unflatten(-1, (-1, keys.block))
+    return blocks.any(-1), blocks.all(-1)
+
+
+def _with_keys(band: Band, some: Tensor, every: Tensor) -> Band:
+    states = torch.where(every, band.states, at_most(band.states, PARTIAL))
+    return Band(torch.where(some, states, EMPTY), band.columns)
+
+
+def _listed(band: Band, state: int, width: int) -> tuple[Tensor, Tensor]:
+    """The blocks in ``state``: counts ``(batch, heads, rows)`` and indices, first in each row."""
+    chosen = band.states == state
+    order = torch.argsort(chosen.to(torch.int32), dim=-1, descending=True, stable=True)
+    indices = band.columns.expand(order.shape).gather(-1, order).to(torch.int32)
+    if width > indices.shape[-1]:
+        indices = torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
+    return chosen.sum(-1, dtype=torch.int32), indices

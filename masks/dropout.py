@@ -1,0 +1,47 @@
+"""Which attention weights dropout keeps: a counter-based draw, the same on every path.
+
+Every query and every key of a row (one head of one batch entry) gets a random odd 32-bit number,
+hashed from the seed, the row and the position. Their product modulo 2**32, compared with a
+threshold, decides whether the weight between them is kept: one multiplication per weight, and no
+state, so the backward pass, a recomputation or another path finds the same weights dropped.
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+
+
+def query_draws(seed: Tensor, rows: int, length: int) -> Tensor:
+    """One number for each query: int32 ``(rows, length)`` on ``seed``'s device."""
+    return _draws(seed, rows, length, stream=1)
+
+
+def key_draws(seed: Tensor, rows: int, length: int) -> Tensor:
+    """One number for each key: int32 ``(rows, length)`` on ``seed``'s device."""
+    return _draws(seed, rows, length, stream=0)
+
+
+def kept(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
+    """True where the weight between a query and a key is kept, with probability 1 - dropout."""
+    # int32 products wrap on every device, so they are uniform over the signed range.
+    return query_draw * key_draw >= round((dropout - 0.5) * 2**32)
+
+
+def _draws(seed: Tensor, rows: int, length: int, stream: int) -> Tensor:
+    row = torch.arange(rows, device=seed.device)[:, None]
+    position = torch.arange(length, device=seed.device)
+    mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + position)
+    return (mixed >> 32).to(torch.int32) | 1
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014, section 6)."""
+    bits = (bits ^ _shifted(bits, 30)) * _MULTIPLIERS[0]
+    bits = (bits ^ _shifted(bits, 27)) * _MULTIPLIERS[1]
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    # Logical shift: int64's own carries the sign down.
+    return (bits >> by) & ((1 << (64 - by)) - 1)

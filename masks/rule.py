@@ -1,0 +1,62 @@
+"""What every mask rule offers, and the mask_mod that follows from it.
+
+A rule gives each query one interval of keys. Keys are counted in *slots*: places in the key
+tensor that the kernel reads. For a plain window the slot is the key's position; a layout that
+repeats keys (see ``segments``) has more slots than keys. Packed documents, queries that start at
+an offset and sharded sequences are rules of the same kind: they narrow or shift the interval.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from .window import Index
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Rule(Protocol):
+    """Bounds of what sees what; both never decrease along the sequence."""
+
+    def first_key(self, query: Index) -> Index:
+        """First key slot that ``query`` sees."""
+
+    def last_key(self, query: Index) -> Index:
+        """Last key slot that ``query`` sees; below ``first_key`` when it sees none."""
+
+    def first_query(self, key: Index) -> Index:
+        """First query that sees the key slot."""
+
+    def last_query(self, key: Index) -> Index:
+        """Last query that sees the key slot; below ``first_query`` when none does."""
+
+    def key_position(self, query: Index, slot: Index) -> Index:
+        """Position in the sequence of the key that ``query`` finds in ``slot``."""
+
+    def most_keys(self, queries: int) -> int:
+        """Upper bound of the slots between the first and last key that a block sees."""
+
+    def most_queries(self, keys: int) -> int:
+        """Upper bound of the queries between the first and last one that see a block."""
+
+    @property
+    def size(self) -> int:
+        """Tokens in a window; bounds move by multiples of it or with the query."""
+
+    @property
+    def label(self) -> str:
+        """The parameters as an identifier."""
+
+
+def mask_mod(rule: Rule) -> MaskMod:
+    """FlexAttention's mask_mod of ``rule``: ``(batch, head, query, key) -> bool``.
+
+    Its ``__name__`` holds the rule's parameters.
+    """
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (rule.first_key(query) <= key) & (key <= rule.last_key(query))
+
+    visible.__name__ = rule.label
+    return visible

@@ -1,0 +1,171 @@
+"""The window rule: which keys a query sees, as one interval.
+
+Query ``i`` stands in window ``w = i // size``. It sees the keys of its own window, of the
+``look_backward`` windows before it and of the ``look_forward`` windows after it; ``causal`` ends
+the interval at the query, ``exact`` makes it slide with the query. Both ends of the interval
+never decrease from one query to the next, so everything else (the mask_mod, the block grid, the
+eager path's tiles, the pictures) follows from the functions here and nowhere else.
+
+Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local-attention.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+Index = TypeVar("Index", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which keys each query sees.
+
+    Args:
+        size: tokens in a window, at least 1.
+        causal: a query sees no key after itself.
+        look_backward: windows before its own that a query sees, at least 0.
+        look_forward: windows after its own that a query sees; ``None`` means 0 when causal and
+            1 otherwise; must be 0 when causal.
+        exact: the interval slides with the query, ``look_backward * size`` keys back and (when
+            not causal) ``look_forward * size`` keys ahead, the query's own key besides.
+
+    The bounds take and give token positions, as ints or integer tensors, and are not clipped to
+    the sequence: ``first_key(0)`` may be negative.
+
+    Raises:
+        ValueError: a number out of range, or ``look_forward`` above 0 with ``causal``.
+        TypeError: ``size``, ``look_backward`` or ``look_forward`` is no int.
+    """
+
+    size: int
+    causal: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.look_forward is None:
+            object.__setattr__(self, "look_forward", 0 if self.causal else 1)
+        _check_count("window_size", self.size, least=1)
+        _check_count("look_backward", self.look_backward, least=0)
+        _check_count("look_forward", self.ahead, least=0)
+        if self.causal and self.ahead > 0:
+            raise ValueError(
+                f"look_forward must be 0 or None when causal is True, got {self.ahead}"
+            )
+
+    @property
+    def ahead(self) -> int:
+        """``look_forward`` with its default filled in."""
+        assert self.look_forward is not None
+        return self.look_forward
+
+    @property
+    def span(self) -> int:
+        """Keys in a query's own window and all the windows it looks at."""
+        return (1 + self.look_backward + self.ahead) * self.size
+
+    def span_start(self, query: Index) -> Index:
+        """First key of the windows that ``query`` looks at: where its ``span`` keys begin."""
+        return (query // self.size - self.look_backward) * self.size
+
+    def first_key(self, query: Index) -> Index:
+        """First key that ``query`` sees."""
+        return self._back(query, self.look_backward, self.exact)
+
+    def last_key(self, query: Index) -> Index:
+        """Last key that ``query`` sees."""
+        return self._forth(query, self.ahead, self.exact or self.causal)
+
+    def first_query(self, key: Index) -> Index:
+        """First query that sees ``key``."""
+        return self._back(key, self.ahead, self.exact or self.causal)
+
+    def last_query(self, key: Index) -> Index:
+        """Last query that sees ``key``."""
+        return self._forth(key, self.look_backward, self.exact)
+
+    def key_position(self, query: Index, slot: Index) -> Index:
+        """Position of the key in ``slot``, for ``query``: keys lie in their own order here."""
+        return slot
+
+    def most_keys(self, queries: int) -> int:
+        """Upper bound of the keys seen by ``queries`` queries that begin at a multiple of it."""
+        return queries + self._slack(queries, before=self.exact, after=self.exact or self.causal)
+
+    def most_queries(self, keys: int) -> int:
+        """Upper bound of the queries that see one of ``keys`` keys that begin at a multiple."""
+        return keys + self._slack(keys, before=self.exact or self.causal, after=self.exact)
+
+    @property
+    def reach(self) -> str:
+        """How many keys a query sees, in words."""
+        own = "its own key"
+        if self.exact:
+            parts = [f"the {_keys(self.look_backward * self.size)} before it"]
+            if not self.causal:
+                parts.append(f"the {_keys(self.ahead * self.size)} after it")
+            return f"a query sees at most {_keys(self.most_seen)}: {own}, {_listed(parts)}"
+        window = f"its window of {self.size}" + (" up to itself" if self.causal else "")
+        parts = [f"{_windows(self.look_backward)} before"]
+        if not self.causal:
+            parts.append(f"{_windows(self.ahead)} after")
+        return f"a query sees at most {_keys(self.most_seen)}: {window}, {_listed(parts)}"
+
+    @property
+    def most_seen(self) -> int:
+        """Keys seen by a query with the most of them, far from both ends of the sequence."""
+        if self.exact:
+            return 1 + (self.look_backward + self.ahead) * self.size
+        return self.span
+
+    @property
+    def label(self) -> str:
+        """The parameters as an identifier, for names of mask_mods, pictures and benchmarks."""
+        flags = ("_causal" if self.causal else "") + ("_exact" if self.exact else "")
+        return f"window_{self.size}_back_{self.look_backward}_forward_{self.ahead}{flags}"
+
+    def __repr__(self) -> str:
+        return (
+            f"Window(size={self.size}, causal={self.causal}, look_backward={self.look_backward}, "
+            f"look_forward={self.look_forward}, exact={self.exact}): {self.reach}"
+        )
+
+    # The four bounds are two shapes: an edge that slides with the token, or the edge of a window.
+
+    def _back(self, token: Index, windows: int, slides: bool) -> Index:
+        if slides:
+            return token - windows * self.size
+        return (token // self.size - windows) * self.size
+
+    def _forth(self, token: Index, windows: int, slides: bool) -> Index:
+        if slides:
+            return token + windows * self.size
+        return (token // self.size + windows + 1) * self.size - 1
+
+    def _slack(self, tokens: int, *, before: bool, after: bool) -> int:
+        windows = (self.look_backward + self.ahead) * self.size
+        # A run of `tokens` that begins at a multiple of it starts this far into a window at most.
+        into = self.size - math.gcd(tokens, self.size)
+        return windows + (0 if before else into) + (0 if after else into)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _keys(count: int) -> str:
+    return "1 key" if count == 1 else f"{count} keys"
+
+
+def _windows(count: int) -> str:
+    return "1 window" if count == 1 else f"{count} windows"
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(parts)
