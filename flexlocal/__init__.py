@@ -1,0 +1,35 @@
+"""Local attention for PyTorch as one fused kernel.
+
+``LocalAttention`` is the layer, ``local_attention`` the function under it, ``Window`` the rule
+that says which keys a query sees. They load when first used: the rules in ``flexlocal.masks``
+need nothing of the layer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .functional import explain, local_attention
+    from .layer import LocalAttention
+    from .masks import Window
+
+__version__ = "0.1.0"
+
+__all__ = ["LocalAttention", "Window", "explain", "local_attention"]
+
+_HOMES = {
+    "LocalAttention": "layer",
+    "Window": "masks",
+    "explain": "functional",
+    "local_attention": "functional",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

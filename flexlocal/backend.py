@@ -1,0 +1,51 @@
+"""Which path a call takes, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from . import flex
+
+BackendName = Literal["auto", "flex", "eager"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path that a call takes.
+
+    Attributes:
+        backend: ``"flex"`` or ``"eager"``.
+        reason: why, in a line.
+    """
+
+    backend: Literal["flex", "eager"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+
+def choose(
+    backend: BackendName, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
+) -> Choice:
+    """The path for these tensors.
+
+    Raises:
+        ValueError: ``backend="flex"`` where the fused kernel cannot run; says why.
+    """
+    if backend == "eager":
+        return Choice("eager", "asked for by name")
+    refusal = flex.refusal(q, k, v, bias, dropout)
+    if backend == "flex":
+        if refusal is not None:
+            raise ValueError(
+                f"backend 'flex' cannot run this call: {refusal}. "
+                "backend must be 'auto' or 'eager' here"
+            )
+        return Choice("flex", "asked for by name")
+    if refusal is not None:
+        return Choice("eager", refusal)
+    if q.device.type == "cuda":
+        return Choice("flex", "one fused kernel on the GPU")
+    return Choice("eager", f"auto takes the fused kernel on a GPU, and q is on {q.device.type}")

@@ -1,0 +1,224 @@
+"""The fused path: FlexAttention with our rules. The one file that knows private torch names.
+
+Inside a user's ``torch.compile`` ``flex_attention`` is called as it is; outside, through a
+compiled callable of our own. Rotary, xpos's layout and the block mask are part of the compiled
+graph, so that a call costs no launches beside them. FlexAttention: arXiv:2412.05496.
+"""
+
+import importlib.util
+import os
+import shutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.eval_frame import is_dynamo_supported
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from .masks import Rule, Segments, Window, block_mask, drop_scores, in_turn, self_token, window_bias
+from .masks.dropout import key_draws, query_draws
+from .masks.keys import without_padding
+from .masks.scores import ScoreMod, unit_keys
+from .rotary import Xpos, rotate
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_HEAD, _MOST_HEAD = 16, 256
+"""Head sizes that kernels take on the GPU; zeros fill smaller ones up."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compiled kernel is made for, beside the shapes of its tensors."""
+
+    window: Window
+    scale: float
+    shared_qk: bool
+    dropout: float
+    xpos_base: float | None
+    kernel_options: tuple[tuple[str, Any], ...]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no compiled kernel can run on ``device`` at ``dtype``; None when one can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"FlexAttention has no kernel for {device.type} tensors"
+    if dtype not in _DTYPES:
+        return f"FlexAttention has no kernel for {dtype}, only for float32, bfloat16 and float16"
+    # A compiler at work has found what it needs, and cannot trace a search for it.
+    return None if torch.compiler.is_compiling() else _missing(device.type)
+
+
+@lru_cache
+def _missing(device_type: str) -> str | None:
+    if not is_dynamo_supported():
+        return "torch.compile does not support this Python"
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton, which compiles kernels for the GPU, is not installed"
+        return None
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler {compiler!r}, which torch.compile needs on the CPU, is not found"
+    return None
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> str | None:
+    """Why this call cannot run fused; None when it can."""
+    reason = unavailable(q.device, q.dtype)
+    if reason is not None:
+        return reason
+    if torch.compiler.is_exporting():
+        return "torch.export cannot hold FlexAttention's kernel"
+    if q.numel() == 0 or v.numel() == 0:
+        return "there is nothing to compute: a tensor is empty"
+    if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > _MOST_HEAD:
+        return f"kernels take heads up to {_MOST_HEAD} wide"
+    if q.device.type == "cpu":
+        tensors = [q, k, v] if bias is None else [q, k, v, bias]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return "FlexAttention has no backward pass on the CPU; torch.no_grad() would do"
+        if dropout > 0:
+            return "FlexAttention gives no log-sum-exp on the CPU, which dropout needs"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: Window,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    shared_qk: bool,
+    dropout: float,
+    seed: Tensor | None,
+    inv_freq: Tensor | None,
+    xpos: Xpos | None,
+    kernel_options: dict[str, Any] | None,
+) -> Tensor:
+    """Local attention in one fused kernel; arguments and result as ``eager.attend``."""
+    options = tuple(sorted((kernel_options or {}).items()))
+    base = None if xpos is None else xpos.base
+    settings = Settings(window, scale, shared_qk, dropout, base, options)
+    zeta = None if xpos is None else xpos.zeta
+    if torch.compiler.is_compiling():
+        return _fused(settings, q, k, v, key_mask, bias, seed, inv_freq, zeta)
+    tensors: tuple[Tensor | None, ...] = (q, k, v, key_mask, bias, seed, inv_freq, zeta)
+    if not torch.is_grad_enabled():
+        # On the CPU FlexAttention refuses tensors that could require a gradient.
+        tensors = tuple(None if x is None else x.detach() for x in tensors)
+    # What makes another kernel makes another callable: each has torch's recompile limit to itself.
+    kind = tuple(None if x is None else (x.dtype, x.requires_grad) for x in tensors)
+    shape = (q.device, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
+    return _compiled(settings, kind, shape)(*tensors)
+
+
+@lru_cache(maxsize=256)
+def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
+    def fused(*tensors: Any) -> Tensor:
+        return _fused(settings, *tensors)
+
+    # The recompile limit counts per code object, so that each callable needs one of its own.
+    name = f"fused_{settings.window.label}_{abs(hash((settings, kind))):x}"
+    own = types.FunctionType(
+        fused.__code__.replace(co_name=name), globals(), name, closure=fused.__closure__
+    )
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
+    return compiled
+
+
+def _fused(
+    settings: Settings,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    inv_freq: Tensor | None,
+    zeta: Tensor | None,
+) -> Tensor:
+    window, dtype = settings.window, q.dtype
+    b, h, n, _ = q.shape
+    if key_mask is not None:
+        k, v = without_padding(k, key_mask), without_padding(v, key_mask)
+    if settings.shared_qk:
+        k = unit_keys(k)
+    if inv_freq is not None:
+        position = torch.arange(n, device=q.device)
+        q = rotate(q, position + window.ahead * window.size, inv_freq)
+        k = rotate(k, position, inv_freq)
+    rule: Rule = window
+    if zeta is not None:
+        assert settings.xpos_base is not None
+        xpos = Xpos(zeta, settings.xpos_base)
+        rule = segments = Segments(window, xpos.most_windows(window, dtype), n)
+        q_factor, k_factor = xpos.scales(window, segments.queries, torch.float32)
+        q = q * q_factor.repeat(segments.count, 1)[:n]
+        k = (segments.lay_out(k) * k_factor).flatten(2, 3)
+        v = segments.lay_out(v).flatten(2, 3)
+        if key_mask is not None:
+            key_mask = segments.lay_out(key_mask[..., None]).flatten(2)
+    q, k = q.to(dtype), k.to(dtype)
+
+    scores: list[ScoreMod] = []
+    if bias is not None:
+        scores.append(window_bias(bias, window, rule, h))
+    if settings.shared_qk:
+        scores.append(self_token(rule))
+    blocks = block_mask(
+        rule,
+        n,
+        k.shape[-2],
+        device=q.device,
+        key_mask=key_mask,
+        full_width=q.device.type == "cpu",
+    )
+    common: dict[str, Any] = {
+        "block_mask": blocks,
+        "scale": settings.scale,
+        "enable_gqa": k.shape[1] != h,
+        "kernel_options": dict(settings.kernel_options) or None,
+    }
+    d_v = v.shape[-1]
+    if q.device.type == "cuda":
+        q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
+    if settings.dropout == 0:
+        out: Tensor = flex_attention(q, k, v, score_mod=in_turn(*scores), **common)
+        return out[..., :d_v]
+
+    # Dropout acts after the softmax. With the dropped scores hidden the kernel gives the right
+    # mixture of values but the wrong normaliser; a second pass without dropout gives the right one.
+    assert seed is not None
+    draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
+    drop = drop_scores(*draws, rule, h, settings.dropout)
+    aux = AuxRequest(lse=True)
+    out, kept = flex_attention(q, k, v, score_mod=in_turn(*scores, drop), return_aux=aux, **common)
+    thin = v[..., :_LEAST_HEAD]
+    rest, every = flex_attention(q, k, thin, score_mod=in_turn(*scores), return_aux=aux, **common)
+    blind = every.lse == -torch.inf
+    share = torch.where(blind, 0.0, kept.lse - torch.where(blind, 0.0, every.lse)).exp()
+    # torch 2.11 fails in the backward pass of a call whose output is not used.
+    share = share[..., None] / (1 - settings.dropout) + 0 * rest.sum(-1, keepdim=True)
+    result: Tensor = (out * share).to(dtype)[..., :d_v]
+    return result
+
+
+def _padded_head(x: Tensor) -> Tensor:
+    """``x`` with zeros up to a head size that kernels take."""
+    d = x.shape[-1]
+    if d < _LEAST_HEAD:
+        return F.pad(x, (0, _LEAST_HEAD - d))
+    if x.dtype == torch.float32 and _MOST_HEAD // 2 < d < _MOST_HEAD:
+        # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
+        return F.pad(x, (0, _MOST_HEAD - d))
+    return x

@@ -1,0 +1,161 @@
+"""``local_attention``: checks its arguments once, picks the path and runs it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, flex
+from .backend import BackendName, Choice, choose
+from .checks import (
+    check_backend,
+    check_bias,
+    check_dropout,
+    check_head_size,
+    check_mask,
+    check_qkv,
+    check_scale,
+    check_seed,
+)
+from .masks import Window
+from .masks.keys import mask_of_rows
+from .rotary import Rotary
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window | int,
+    *,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float | None = None,
+    shared_qk: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    rotary: Rotary | None = None,
+    backend: BackendName = "auto",
+    kernel_options: dict[str, Any] | None = None,
+) -> Tensor:
+    """Attention of each query to the keys that ``window`` lets it see.
+
+    Args:
+        q: ``(*lead, n, d)``; any length ``n``, any leading sizes.
+        k: as ``q``; in 4 dimensions it may have fewer heads, a divisor of ``q``'s.
+        v: as ``k``, its last size ``d_v`` free.
+        window: the rule; an int is the size of a window that looks one back and one forward.
+        mask: boolean ``(batch, n)``, True for keys to keep; ``batch`` divides ``q``'s rows (its
+            leading sizes multiplied), and rows share a mask in runs of ``rows / batch``.
+        attn_bias: ``(heads, W, window.span)``, added to the scores, indexed by the query's place
+            in its window and the key's place in the windows that it looks at; ``heads`` divides
+            ``q``'s rows, and row ``r`` takes ``r % heads``. It may require a gradient.
+        scale: of the products of queries and keys, ``d ** -0.5`` by default.
+        shared_qk: keys are scaled to length 1, and a token attends to itself only when it sees
+            nothing else (Reformer, arXiv:2001.04451).
+        dropout: probability to drop an attention weight after the softmax, in [0, 1).
+        dropout_seed: 0-d int64 tensor that decides which weights; by default drawn from torch's
+            generator. Either path drops the same weights for the same seed.
+        rotary: rotates queries and keys first.
+        backend: ``"auto"``, ``"flex"`` (one fused kernel) or ``"eager"`` (plain tensor
+            operations, linear in ``n``). ``explain`` says what ``auto`` takes.
+        kernel_options: passed to ``flex_attention``.
+
+    Returns:
+        ``(*lead, n, d_v)`` with ``q``'s leading sizes and dtype (autocast's, under autocast). A
+        query that sees no key gives zeros.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it and says what would.
+        TypeError: an argument is of the wrong kind.
+    """
+    window = _window(window)
+    q, k, v = _checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
+    check_seed(dropout_seed, q)
+    choice = choose(backend, q, k, v, attn_bias, dropout)
+    if dropout > 0 and dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
+
+    lead, d = q.shape[:-2], q.shape[-1]
+    q, k, v = (_four_dimensional(x, mask) for x in (q, k, v))
+    arguments: dict[str, Any] = {
+        "window": window,
+        "key_mask": None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1]),
+        "bias": attn_bias,
+        "scale": d**-0.5 if scale is None else scale,
+        "shared_qk": shared_qk,
+        "dropout": dropout,
+        "seed": dropout_seed if dropout > 0 else None,
+        "inv_freq": None if rotary is None else rotary.inv_freq,
+        "xpos": None if rotary is None else rotary.xpos,
+    }
+    if choice.backend == "flex":
+        out = flex.attend(q, k, v, **arguments, kernel_options=kernel_options)
+    else:
+        out = eager.attend(q, k, v, **arguments)
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window | int,
+    *,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    rotary: Rotary | None = None,
+    backend: BackendName = "auto",
+) -> Choice:
+    """Which path ``local_attention`` would take for these arguments, and why.
+
+    Raises as ``local_attention`` does.
+    """
+    q, k, v = _checked(q, k, v, _window(window), mask, attn_bias, scale, dropout, rotary, backend)
+    return choose(backend, q, k, v, attn_bias, dropout)
+
+
+def _window(window: Window | int) -> Window:
+    return window if isinstance(window, Window) else Window(window)
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    rotary: Rotary | None,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of the call, once everything fits."""
+    check_backend(backend)
+    check_scale(scale)
+    check_dropout(dropout)
+    check_qkv(q, k, v)
+    check_mask(mask, q)
+    check_bias(attn_bias, q, window)
+    if rotary is not None:
+        check_head_size(rotary.dim, q)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def _four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order; a view but in 5-D."""
+    if x.dim() == 4:
+        return x
+    if x.dim() > 4:
+        return x.flatten(0, -4)
+    rows = math.prod(x.shape[:-2])
+    # Rows that share a mask become heads of one batch entry, so that the mask has no heads.
+    batch = 1 if mask is None else mask.shape[0]
+    return x.reshape(batch, rows // batch, *x.shape[-2:])

@@ -1,0 +1,219 @@
+"""``LocalAttention``: the documented layer of zeta and lucidrains/local-attention."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backend import BackendName, Choice
+from .checks import check_backend, check_dim, check_dropout, check_length, check_mask, check_scale
+from .functional import explain, local_attention
+from .masks import Window
+from .rotary import Rotary
+
+
+class LocalAttention(nn.Module):
+    """Attention of each token to the keys of its window and of the windows around it.
+
+    Args:
+        window_size: tokens in a window.
+        causal: a token sees none after itself.
+        look_backward: windows before its own that a token sees.
+        look_forward: windows after its own; None means 0 when causal and 1 otherwise.
+        dropout: probability to drop an attention weight, in training, in [0, 1).
+        shared_qk: queries and keys are shared: keys are scaled to length 1 and a token attends
+            to itself only when it sees nothing else.
+        rel_pos_emb_config: deprecated, a tuple that begins with the head size; use ``dim``.
+        dim: head size, for rotary embeddings.
+        autopad: allow lengths that are no multiple of ``window_size``.
+        exact_windowsize: a token sees ``look_backward * window_size`` keys back and, when not
+            causal, ``look_forward * window_size`` ahead, besides its own.
+        scale: of the products of queries and keys, head size ** -0.5 by default.
+        use_rotary_pos_emb: rotate queries and keys, where ``dim`` is given.
+        use_xpos: also scale them by their distance (xpos); needs rotary embeddings.
+        xpos_scale_base: tokens per unit of xpos's exponent, ``window_size // 2`` by default.
+        backend: ``"auto"``, ``"flex"`` or ``"eager"``, see ``local_attention``.
+        kernel_options: passed to ``flex_attention``.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it and says what would.
+        TypeError: an argument is of the wrong kind.
+
+    Source: https://github.com/lucidrains/local-attention, documented at
+    https://zeta.apac.ai/en/latest/zeta/nn/attention/local_attention/. The README lists where the
+    results differ on purpose.
+    """
+
+    def __init__(
+        self,
+        window_size: int,
+        causal: bool = False,
+        look_backward: int = 1,
+        look_forward: int | None = None,
+        dropout: float = 0.1,
+        shared_qk: bool = False,
+        rel_pos_emb_config: tuple[int, ...] | None = None,
+        dim: int | None = None,
+        autopad: bool = False,
+        exact_windowsize: bool = False,
+        scale: float | None = None,
+        use_rotary_pos_emb: bool = True,
+        use_xpos: bool = False,
+        xpos_scale_base: float | None = None,
+        *,
+        backend: BackendName = "auto",
+        kernel_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
+        check_dropout(dropout)
+        check_scale(scale)
+        check_backend(backend)
+        if rel_pos_emb_config is not None:
+            warnings.warn(
+                "rel_pos_emb_config is deprecated: give its first entry, the head size, as dim",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            dim = rel_pos_emb_config[0]
+        self.rel_pos: Rotary | None = None
+        if use_rotary_pos_emb and dim is not None:
+            check_dim(dim)
+            base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
+            if use_xpos and not base > 0:
+                raise ValueError(
+                    f"xpos_scale_base must be above 0, got {base}"
+                    + (" from window_size // 2" if xpos_scale_base is None else "")
+                )
+            self.rel_pos = Rotary(dim, use_xpos, base)
+        elif use_xpos:
+            raise ValueError(
+                "use_xpos must be False without rotary embeddings, got True with "
+                f"use_rotary_pos_emb={use_rotary_pos_emb} and dim={dim}"
+            )
+        self.autopad = autopad
+        self.shared_qk = shared_qk
+        self.scale = scale
+        self.use_xpos = use_xpos
+        self.backend: BackendName = backend
+        self.kernel_options = kernel_options
+        # A module, as in the documented layer, so that its `p` and training mode can be set.
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        window_size: int | None = None,
+        *,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            q: ``(*lead, n, d)``, ``n`` a multiple of the window's size unless ``autopad``.
+            k: as ``q``; in 4 dimensions it may have fewer heads.
+            v: as ``k``, its last size ``d_v`` free.
+            mask: boolean ``(batch, n)``, True for keys to keep.
+            input_mask: another name of ``mask``.
+            attn_bias: ``(heads, W, window.span)``, added to the scores.
+            window_size: another size for this call, with xpos only.
+            dropout_seed: 0-d int64 tensor that decides which weights are dropped.
+
+        Returns:
+            ``(*lead, n, d_v)``; zeros for a query that sees no key.
+
+        Raises:
+            ValueError, TypeError: as ``local_attention``.
+        """
+        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
+        return local_attention(
+            q,
+            k,
+            v,
+            window,
+            shared_qk=self.shared_qk,
+            dropout_seed=dropout_seed,
+            kernel_options=self.kernel_options,
+            **arguments,
+        )
+
+    def explain(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        mask: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        window_size: int | None = None,
+    ) -> Choice:
+        """Which path a call takes and why; ``k`` and ``v`` are taken to be as ``q`` by default."""
+        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
+        return explain(q, q if k is None else k, q if v is None else v, window, **arguments)
+
+    def extra_repr(self) -> str:
+        return f"{self.window!r}, backend={self.backend!r}"
+
+    # The window, under the names of the documented layer.
+
+    @property
+    def window_size(self) -> int:
+        """``window.size``."""
+        return self.window.size
+
+    @property
+    def causal(self) -> bool:
+        """``window.causal``."""
+        return self.window.causal
+
+    @property
+    def look_backward(self) -> int:
+        """``window.look_backward``."""
+        return self.window.look_backward
+
+    @property
+    def look_forward(self) -> int:
+        """``window.ahead``."""
+        return self.window.ahead
+
+    @property
+    def exact_windowsize(self) -> bool:
+        """``window.exact``."""
+        return self.window.exact
+
+    def _call(
+        self,
+        q: Tensor,
+        mask: Tensor | None,
+        input_mask: Tensor | None,
+        attn_bias: Tensor | None,
+        window_size: int | None,
+    ) -> tuple[Window, dict[str, Any]]:
+        """The window of a call and what it shares with ``explain``."""
+        window = self.window
+        if window_size is not None:
+            if not self.use_xpos:
+                raise ValueError(
+                    f"window_size must be None in a call without use_xpos, got {window_size}"
+                )
+            window = replace(window, size=window_size)
+        if not self.autopad and isinstance(q, Tensor) and q.dim() >= 2:
+            check_length(q.shape[-2], window.size)
+        if mask is not None and input_mask is not None:
+            raise ValueError("mask and input_mask must not both be given, got both")
+        if input_mask is not None and isinstance(q, Tensor):
+            check_mask(input_mask, q, "input_mask")
+        return window, {
+            "mask": input_mask if mask is None else mask,
+            "attn_bias": attn_bias,
+            "scale": self.scale,
+            "dropout": self.dropout.p if self.dropout.training else 0.0,
+            "rotary": self.rel_pos,
+            "backend": self.backend,
+        }

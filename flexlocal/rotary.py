@@ -1,0 +1,121 @@
+"""Rotary position embeddings and xpos, applied to queries and keys before either path.
+
+Rotary: Su et al., RoFormer, arXiv:2104.09864. xpos: Sun et al., A Length-Extrapolatable
+Transformer, arXiv:2212.10554, section 3.2. The buffers are those of the documented module, so its
+checkpoints load. Shapes: ``n`` tokens, ``d`` the head size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .masks import Window
+
+_THETA = 10000
+
+# How many powers of two xpos may scale by before a dtype's range is in danger.
+_RANGE_BITS = {torch.float16: 11}
+_WIDE_RANGE_BITS = 64
+
+
+@dataclass(frozen=True)
+class Xpos:
+    """xpos for one call: per-channel decay ``zeta`` (d / 2) and tokens ``base`` per unit of it."""
+
+    zeta: Tensor
+    base: float
+
+    def scales(self, window: Window, queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Factors of ``queries`` queries in a row and of the keys around them.
+
+        The run begins at the start of a window; its origin is the middle of its keys, so that
+        the factors stay as near to 1 as they can.
+
+        Returns:
+            ``(queries, d)`` and ``(queries + (look_backward + look_forward) * size, d)``.
+        """
+        before, after = window.look_backward * window.size, window.ahead * window.size
+        origin = (queries + after - before) // 2
+        query = torch.arange(queries, device=self.zeta.device) + after - origin
+        key = torch.arange(queries + before + after, device=self.zeta.device) - before - origin
+        return self._decay(query, dtype), self._decay(-key, dtype)
+
+    def most_windows(self, window: Window, dtype: torch.dtype) -> int:
+        """Most windows that may share an origin at ``dtype`` without overflow, at least 1."""
+        bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+        steepest = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
+        windows = int(2 * bits * self.base / (steepest * window.size))
+        return max(1, windows - window.look_backward - window.ahead)
+
+    def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
+        # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
+        power = position.to(torch.float64)[:, None] / self.base
+        decay = (self.zeta.to(torch.float64) ** power).to(dtype)
+        return torch.cat((decay, decay), dim=-1)
+
+
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
+    """``x`` ``(..., n, d)`` rotated by its positions ``(n,)``, in fp32 at least, not cast back.
+
+    Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    angle = position.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Rotary(nn.Module):
+    """Holds the frequencies; rotation itself is ``rotate``.
+
+    Args:
+        dim: head size, an even int.
+        use_xpos: scale queries and keys by their distance as well.
+        scale_base: tokens per unit of xpos's exponent; needed with ``use_xpos``.
+
+    Buffers, fp32 whatever dtype the module is cast to:
+        inv_freq: ``(dim / 2,)``, saved in checkpoints.
+        scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
+    """
+
+    inv_freq: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, use_xpos: bool = False, scale_base: float | None = None) -> None:
+        super().__init__()
+        self.dim, self.use_xpos, self.scale_base = dim, use_xpos, scale_base
+        self.register_buffer("inv_freq", torch.empty(dim // 2))
+        self.register_buffer("scale", torch.empty(dim // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills the buffers: at construction, and after ``to_empty`` from the meta device."""
+        pair = torch.arange(0, self.dim, 2, dtype=torch.float64)
+        self.inv_freq.copy_(_THETA ** -(pair / self.dim))
+        self.scale.copy_((pair + 0.4 * self.dim) / (1.4 * self.dim))
+
+    @property
+    def xpos(self) -> Xpos | None:
+        """xpos's tables, or None where it is off."""
+        if not self.use_xpos:
+            return None
+        assert self.scale_base is not None
+        return Xpos(self.scale, self.scale_base)
+
+    def extra_repr(self) -> str:
+        xpos = f", xpos base {self.scale_base}" if self.use_xpos else ""
+        return f"dim={self.dim}{xpos}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        # `.to(bfloat16)` would cost the frequencies their precision: take the device alone.
+        kept = {"inv_freq": self.inv_freq, "scale": self.scale}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != exact.dtype:
+                setattr(self, name, exact.to(moved.device))
+        return self

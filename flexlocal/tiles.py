@@ -1,0 +1,157 @@
+"""Cutting queries and keys into tiles, some at a time, and adding gradients back.
+
+A tile is a run of whole windows of queries and the one run of keys that they look at. Shapes:
+``b`` batch entries, ``h`` heads, ``g`` tiles, ``t`` queries in a tile, ``s`` keys of a tile, ``n``
+tokens, ``d`` any last dimension. Places before the first token and after the last one hold zeros.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch entries, query heads, key heads and tokens of a call, and the shape of its tiles."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    n: int
+    tile: int
+    before: int
+    """Keys of a tile before its first query."""
+    after: int
+    """Keys of a tile after its last query."""
+
+    @property
+    def span(self) -> int:
+        """Keys of a tile."""
+        return self.before + self.tile + self.after
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover the sequence."""
+        return -(-self.n // self.tile)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Some tiles of some heads of some batch entries: what is worked off at a time."""
+
+    sizes: Sizes
+    batch: slice
+    heads: slice
+    kv_heads: slice
+    first: int
+    """First tile."""
+    count: int
+    whole: bool = False
+    """Whether this is every tile there is, of a sequence whose length may be symbolic."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether all the tiles' queries and keys are known to lie in the sequence."""
+        start, stop = self._key_run
+        return not self.whole and start >= 0 and stop <= self.sizes.n
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
+        run = _run(x[self.batch, self.heads], *self._query_run)
+        tiles: Tensor = run.unflatten(2, (self.count, self.sizes.tile))
+        return tiles
+
+    def keys(self, x: Tensor) -> Tensor:
+        """``(batch, kv_heads or heads, n, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
+        shared = x.shape[1] != self.sizes.heads
+        run = _run(x[self.batch, self.kv_heads if shared else self.heads], *self._key_run)
+        tiles = run.unfold(2, self.sizes.span, self.sizes.tile).transpose(-1, -2)
+        heads = self.heads.stop - self.heads.start
+        return tiles.repeat_interleave(heads // tiles.shape[1], dim=1) if shared else tiles
+
+    def rows(self, device: torch.device) -> Tensor:
+        """Number of each head's row, counted over batch and heads: ``(b, h)``."""
+        batch = torch.arange(self.batch.start, self.batch.stop, device=device)
+        heads = torch.arange(self.heads.start, self.heads.stop, device=device)
+        return batch[:, None] * self.sizes.heads + heads
+
+    def kept_keys(self, key_mask: Tensor | None, device: torch.device) -> Tensor:
+        """Which keys exist and ``(batch, heads or 1, n)`` keeps: ``(b or 1, h or 1, g, 1, s)``."""
+        if key_mask is None:
+            key = torch.arange(*self._key_run, device=device)
+            run = ((key >= 0) & (key < self.sizes.n))[None, None]
+        else:
+            heads = self.heads if key_mask.shape[1] > 1 else slice(None)
+            run = _run(key_mask[self.batch, heads, :, None], *self._key_run)[..., 0]
+        return run.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
+
+    def add_queries(self, total: Tensor, tiles: Tensor) -> None:
+        """Adds ``(b, h, g, t, d)`` to its places in ``(batch, heads, n, d)``."""
+        start, stop = self._query_run[0], min(self._query_run[1], self.sizes.n)
+        total[self.batch, self.heads, start:stop] += tiles.flatten(2, 3)[:, :, : stop - start]
+
+    def add_keys(self, total: Tensor, tiles: Tensor) -> None:
+        """Adds ``(b, h, g, s, d)`` to its places in ``(batch, kv_heads, n, d)``."""
+        sizes, (start, stop) = self.sizes, self._key_run
+        if total.shape[1] != sizes.heads:
+            tiles = tiles.unflatten(1, (self.kv_heads.stop - self.kv_heads.start, -1)).sum(2)
+        # Neighbouring tiles share keys: add a tile's length of every tile's keys at a time.
+        pieces = -(-sizes.span // sizes.tile)
+        b, h, count, _, d = tiles.shape
+        run = tiles.new_zeros(b, h, count + pieces - 1, sizes.tile, d)
+        for piece in range(pieces):
+            part = tiles[..., piece * sizes.tile : (piece + 1) * sizes.tile, :]
+            run[:, :, piece : piece + count, : part.shape[-2]] += part
+        low, high = max(start, 0), min(stop, sizes.n)
+        heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
+        total[self.batch, heads, low:high] += run.flatten(2, 3)[:, :, low - start : high - start]
+
+    @property
+    def _query_run(self) -> tuple[int, int]:
+        start = self.first * self.sizes.tile
+        return start, start + self.count * self.sizes.tile
+
+    @property
+    def _key_run(self) -> tuple[int, int]:
+        start, stop = self._query_run
+        return start - self.sizes.before, stop + self.sizes.after
+
+
+def every_tile(sizes: Sizes) -> Tiles:
+    """All tiles at once."""
+    batch, heads, kv_heads = slice(0, sizes.batch), slice(0, sizes.heads), slice(0, sizes.kv_heads)
+    return Tiles(sizes, batch, heads, kv_heads, 0, sizes.tiles, whole=True)
+
+
+def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
+    """Tiles in portions of about ``scores`` scores: of one head, or of whole batch entries."""
+    everything = replace(every_tile(sizes), whole=False)
+    each = sizes.tile * sizes.span
+    entries = scores // max(1, sizes.heads * sizes.tiles * each)
+    for entry in range(0, sizes.batch, max(1, entries)):
+        if entries:
+            yield replace(everything, batch=slice(entry, min(entry + entries, sizes.batch)))
+            continue
+        count = max(1, scores // each)
+        for head in range(sizes.heads):
+            kv_head = head * sizes.kv_heads // sizes.heads
+            for first in range(0, sizes.tiles, count):
+                yield Tiles(
+                    sizes,
+                    slice(entry, entry + 1),
+                    slice(head, head + 1),
+                    slice(kv_head, kv_head + 1),
+                    first,
+                    min(count, sizes.tiles - first),
+                )
+
+
+def _run(x: Tensor, start: int, stop: int) -> Tensor:
+    """Places ``start`` to ``stop`` of ``x``'s third dimension, zeros where it has none."""
+    n = x.shape[2]
+    low, high = max(start, 0), min(stop, n)
+    x = x[:, :, low:high]
+    return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))
