@@ -1,0 +1,160 @@
+"""The command line: what it prints, its exit statuses, and the parts of the demonstration."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexlocal import demo
+from flexlocal.__main__ import main
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "flexlocal", *arguments]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+def rows(text):
+    """The table's rows: name -> text."""
+    lines = (line.split("  ", 1) for line in text.splitlines() if "  " in line)
+    return {name: rest.strip() for name, rest in lines if name}
+
+
+@pytest.fixture(scope="module")
+def short_demo():
+    return run("demo", "--steps", "3", "--no-compare", "--device", "cpu", "--window", "32")
+
+
+def test_demo_reports_what_it_did(short_demo):
+    assert short_demo.returncode == 0, short_demo.stderr
+    said = rows(short_demo.stdout)
+    assert said["device"].startswith("cpu")
+    assert said["attention"].startswith("eager: ")
+    assert "33 keys" in said["mask"]  # 32 before it and its own
+    assert "tokens/s" in said["speed"]
+    losses = [float(said[name].split()[0]) for name in ("frequencies", "before", "after")]
+    assert all(0 < loss < 16 for loss in losses)
+    assert losses[2] < losses[1]  # three steps help already
+    assert "def main(argv=None):" in short_demo.stdout
+
+
+def test_progress_is_lines_where_there_is_no_terminal(short_demo):
+    assert "\r" not in short_demo.stderr
+    assert [line.split()[0] for line in short_demo.stderr.splitlines()] == ["33%", "67%", "100%"]
+
+
+def test_progress_is_one_line_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = demo.Progress(sys.stderr)
+    progress.show(0.5, "half")
+    progress.show(1.0, "all")
+    written = capsys.readouterr().err
+    assert written.count("\n") == 1 and written.endswith("\n")
+    assert written.count("\r") == 2 and "50%  half" in written and "100%  all" in written
+
+
+@pytest.mark.parametrize(("learns", "steps", "status"), [(1, 5, 0), (0, 5, 1), (0, 4, 0)])
+def test_full_training_must_beat_the_byte_frequencies(monkeypatch, learns, steps, status):
+    monkeypatch.setattr(demo, "STEPS", 5)
+    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 512)
+    monkeypatch.setattr(demo, "SAMPLE", 32)
+    monkeypatch.setattr(demo, "TOKENS", 512)
+    monkeypatch.setattr(demo, "frequency_loss", lambda *_: 16.0 if learns else 0.0)
+    assert demo.run(steps=steps, device="cpu", window=32, compare=False) == status
+
+
+def test_the_parts_of_the_text_share_no_file(tmp_path):
+    for name in range(200):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "skipped.py").write_text("")
+    training, held_out = demo.source_files(tmp_path)
+    assert (training, held_out) == demo.source_files(tmp_path)
+    assert len({*training, *held_out}) == len(training) + len(held_out) == 200
+    assert 5 <= len(held_out) <= 40
+
+
+def test_frequency_loss_of_two_equal_bytes_is_one_bit():
+    training = torch.tensor([65, 66] * 500_000, dtype=torch.uint8)
+    held_out = torch.tensor([[65, 66, 66, 65]])
+    assert demo.frequency_loss(training, held_out) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_losses_are_in_bits():
+    class Uniform(torch.nn.Module):
+        def forward(self, bytes_bn):
+            return torch.zeros(*bytes_bn.shape, 256)
+
+    rows_bn = torch.randint(256, (3, 11))
+    assert demo.losses(Uniform(), rows_bn).item() == pytest.approx(8.0)
+    assert demo.held_out_loss(Uniform(), rows_bn, batch=2) == pytest.approx(8.0)
+
+
+def test_doctor_reports_every_part(capsys):
+    assert main(["doctor"]) == 0
+    said = rows(capsys.readouterr().out)
+    assert said["torch"].startswith(torch.__version__)
+    assert said["eager"].startswith("yes")
+    for name in ("flex on CPU", "flex on CUDA"):
+        assert said[name].startswith(("yes", "no: "))
+    if not torch.cuda.is_available():
+        assert said["flex on CUDA"].startswith("no: ") and said["GPU"].startswith("none")
+    assert {"python", "triton", "C++ compiler", "matplotlib", "tensorboard"} <= said.keys()
+
+
+def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
+    from flexlocal import doctor
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(doctor, "trials", lambda: [("eager", cpu)])
+    assert main(["doctor", "--run"]) == 0
+    assert "works: forward and backward" in capsys.readouterr().out
+
+
+def test_doctor_fails_when_a_path_does(capsys, monkeypatch):
+    from flexlocal import doctor
+
+    def broken(backend, device):
+        raise RuntimeError("a reason\nand more")
+
+    monkeypatch.setattr(doctor, "attempt", broken)
+    assert main(["doctor", "--run"]) == 1
+    assert "FAILED: RuntimeError: a reason\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["demo", "--steps", "many"], "--steps"),
+        (["demo", "--seconds", "nan"], "--seconds"),
+        (["demo", "--window", "0"], "--window"),
+        (["demo", "--backend", "magic"], "--backend"),
+        (["demo", "--device", "abacus"], "--device"),
+        (["demo", "--device", "cuda:99"], "--device"),
+        (["demo", "--step", "3"], "--step"),  # no abbreviations
+        (["doctor", "--loud"], "--loud"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_status_2(capsys, arguments, names):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("python -m flexlocal")
+    assert ": error: " in captured.err and names in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for flex where it cannot train")
+def test_a_backend_that_cannot_train_here_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--backend", "flex", "--steps", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,373 @@
+"""Every error of the specification: its type, the argument's name, what came, what would do.
+
+Run for every backend, the fused one too: a wrong argument is refused before any work, so nothing
+here compiles.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.convert_frame
+
+from flexlocal import LocalAttention, local_attention
+
+B, H, N, D, D_V, W = 2, 3, 20, 6, 7, 5
+
+
+def tensors(**changes):
+    call = {
+        "q": torch.randn(B, H, N, D),
+        "k": torch.randn(B, H, N, D),
+        "v": torch.randn(B, H, N, D_V),
+    }
+    return {**call, **changes}
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One wrong argument. `says`: a message needs one word of each tuple."""
+
+    name: str
+    kind: type
+    says: tuple
+    layer: dict = field(default_factory=dict)
+    call: Any = None  # None: the constructor must refuse; else a function -> arguments of the call
+
+
+POSITIVE = ("at least 1", ">= 1", "1 or more", "positive", "from 1")
+NOT_NEGATIVE = ("at least 0", ">= 0", "0 or more", "non-negative", "from 0")
+INTEGER = ("int", "integer", "whole")
+KEEP = ("bool", "boolean", "torch.bool")
+XPOS = {"dim": D, "use_xpos": True}
+
+
+def mask(*shape):
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+CONSTRUCTOR = [
+    Wrong("zero window", ValueError, ("window_size", "0", POSITIVE), {"window_size": 0}),
+    Wrong("negative window", ValueError, ("window_size", "-3", POSITIVE), {"window_size": -3}),
+    Wrong("float window", TypeError, ("window_size", "2.5", INTEGER), {"window_size": 2.5}),
+    Wrong("text window", TypeError, ("window_size", "8", INTEGER), {"window_size": "8"}),
+    Wrong("no window", TypeError, ("window_size", "None", INTEGER), {"window_size": None}),
+    Wrong(
+        "negative look_backward",
+        ValueError,
+        ("look_backward", "-1", NOT_NEGATIVE),
+        {"look_backward": -1},
+    ),
+    Wrong(
+        "negative look_forward",
+        ValueError,
+        ("look_forward", "-2", NOT_NEGATIVE),
+        {"look_forward": -2},
+    ),
+    Wrong(
+        "look_forward with causal",
+        ValueError,
+        ("look_forward", "2", "causal", ("0", "None")),
+        {"causal": True, "look_forward": 2},
+    ),
+    Wrong(
+        "xpos with rotary off",
+        ValueError,
+        ("use_xpos", "use_rotary_pos_emb"),
+        {"dim": D, "use_xpos": True, "use_rotary_pos_emb": False},
+    ),
+    Wrong("xpos without dim", ValueError, ("use_xpos", "dim"), {"use_xpos": True}),
+    Wrong(
+        "dropout of one", ValueError, ("dropout", "1.0", ("[0, 1)", "below 1")), {"dropout": 1.0}
+    ),
+    Wrong(
+        "dropout below 0", ValueError, ("dropout", "-0.1", ("[0, 1)", "below 1")), {"dropout": -0.1}
+    ),
+    Wrong(
+        "dropout of 1.5", ValueError, ("dropout", "1.5", ("[0, 1)", "below 1")), {"dropout": 1.5}
+    ),
+]
+CALL = [
+    Wrong(
+        "ragged length",
+        ValueError,
+        ("21", str(W), "autopad", ("multiple", "divisible")),
+        call=lambda: tensors(
+            q=torch.randn(B, H, 21, D), k=torch.randn(B, H, 21, D), v=torch.randn(B, H, 21, D_V)
+        ),
+    ),
+    Wrong(
+        "override without xpos",
+        ValueError,
+        ("window_size", "10", "use_xpos"),
+        {"dim": D},
+        call=lambda: tensors(window_size=10),
+    ),
+    Wrong(
+        "override of zero",
+        ValueError,
+        ("window_size", "0", POSITIVE),
+        XPOS,
+        call=lambda: tensors(window_size=0),
+    ),
+    Wrong(
+        "override of text",
+        TypeError,
+        ("window_size", "10", INTEGER),
+        XPOS,
+        call=lambda: tensors(window_size="10"),
+    ),
+    Wrong(
+        "ragged length for the override",
+        ValueError,
+        ("20", "3", "autopad"),
+        XPOS,
+        call=lambda: tensors(window_size=3),
+    ),
+    Wrong("another dim", ValueError, ("dim", "4", str(D)), {"dim": 4}, call=tensors),
+    Wrong(
+        "k of another length",
+        ValueError,
+        ("k", "15", "20"),
+        call=lambda: tensors(k=torch.randn(B, H, 15, D)),
+    ),
+    Wrong(
+        "k of another size",
+        ValueError,
+        ("k", "4", "6"),
+        call=lambda: tensors(k=torch.randn(B, H, N, 4)),
+    ),
+    Wrong(
+        "k of another batch",
+        ValueError,
+        ("k", "3, 3, 20", "2, 3, 20"),
+        call=lambda: tensors(k=torch.randn(3, H, N, D)),
+    ),
+    Wrong(
+        "v of another length",
+        ValueError,
+        ("v", "15", "20"),
+        call=lambda: tensors(v=torch.randn(B, H, 15, D_V)),
+    ),
+    Wrong(
+        "v of another batch",
+        ValueError,
+        ("v", "3, 3, 20", "2, 3, 20"),
+        call=lambda: tensors(v=torch.randn(3, H, N, D_V)),
+    ),
+    Wrong(
+        "heads that k and v cannot share",
+        ValueError,
+        ("k", "2", "3", ("head",)),
+        call=lambda: tensors(k=torch.randn(B, 2, N, D), v=torch.randn(B, 2, N, D_V)),
+    ),
+    Wrong(
+        "k of another dtype",
+        ValueError,
+        ("k", "float64", "float32"),
+        call=lambda: tensors(k=torch.randn(B, H, N, D, dtype=torch.float64)),
+    ),
+    Wrong(
+        "v of another dtype",
+        ValueError,
+        ("v", "bfloat16", "float32"),
+        call=lambda: tensors(v=torch.randn(B, H, N, D_V).bfloat16()),
+    ),
+    Wrong(
+        "k elsewhere",
+        ValueError,
+        ("k", "meta", "cpu"),
+        call=lambda: tensors(k=torch.randn(B, H, N, D, device="meta")),
+    ),
+    Wrong(
+        "v elsewhere",
+        ValueError,
+        ("v", "meta", "cpu"),
+        call=lambda: tensors(v=torch.randn(B, H, N, D_V, device="meta")),
+    ),
+    Wrong("q as a list", TypeError, ("q", "list", ("ensor",)), call=lambda: tensors(q=[[0.0]])),
+    Wrong(
+        "mask of floats",
+        ValueError,
+        ("mask", "float32", KEEP),
+        call=lambda: tensors(mask=torch.ones(B, N)),
+    ),
+    Wrong(
+        "input_mask of integers",
+        ValueError,
+        ("mask", "int64", KEEP),
+        call=lambda: tensors(input_mask=torch.ones(B, N, dtype=torch.int64)),
+    ),
+    Wrong(
+        "mask as a list",
+        TypeError,
+        ("mask", "list", ("ensor",)),
+        call=lambda: tensors(mask=[[True] * N] * B),
+    ),
+    Wrong(
+        "bias as a number",
+        TypeError,
+        ("attn_bias", "float", ("ensor",)),
+        call=lambda: tensors(attn_bias=0.5),
+    ),
+    Wrong(
+        "mask of another length",
+        ValueError,
+        ("mask", "19", "20"),
+        call=lambda: tensors(mask=mask(B, 19)),
+    ),
+    Wrong(
+        "mask of another batch",
+        ValueError,
+        ("mask", "4", "6"),
+        call=lambda: tensors(mask=mask(4, N)),
+    ),
+    Wrong(
+        "mask without batch",
+        ValueError,
+        ("mask", "(20,)", ("batch, n", "batch")),
+        call=lambda: tensors(mask=mask(N)),
+    ),
+    Wrong(
+        "mask of three dimensions",
+        ValueError,
+        ("mask", "2, 1, 20", "batch"),
+        call=lambda: tensors(mask=mask(B, 1, N)),
+    ),
+    Wrong(
+        "both masks",
+        ValueError,
+        ("mask", "input_mask", ("one", "both", "either", "only")),
+        call=lambda: tensors(mask=mask(B, N), input_mask=mask(B, N)),
+    ),
+    Wrong(
+        "bias over all pairs",
+        ValueError,
+        ("attn_bias", "3, 20, 20", "5, 15"),
+        call=lambda: tensors(attn_bias=torch.randn(H, N, N)),
+    ),
+    Wrong(
+        "bias too narrow",
+        ValueError,
+        ("attn_bias", "3, 5, 10", "5, 15"),
+        call=lambda: tensors(attn_bias=torch.randn(H, W, 10)),
+    ),
+    Wrong(
+        "bias of the constructor's window under an override",
+        ValueError,
+        ("attn_bias", "3, 5, 15", "10, 30"),
+        XPOS,
+        call=lambda: tensors(attn_bias=torch.randn(H, W, 15), window_size=10),
+    ),
+    Wrong(
+        "bias without heads",
+        ValueError,
+        ("attn_bias", "5, 15", "h"),
+        call=lambda: tensors(attn_bias=torch.randn(W, 15)),
+    ),
+    Wrong(
+        "bias of heads that do not divide the rows",
+        ValueError,
+        ("attn_bias", "4", "6"),
+        call=lambda: tensors(attn_bias=torch.randn(4, W, 15)),
+    ),
+]
+BACKENDS = ["auto", "eager", "flex"]
+
+
+def assert_says(message, says):
+    for choice in says:
+        choice = (choice,) if isinstance(choice, str) else choice
+        assert any(word in message for word in choice), f"none of {choice} in: {message}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiles(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("compiled before the arguments were checked")
+
+    monkeypatch.setattr(torch._dynamo.convert_frame.ConvertFrame, "__call__", refuse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", CONSTRUCTOR, ids=lambda wrong: wrong.name)
+def test_constructor(wrong, backend):
+    with pytest.raises(wrong.kind) as raised:
+        LocalAttention(**{"window_size": W, **wrong.layer}, backend=backend)
+    assert type(raised.value) is wrong.kind
+    assert_says(str(raised.value), wrong.says)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", CALL, ids=lambda wrong: wrong.name)
+def test_call(wrong, backend):
+    layer = LocalAttention(**{"window_size": W, "dropout": 0.0, **wrong.layer}, backend=backend)
+    with pytest.raises(wrong.kind) as raised:
+        layer(**wrong.call())
+    assert type(raised.value) is wrong.kind
+    assert_says(str(raised.value), wrong.says)
+
+
+FUNCTION = [
+    ({"window": 0}, ValueError, ("size", "0", POSITIVE)),
+    ({"window": 2.5}, TypeError, ("window", "2.5", ("Window", "int"))),
+    ({"dropout": 1.0}, ValueError, ("dropout", "1.0", ("[0, 1)", "below 1"))),
+    ({"mask": torch.ones(B, N)}, ValueError, ("mask", "float32", KEEP)),
+    ({"mask": mask(4, N)}, ValueError, ("mask", "4", "6")),
+    ({"attn_bias": torch.randn(H, N, N)}, ValueError, ("attn_bias", "3, 20, 20", "5, 15")),
+    ({"k": torch.randn(B, H, 15, D)}, ValueError, ("k", "15", "20")),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("changes", "kind", "says"), FUNCTION, ids=lambda x: str(x)[:20])
+def test_function(changes, kind, says, backend):
+    with pytest.raises(kind) as raised:
+        local_attention(**{**tensors(), "window": W, **changes}, backend=backend)
+    assert type(raised.value) is kind
+    assert_says(str(raised.value), says)
+
+
+def test_unknown_backend():
+    says = ("backend", "triton", "flex", "eager", "auto")
+    with pytest.raises(ValueError) as raised:
+        LocalAttention(W, backend="triton")
+    assert_says(str(raised.value), says)
+    with pytest.raises(ValueError) as raised:
+        local_attention(**tensors(), window=W, backend="triton")
+    assert_says(str(raised.value), says)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_backend_that_cannot_run_here(name):
+    """Compiled flex attention has no backward on the CPU: asked for by name, it says so."""
+    call = tensors()
+    call[name].requires_grad_()
+    layer = LocalAttention(W, dropout=0.0, backend="flex")
+    says = ("flex", ("grad", "backward", "train"), ("CPU", "cpu"), "eager")
+    with pytest.raises(ValueError) as raised:
+        layer(**call)
+    assert_says(str(raised.value), says)
+    with pytest.raises(ValueError) as raised:
+        local_attention(**call, window=W, backend="flex")
+    assert_says(str(raised.value), says)
+
+
+def test_auto_chooses_what_can_run():
+    """Only auto may choose: the same call that flex refuses."""
+    call = tensors()
+    call["q"].requires_grad_()
+    out = LocalAttention(W, dropout=0.0)(**call)
+    expected = LocalAttention(W, dropout=0.0, backend="eager")(**call)
+    assert torch.equal(out, expected)
+
+
+def test_deprecated_rel_pos_emb_config_warns_and_works():
+    with pytest.warns(DeprecationWarning, match="rel_pos_emb_config.*dim") as warned:
+        old = LocalAttention(W, rel_pos_emb_config=(D, 3), dropout=0.0)
+    assert len(warned) == 1
+    new = LocalAttention(W, dim=D, dropout=0.0)
+    call = tensors()
+    assert torch.equal(old(**call), new(**call))
+    assert not torch.equal(new(**call), LocalAttention(W, dropout=0.0)(**call))

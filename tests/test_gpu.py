@@ -1,0 +1,281 @@
+"""The fused path on a GPU: against the oracle over the argument space, and in compiled models.
+
+Every case compiles a kernel or two, so these run best in parallel: `pytest -m gpu -n 8`.
+"""
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from strategies import Case, cases
+from strategies import Window as Rule
+from test_eager_against_oracle import assert_within_budget, gradients
+
+from flexlocal import LocalAttention, Window, local_attention
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each test compiles its own kernels, and none is counted against another's limit."""
+    torch._dynamo.reset()
+
+
+def on_gpu(call):
+    moved = {
+        name: None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
+        for name, x in vars(call).items()
+    }
+    return type(call)(**moved)
+
+
+def check_case(case, dtype, backend="flex"):
+    call = case.tensors(dtype)
+    ours = on_gpu(call)
+    exact, plain = call.to(torch.float64), call.to(dtype)
+    layer = LocalAttention(**case.arguments(), backend=backend).cuda()
+    out = case.run(layer, ours)
+    assert out.dtype == dtype
+    assert out.shape == (*case.lead, case.n, case.d_v)
+    out_exact, out_plain = case.truth(exact), case.truth(plain, dtype)
+    assert_within_budget(out.cpu(), out_plain, out_exact, dtype, "the output")
+    found = gradients(out, ours)
+    truth, rough = gradients(out_exact, exact), gradients(out_plain, plain)
+    for name in found:
+        what = f"the gradient of {name}"
+        assert_within_budget(found[name].cpu(), rough[name], truth[name], dtype, what)
+
+
+PLAIN = Case(
+    window=Rule(size=128, causal=True, look_backward=1, look_forward=None, exact=False),
+    n=384,
+    lead=(2, 3),
+    kv_heads=None,
+    d=64,
+    d_v=64,
+    autopad=True,
+    scale=None,
+    shared_qk=False,
+    rotary=False,
+    xpos=False,
+    base=None,
+    override=None,
+    bias_heads=None,
+    mask_batch=None,
+    mask_name="mask",
+    hide_a_row=False,
+    empty_queries=True,
+    transposed=False,
+    seed=0,
+)
+
+
+def windows_of(size, **flags):
+    rule = {"causal": True, "look_backward": 1, "look_forward": None, "exact": False, **flags}
+    return Rule(size=size, **rule)
+
+
+# Every head size, length and window of the list at least once with every dtype.
+HEADS = [8, 16, 32, 64, 80, 96, 128, 192, 256]
+LENGTHS = [1, 127, 129, 333, 512, 641, 1000, 1025, 77]
+WINDOWS = [5, 16, 33, 64, 100, 128, 256, 257, 512]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("which", range(len(HEADS)))
+def test_heads_lengths_and_windows(which, dtype):
+    turn = DTYPES.index(dtype)
+    n = LENGTHS[(which + turn) % len(LENGTHS)]
+    size = WINDOWS[(which + 4 * turn) % len(WINDOWS)]
+    causal = (which + turn) % 2 == 0
+    rule = windows_of(size, causal=causal, exact=which % 3 == 0)
+    case = dataclasses.replace(PLAIN, window=rule, n=n, d=HEADS[which], d_v=HEADS[which])
+    check_case(dataclasses.replace(case, rotary=which % 2 == 0), dtype)
+
+
+FEATURES = {
+    "both ways": {"window": windows_of(64, causal=False)},
+    "far looks": {"window": windows_of(33, causal=False, look_backward=3, look_forward=2)},
+    "rotary, exact both ways": {
+        "rotary": True,
+        "window": windows_of(100, causal=False, exact=True),
+    },
+    "xpos": {"rotary": True, "xpos": True, "window": windows_of(32)},
+    "xpos, many segments": {
+        "rotary": True,
+        "xpos": True,
+        "base": 2.0,
+        "window": windows_of(16, causal=False, look_backward=2),
+    },
+    "xpos, mask, bias, shared": {
+        "rotary": True,
+        "xpos": True,
+        "window": windows_of(16, causal=False),
+        "mask_batch": 2,
+        "bias_heads": 3,
+        "shared_qk": True,
+        "n": 301,
+    },
+    "override": {"rotary": True, "xpos": True, "override": 24, "window": windows_of(32)},
+    "mask": {"mask_batch": 2, "n": 301, "window": windows_of(64, causal=False)},
+    "mask, a row hidden": {"mask_batch": 2, "hide_a_row": True},
+    "mask by head": {"mask_batch": 6, "hide_a_row": True},
+    "bias": {"bias_heads": 3, "window": windows_of(64)},
+    "bias over rows": {"bias_heads": 2, "window": windows_of(33, causal=False), "n": 200},
+    "bias and shared": {"bias_heads": 1, "shared_qk": True, "window": windows_of(64)},
+    "shared": {"shared_qk": True, "rotary": True},
+    "grouped queries": {"lead": (2, 6), "kv_heads": 2, "d_v": 32, "rotary": True},
+    "grouped, mask by head": {"lead": (2, 6), "kv_heads": 2, "mask_batch": 12},
+    "wide values": {"d": 32, "d_v": 128},
+    "narrow values": {"d": 64, "d_v": 3},
+    "odd head": {"d": 33, "d_v": 17},
+    "views": {"transposed": True, "rotary": True},
+    "plain views": {"transposed": True},
+    "two dimensions": {"lead": ()},
+    "three dimensions": {"lead": (5,), "mask_batch": 5},
+    "five dimensions": {"lead": (2, 1, 3), "transposed": True},
+    "scale zero": {"scale": 0.0},
+    "scale below zero": {"scale": -0.3},
+    "window of one": {"window": windows_of(1, look_backward=3)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_arguments(feature, dtype):
+    check_case(dataclasses.replace(PLAIN, **FEATURES[feature]), dtype)
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_the_whole_argument_space(start):
+    @seed(start)
+    @settings(
+        max_examples=4, deadline=None, derandomize=False, database=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+    )  # fmt: skip
+    @given(cases())
+    def check(case):
+        check_case(case, torch.float32)
+
+    check()
+
+
+@pytest.mark.parametrize("feature", ["plain", "mask, a row hidden", "bias and shared", "xpos"])
+def test_dropout_drops_what_the_eager_path_drops(feature):
+    case = dataclasses.replace(PLAIN, n=301, d_v=40, **FEATURES.get(feature, {}))
+    found = []
+    for backend in ("flex", "eager"):
+        call = on_gpu(case.tensors(torch.float32))
+        layer = LocalAttention(**{**case.arguments(), "dropout": 0.3}, backend=backend).cuda()
+        named = {"mask": call.mask, "attn_bias": call.bias}
+        drop = torch.tensor(5, device="cuda")
+        out = layer(call.q, call.k, call.v, **named, dropout_seed=drop)
+        found.append((out, *gradients(out, call).values()))
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_follows_the_generator():
+    q = torch.randn(1, 2, 256, 64, device="cuda")
+    layer = LocalAttention(64, dropout=0.5, backend="flex")
+    outs = []
+    for start in (0, 0, 1):
+        torch.manual_seed(start)
+        outs.append(layer(q, q, q))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert torch.equal(layer.eval()(q, q, q), layer(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_xpos_over_a_long_sequence(dtype):
+    """Finite, and what the eager path computes with an origin for each window."""
+    q, k, v = torch.randn(3, 1, 2, 131072, 64, device="cuda", dtype=dtype)
+    layer = LocalAttention(
+        64, causal=True, dropout=0.0, dim=64, use_xpos=True, backend="flex"
+    ).cuda()
+    with torch.no_grad():
+        fused = layer(q, k, v)
+        layer.backend = "eager"
+        by_window = layer(q, k, v)
+    assert fused.isfinite().all()
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    off = (fused.double() - by_window.double()).norm() / by_window.double().norm()
+    assert off < bound
+
+
+def test_rotary_at_a_million_tokens():
+    """A window far out sees the same as the same window at the start."""
+    n, size = 2**20, 256
+    q, k, v = torch.randn(3, 1, 1, 2 * size, 64, device="cuda")
+    far = [torch.zeros(1, 1, n, 64, device="cuda") for _ in range(3)]
+    for x, y in zip((q, k, v), far, strict=True):
+        y[:, :, -2 * size :] = x
+    layer = LocalAttention(size, causal=True, dropout=0.0, dim=64, backend="flex").cuda()
+    with torch.no_grad():
+        near, distant = layer(q, k, v)[:, :, size:], layer(*far)[:, :, -size:]
+    torch.testing.assert_close(near, distant, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("feature", ["rotary, exact both ways", "xpos", "mask", "bias", "shared"])
+def test_inside_a_compiled_model(feature):
+    case = dataclasses.replace(PLAIN, **FEATURES[feature])
+    layer = LocalAttention(**case.arguments()).cuda()
+    named = {}
+    found = []
+    for run in (torch.compile(layer, fullgraph=True), layer):
+        call = on_gpu(case.tensors(torch.float32))
+        named = {"mask": call.mask, "attn_bias": call.bias}
+        out = run(call.q, call.k, call.v, **named)
+        found.append((out, *gradients(out, call).values()))
+    assert str(layer.explain(call.q)).startswith("flex")
+    for compiled, plain in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_gives_its_dtype():
+    q, k, v = torch.randn(3, 2, 4, 512, 64, device="cuda")
+    layer = LocalAttention(128, causal=True, dropout=0.0, dim=64).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = layer(q, k, v)
+    assert out.dtype == torch.bfloat16
+    truth = oracle.attend(q.cpu(), k.cpu(), v.cpu(), 128, causal=True, rotary=True)
+    torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=3e-2)
+
+
+def test_one_layer_over_many_lengths_compiles_three_times_at_most():
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    layer = LocalAttention(64, causal=True, dropout=0.0, autopad=True, backend="flex")
+    for n in (130, 200, 257, 300, 411, 512, 640, 777, 900, 1024):
+        q, k, v = torch.randn(3, 1, 2, n, 64)
+        fused = layer(q.cuda(), k.cuda(), v.cuda()).cpu().double()
+        torch.testing.assert_close(
+            fused, oracle.attend(q, k, v, 64, causal=True), rtol=1e-4, atol=1e-4
+        )
+    assert counts["stats"]["unique_graphs"] <= 3
+
+
+def test_many_layers_never_meet_the_recompile_limit():
+    """Twelve windows, over the limit of eight: each is compiled, none falls back."""
+    for size in range(20, 32):
+        q, k, v = torch.randn(3, 1, 2, 300, 32)
+        fused = local_attention(
+            q.cuda(), k.cuda(), v.cuda(), Window(size, causal=True), backend="flex"
+        )
+        truth = oracle.attend(q, k, v, size, causal=True)
+        torch.testing.assert_close(fused.cpu().double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_goes_to_the_eager_path():
+    q, k, v = torch.randn(3, 1, 2, 100, 32, device="cuda", dtype=torch.float64)
+    layer = LocalAttention(20, dropout=0.0)
+    choice = layer.explain(q)
+    assert choice.backend == "eager"
+    assert "float64" in choice.reason
+    torch.testing.assert_close(layer(q, k, v).cpu(), oracle.attend(q.cpu(), k.cpu(), v.cpu(), 20))
