@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from .masks import Rule, Segments, Window, block_mask, drop_scores, in_turn, self_token, window_bias
 from .masks.dropout import key_draws, query_draws
 from .masks.keys import without_padding
-from .masks.scores import ScoreMod, unit_keys
+from .masks.scores import SELF_SCORE, ScoreMod, unit_keys
 from .rotary import Xpos, rotate
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,9 +165,7 @@ def _fused(
         q_factor, k_factor = xpos.scales(window, segments.queries, torch.float32)
         q = q * q_factor.repeat(segments.count, 1)[:n]
         k = (segments.lay_out(k) * k_factor).flatten(2, 3)
-        v = segments.lay_out(v).flatten(2, 3)
-        if key_mask is not None:
-            key_mask = segments.lay_out(key_mask[..., None]).flatten(2)
+        v = segments.in_slots(v)
     q, k = q.to(dtype), k.to(dtype)
 
     scores: list[ScoreMod] = []
@@ -207,6 +205,10 @@ def _fused(
     rest, every = flex_attention(q, k, thin, score_mod=in_turn(*scores), return_aux=aux, **common)
     blind = every.lse == -torch.inf
     share = torch.where(blind, 0.0, kept.lse - torch.where(blind, 0.0, every.lse)).exp()
+    if settings.shared_qk:
+        # A token that sees itself alone keeps all or nothing; its log-sum-exp is too far from 0
+        # for a difference of two to tell.
+        share = torch.where(every.lse < SELF_SCORE / 2, 1.0, share)
     # torch 2.11 fails in the backward pass of a call whose output is not used.
     share = share[..., None] / (1 - settings.dropout) + 0 * rest.sum(-1, keepdim=True)
     result: Tensor = (out * share).to(dtype)[..., :d_v]

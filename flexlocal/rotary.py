@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Window
+from .masks.buffer import written_out
 
 _THETA = 10000
 
@@ -54,7 +55,7 @@ class Xpos:
         # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
         power = position.to(torch.float64)[:, None] / self.base
         decay = (self.zeta.to(torch.float64) ** power).to(dtype)
-        return torch.cat((decay, decay), dim=-1)
+        return written_out(torch.cat((decay, decay), dim=-1))
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     angle = position.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = written_out(angle.cos().to(dtype)), written_out(angle.sin().to(dtype))
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

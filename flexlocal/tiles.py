@@ -35,7 +35,7 @@ class Sizes:
     @property
     def tiles(self) -> int:
         """Tiles that cover the sequence."""
-        return -(-self.n // self.tile)
+        return (self.n + self.tile - 1) // self.tile  # torch.export understands no -(-n // tile)
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,18 @@ class Tiles:
 
     def queries(self, x: Tensor) -> Tensor:
         """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
-        run = _run(x[self.batch, self.heads], *self._query_run)
+        run = self._run(x[self.batch, self.heads], *self._query_run)
         tiles: Tensor = run.unflatten(2, (self.count, self.sizes.tile))
         return tiles
 
     def keys(self, x: Tensor) -> Tensor:
         """``(batch, kv_heads or heads, n, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
         shared = x.shape[1] != self.sizes.heads
-        run = _run(x[self.batch, self.kv_heads if shared else self.heads], *self._key_run)
+        heads = self.kv_heads if shared else self.heads
+        run = self._run(x[self.batch, heads], *self._key_run)
         tiles = run.unfold(2, self.sizes.span, self.sizes.tile).transpose(-1, -2)
-        heads = self.heads.stop - self.heads.start
-        return tiles.repeat_interleave(heads // tiles.shape[1], dim=1) if shared else tiles
+        groups = (self.heads.stop - self.heads.start) // tiles.shape[1]
+        return tiles.repeat_interleave(groups, dim=1) if shared else tiles
 
     def rows(self, device: torch.device) -> Tensor:
         """Number of each head's row, counted over batch and heads: ``(b, h)``."""
@@ -85,7 +86,7 @@ class Tiles:
             run = ((key >= 0) & (key < self.sizes.n))[None, None]
         else:
             heads = self.heads if key_mask.shape[1] > 1 else slice(None)
-            run = _run(key_mask[self.batch, heads, :, None], *self._key_run)[..., 0]
+            run = self._run(key_mask[self.batch, heads, :, None], *self._key_run)[..., 0]
         return run.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
 
     def add_queries(self, total: Tensor, tiles: Tensor) -> None:
@@ -108,6 +109,14 @@ class Tiles:
         low, high = max(start, 0), min(stop, sizes.n)
         heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
         total[self.batch, heads, low:high] += run.flatten(2, 3)[:, :, low - start : high - start]
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Places ``start`` to ``stop`` of ``x``'s third dimension, zeros where it has none."""
+        if self.whole:  # all of it: a symbolic length is not to be compared
+            return F.pad(x, (0, 0, -start, stop - x.shape[2]))
+        low, high = max(start, 0), min(stop, x.shape[2])
+        x = x[:, :, low:high]
+        return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))
 
     @property
     def _query_run(self) -> tuple[int, int]:
@@ -147,11 +156,3 @@ def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
                     first,
                     min(count, sizes.tiles - first),
                 )
-
-
-def _run(x: Tensor, start: int, stop: int) -> Tensor:
-    """Places ``start`` to ``stop`` of ``x``'s third dimension, zeros where it has none."""
-    n = x.shape[2]
-    low, high = max(start, 0), min(stop, n)
-    x = x[:, :, low:high]
-    return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))

@@ -17,11 +17,25 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
+from .buffer import written_out
 from .clip import at_least, at_most
 from .keys import padding_mod
 from .rule import Rule, mask_mod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The key blocks that each block of queries sees, one run of them, and the full ones in it.
+
+    All integer ``(rows,)``, ends included; a run is empty where its last is below its first.
+    """
+
+    first: Tensor
+    last: Tensor
+    first_full: Tensor
+    last_full: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,8 @@ def block_mask(
         n_keys: key slots, at least 1.
         block_size: tokens in a sparse block, or ``(queries, keys)`` in one.
         device: where the index tensors live.
-        key_mask: boolean ``(batch, n_keys)`` or ``(batch, heads, n_keys)``, True = keep. Blocks
-            whose keys are all hidden become empty, and others that hold one partial.
+        key_mask: boolean ``(batch, n)`` or ``(batch, heads, n)``, by key position, True = keep.
+            Blocks whose keys are all hidden become empty, others that hold a hidden one partial.
         full_width: index tensors as wide as the grid, which compiled FlexAttention wants on the
             CPU, instead of as wide as the band.
 
@@ -63,9 +77,7 @@ def block_mask(
         A BlockMask with forward and transposed lists, int32, of batch and heads 1 or
         ``key_mask``'s. A block that sticks out past the last query or key is partial.
     """
-    query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
-    queries = _Side(n_queries, query_block)
-    keys = _Side(n_keys, key_block)
+    queries, keys = _sides(n_queries, n_keys, block_size)
     forward = _band(queries, keys, rule.first_key, rule.last_key, rule.most_keys, rule, device)
     backward = _band(
         keys, queries, rule.first_query, rule.last_query, rule.most_queries, rule, device
@@ -74,14 +86,55 @@ def block_mask(
     if key_mask is not None:
         if key_mask.dim() == 2:
             key_mask = key_mask[:, None]
-        some, every = _kept(key_mask, keys)
+        some, every = _kept(rule.in_slots(key_mask[..., None])[..., 0], keys)
         forward = _with_keys(forward, some[..., forward.columns], every[..., forward.columns])
         backward = _with_keys(backward, some[..., None], every[..., None])
-        mod = and_masks(mod, padding_mod(key_mask))
+        mod = and_masks(mod, padding_mod(key_mask, rule))
     width = (keys.blocks, queries.blocks) if full_width else (0, 0)
     kv, full_kv = (_listed(forward, state, width[0]) for state in (PARTIAL, FULL))
     q, full_q = (_listed(backward, state, width[1]) for state in (PARTIAL, FULL))
-    return BlockMask((n_queries, n_keys), *kv, *full_kv, *q, *full_q, (query_block, key_block), mod)
+    sizes = queries.block, keys.block
+    return BlockMask((n_queries, n_keys), *kv, *full_kv, *q, *full_q, sizes, mod)
+
+
+def block_runs(
+    rule: Rule, n_queries: int, n_keys: int, block_size: int | tuple[int, int] = 128
+) -> Runs:
+    """The blocks that ``block_mask`` lists for each block of queries, as runs, on the CPU.
+
+    A key mask would make a block empty where ``kept_blocks`` says that it keeps no key, and
+    partial where it does not keep every key.
+    """
+    queries, keys = _sides(n_queries, n_keys, block_size)
+    return _runs(queries, keys, rule.first_key, rule.last_key, "cpu")
+
+
+def kept_blocks(key_mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which key blocks of ``(..., n_keys)`` keep some key, and which all: ``(..., blocks)``."""
+    return _kept(key_mask, _Side(key_mask.shape[-1], block_size))
+
+
+def block_mask_bytes(
+    rule: Rule,
+    n_queries: int,
+    n_keys: int,
+    *,
+    block_size: int | tuple[int, int] = 128,
+    full_width: bool = False,
+) -> int:
+    """Bytes of the index tensors that ``block_mask`` makes for one batch entry and head."""
+    queries, keys = _sides(n_queries, n_keys, block_size)
+    forward = keys.blocks if full_width else _width(queries, keys, rule.most_keys, rule)
+    backward = queries.blocks if full_width else _width(keys, queries, rule.most_queries, rule)
+    # Both lists hold the partial and the full blocks: a count and the indices of each row, int32.
+    return 4 * 2 * (queries.blocks * (1 + forward) + keys.blocks * (1 + backward))
+
+
+def _sides(
+    n_queries: int, n_keys: int, block_size: int | tuple[int, int]
+) -> tuple["_Side", "_Side"]:
+    query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+    return _Side(n_queries, query_block), _Side(n_keys, key_block)
 
 
 @dataclass(frozen=True)
@@ -96,6 +149,28 @@ class _Side:
         return -(-self.length // self.block)
 
 
+def _runs(
+    rows: _Side,
+    columns: _Side,
+    first: Callable[[Tensor], Tensor],
+    last: Callable[[Tensor], Tensor],
+    device: torch.device | str,
+) -> Runs:
+    row = torch.arange(rows.blocks, device=device)
+    top = row * rows.block
+    bottom = at_most(top + rows.block, rows.length) - 1
+    # Touched: all that any token of the row's block sees. Full: what every one of them sees.
+    touched_first, touched_last = at_least(first(top), 0), at_most(last(bottom), columns.length - 1)
+    full_first, full_last = at_least(first(bottom), 0), at_most(last(top), columns.length - 1)
+    whole = top + rows.block <= rows.length
+    return Runs(
+        first=touched_first // columns.block,
+        last=torch.where(touched_first <= touched_last, touched_last // columns.block, -1),
+        first_full=(full_first + columns.block - 1) // columns.block,
+        last_full=torch.where(whole, (full_last + 1) // columns.block, 0) - 1,
+    )
+
+
 def _band(
     rows: _Side,
     columns: _Side,
@@ -105,19 +180,11 @@ def _band(
     rule: Rule,
     device: torch.device | str,
 ) -> Band:
-    row = torch.arange(rows.blocks, device=device)
-    top = row * rows.block
-    bottom = at_most(top + rows.block, rows.length) - 1
-    # Touched: all that any token of the row's block sees. Full: what every one of them sees.
-    touched_first, touched_last = at_least(first(top), 0), at_most(last(bottom), columns.length - 1)
-    full_first, full_last = first(bottom), at_most(last(top), columns.length - 1)
-
-    start = touched_first // columns.block
-    column = start[:, None] + torch.arange(_width(rows, columns, most, rule), device=device)
-    left, right = column * columns.block, column * columns.block + columns.block - 1
-    touched = (left <= touched_last[:, None]) & (touched_first <= touched_last)[:, None]
-    whole = (top + rows.block <= rows.length)[:, None]
-    full = whole & (full_first[:, None] <= left) & (right <= full_last[:, None])
+    runs = _runs(rows, columns, first, last, device)
+    width = _width(rows, columns, most, rule)
+    column = runs.first[:, None] + torch.arange(width, device=device)
+    touched = column <= runs.last[:, None]
+    full = (runs.first_full[:, None] <= column) & (column <= runs.last_full[:, None])
     states = touched.to(torch.int32) + (touched & full).to(torch.int32)
     return Band(states[None, None], at_most(column, columns.blocks - 1))
 
@@ -148,4 +215,4 @@ def _listed(band: Band, state: int, width: int) -> tuple[Tensor, Tensor]:
     indices = band.columns.expand(order.shape).gather(-1, order).to(torch.int32)
     if width > indices.shape[-1]:
         indices = torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
-    return chosen.sum(-1, dtype=torch.int32), indices
+    return written_out(chosen.sum(-1, dtype=torch.int32)), written_out(indices)

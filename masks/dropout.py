@@ -9,6 +9,8 @@ state, so the backward pass, a recomputation or another path finds the same weig
 import torch
 from torch import Tensor
 
+from .buffer import written_out
+
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 
@@ -32,7 +34,7 @@ def _draws(seed: Tensor, rows: int, length: int, stream: int) -> Tensor:
     row = torch.arange(rows, device=seed.device)[:, None]
     position = torch.arange(length, device=seed.device)
     mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + position)
-    return (mixed >> 32).to(torch.int32) | 1
+    return written_out((mixed >> 32).to(torch.int32) | 1)
 
 
 def _mix(bits: Tensor) -> Tensor:

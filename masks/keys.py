@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .rule import MaskMod
+from .clip import at_least, at_most
+from .rule import MaskMod, Rule
 
 
 def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
@@ -17,12 +18,14 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     return key_mask.repeat_interleave(rows_each, dim=0).view(batch, heads, -1)
 
 
-def padding_mod(key_mask: Tensor) -> MaskMod:
-    """FlexAttention's mask_mod of a key mask, boolean ``(batch, heads or 1, n_keys)``."""
-    heads = key_mask.shape[1]
+def padding_mod(key_mask: Tensor, rule: Rule) -> MaskMod:
+    """FlexAttention's mask_mod of a key mask, boolean ``(batch, heads or 1, n)``, by position."""
+    heads, n = key_mask.shape[1:]
 
     def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key_mask[batch, head if heads > 1 else 0, key]
+        # A slot may hold no key; the rule hides it, but it is looked up all the same.
+        position = at_most(at_least(rule.key_position(query, key), 0), n - 1)
+        return key_mask[batch, head if heads > 1 else 0, position]
 
     kept.__name__ = "key_padding"
     return kept

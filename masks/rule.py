@@ -34,6 +34,9 @@ class Rule(Protocol):
     def key_position(self, query: Index, slot: Index) -> Index:
         """Position in the sequence of the key that ``query`` finds in ``slot``."""
 
+    def in_slots(self, keys: Tensor) -> Tensor:
+        """``(..., n, d)`` by position as ``(..., slots, d)``, zeros in slots without a key."""
+
     def most_keys(self, queries: int) -> int:
         """Upper bound of the slots between the first and last key that a block sees."""
 

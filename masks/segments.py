@@ -52,6 +52,10 @@ class Segments:
         padded = F.pad(keys, (0, 0, before, after))
         return padded.unfold(-2, self.slots, self.queries).transpose(-1, -2)
 
+    def in_slots(self, keys: Tensor) -> Tensor:
+        """``(..., length, d)`` as ``(..., count * slots, d)``."""
+        return self.lay_out(keys).flatten(-3, -2)
+
     def first_key(self, query: Index) -> Index:
         """First slot that ``query`` sees."""
         return at_least(self.window.first_key(query), 0) + self._shift(query // self.queries)

@@ -91,6 +91,10 @@ class Window:
         """Position of the key in ``slot``, for ``query``: keys lie in their own order here."""
         return slot
 
+    def in_slots(self, keys: Tensor) -> Tensor:
+        """``keys`` as they are: each has one slot, its position."""
+        return keys
+
     def most_keys(self, queries: int) -> int:
         """Upper bound of the keys seen by ``queries`` queries that begin at a multiple of it."""
         return queries + self._slack(queries, before=self.exact, after=self.exact or self.causal)

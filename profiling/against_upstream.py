@@ -2,9 +2,10 @@
 
     python profiling/against_upstream.py [--json FILE]
 
-after the installation of the README. Results are compared before anything is timed: against upstream in double precision, flexlocal
-may err no more than upstream itself does, with some slack. The contestants take turns, and the
-table shows medians in milliseconds.
+after the installation of the README. Results are compared before anything is timed: against
+upstream in double precision, flexlocal may err no more than upstream does, with some slack. The
+contestants take turns, and the table shows medians in milliseconds; other work on the machine
+distorts them.
 """
 
 import argparse

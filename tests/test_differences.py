@@ -115,6 +115,23 @@ def test_rotary_works_in_low_precision(dtype, cast_layer):
     assert (out.double() - truth).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_rotation_is_rounded_once(dtype):
+    """Turned in float32, then rounded: a rotation in the low dtype itself errs 2.5 times as much.
+
+    Measured as the mean error over many outputs, against what rounding them costs anyway.
+    """
+    n, W = 130, 5
+    _, ours = pair(W, dim=10)
+    q, k, v = torch.randn(3, 6, n, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    position = torch.arange(n)
+    turned_q = oracle.rotate(q.double(), position + W).to(dtype)
+    turned_k = oracle.rotate(k.double(), position).to(dtype)
+    truth = oracle.attend(turned_q, turned_k, v, W)
+    rounding = (truth.to(dtype).double() - truth).norm()
+    assert (ours(q, k, v).double() - truth).norm() < 1.5 * rounding
+
+
 LONG = {"n": 2**14, "W": 32, "d": 10}  # 1024 default bases long: z ** 1024 is nothing in fp32
 
 

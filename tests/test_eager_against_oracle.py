@@ -214,6 +214,33 @@ SMALL = Case(
     seed=11,
 )
 CAUSAL = Rule(size=3, causal=True, look_backward=2, look_forward=None, exact=True)
+# So many scores that whatever works in portions needs several for one head: seven windows of 150.
+WIDE = replace(
+    SMALL,
+    window=Rule(size=150, causal=False, look_backward=2, look_forward=2, exact=False),
+    n=1050,
+    lead=(1, 4),
+    kv_heads=2,
+)
+WIDE_CAUSAL = Rule(size=150, causal=True, look_backward=4, look_forward=None, exact=True)
+PORTIONS = {
+    "rotary": replace(WIDE, rotary=True),
+    "xpos": replace(WIDE, rotary=True, xpos=True, kv_heads=None),
+    "bias, two entries": replace(WIDE, lead=(2, 2), kv_heads=1, bias_heads=2),
+    "mask, shared_qk, causal": replace(
+        WIDE, mask_batch=4, hide_a_row=True, shared_qk=True, window=WIDE_CAUSAL
+    ),
+    "autopad, exact": replace(
+        WIDE, n=1013, autopad=True, window=replace(WIDE.window, exact=True), transposed=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PORTIONS)
+def test_outputs_and_gradients_of_wide_windows(name):
+    check_case(PORTIONS[name], torch.float32)
+
+
 DERIVED = {
     "plain": SMALL,
     "causal exact": replace(SMALL, window=CAUSAL),
@@ -342,8 +369,9 @@ def test_dropout_draws_anew_without_a_seed():
         {"window": CAUSAL},
         {"kv_heads": 1, "bias_heads": None},
         {"autopad": True, "n": 31},
+        {"window": WIDE.window, "n": WIDE.n, "lead": (1, 4), "kv_heads": 2, "bias_heads": 2},
     ],
-    ids=str,
+    ids=["plain", "shared_qk", "causal exact", "grouped", "autopad", "wide"],
 )
 def test_gradients_under_dropout(changes):
     """The same seed drops the same weights whatever the values: the oracle can be told which."""

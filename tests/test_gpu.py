@@ -8,14 +8,23 @@ import dataclasses
 import oracle
 import pytest
 import torch
+from features import FEATURES, PLAIN, feature, windows_of
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from strategies import Case, cases
-from strategies import Window as Rule
+from strategies import cases
 from test_eager_against_oracle import assert_within_budget, gradients
 
 from flexlocal import LocalAttention, Window, local_attention
 
 pytestmark = pytest.mark.gpu
+
+FEW = settings(
+    deadline=None,
+    derandomize=False,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+"""Random calls by a seed of their own, none of them tried a second time: each one compiles."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,35 +60,6 @@ def check_case(case, dtype, backend="flex"):
         assert_within_budget(found[name].cpu(), rough[name], truth[name], dtype, what)
 
 
-PLAIN = Case(
-    window=Rule(size=128, causal=True, look_backward=1, look_forward=None, exact=False),
-    n=384,
-    lead=(2, 3),
-    kv_heads=None,
-    d=64,
-    d_v=64,
-    autopad=True,
-    scale=None,
-    shared_qk=False,
-    rotary=False,
-    xpos=False,
-    base=None,
-    override=None,
-    bias_heads=None,
-    mask_batch=None,
-    mask_name="mask",
-    hide_a_row=False,
-    empty_queries=True,
-    transposed=False,
-    seed=0,
-)
-
-
-def windows_of(size, **flags):
-    rule = {"causal": True, "look_backward": 1, "look_forward": None, "exact": False, **flags}
-    return Rule(size=size, **rule)
-
-
 # Every head size, length and window of the list at least once with every dtype.
 HEADS = [8, 16, 32, 64, 80, 96, 128, 192, 256]
 LENGTHS = [1, 127, 129, 333, 512, 641, 1000, 1025, 77]
@@ -98,66 +78,16 @@ def test_heads_lengths_and_windows(which, dtype):
     check_case(dataclasses.replace(case, rotary=which % 2 == 0), dtype)
 
 
-FEATURES = {
-    "both ways": {"window": windows_of(64, causal=False)},
-    "far looks": {"window": windows_of(33, causal=False, look_backward=3, look_forward=2)},
-    "rotary, exact both ways": {
-        "rotary": True,
-        "window": windows_of(100, causal=False, exact=True),
-    },
-    "xpos": {"rotary": True, "xpos": True, "window": windows_of(32)},
-    "xpos, many segments": {
-        "rotary": True,
-        "xpos": True,
-        "base": 2.0,
-        "window": windows_of(16, causal=False, look_backward=2),
-    },
-    "xpos, mask, bias, shared": {
-        "rotary": True,
-        "xpos": True,
-        "window": windows_of(16, causal=False),
-        "mask_batch": 2,
-        "bias_heads": 3,
-        "shared_qk": True,
-        "n": 301,
-    },
-    "override": {"rotary": True, "xpos": True, "override": 24, "window": windows_of(32)},
-    "mask": {"mask_batch": 2, "n": 301, "window": windows_of(64, causal=False)},
-    "mask, a row hidden": {"mask_batch": 2, "hide_a_row": True},
-    "mask by head": {"mask_batch": 6, "hide_a_row": True},
-    "bias": {"bias_heads": 3, "window": windows_of(64)},
-    "bias over rows": {"bias_heads": 2, "window": windows_of(33, causal=False), "n": 200},
-    "bias and shared": {"bias_heads": 1, "shared_qk": True, "window": windows_of(64)},
-    "shared": {"shared_qk": True, "rotary": True},
-    "grouped queries": {"lead": (2, 6), "kv_heads": 2, "d_v": 32, "rotary": True},
-    "grouped, mask by head": {"lead": (2, 6), "kv_heads": 2, "mask_batch": 12},
-    "wide values": {"d": 32, "d_v": 128},
-    "narrow values": {"d": 64, "d_v": 3},
-    "odd head": {"d": 33, "d_v": 17},
-    "views": {"transposed": True, "rotary": True},
-    "plain views": {"transposed": True},
-    "two dimensions": {"lead": ()},
-    "three dimensions": {"lead": (5,), "mask_batch": 5},
-    "five dimensions": {"lead": (2, 1, 3), "transposed": True},
-    "scale zero": {"scale": 0.0},
-    "scale below zero": {"scale": -0.3},
-    "window of one": {"window": windows_of(1, look_backward=3)},
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("feature", FEATURES)
-def test_arguments(feature, dtype):
-    check_case(dataclasses.replace(PLAIN, **FEATURES[feature]), dtype)
+@pytest.mark.parametrize("name", FEATURES)
+def test_arguments(name, dtype):
+    check_case(feature(name), dtype)
 
 
 @pytest.mark.parametrize("start", range(8))
 def test_the_whole_argument_space(start):
     @seed(start)
-    @settings(
-        max_examples=4, deadline=None, derandomize=False, database=None,
-        suppress_health_check=list(HealthCheck), phases=[Phase.generate],
-    )  # fmt: skip
+    @settings(FEW, max_examples=4)
     @given(cases())
     def check(case):
         check_case(case, torch.float32)
@@ -165,9 +95,30 @@ def test_the_whole_argument_space(start):
     check()
 
 
-@pytest.mark.parametrize("feature", ["plain", "mask, a row hidden", "bias and shared", "xpos"])
-def test_dropout_drops_what_the_eager_path_drops(feature):
-    case = dataclasses.replace(PLAIN, n=301, d_v=40, **FEATURES.get(feature, {}))
+@pytest.mark.parametrize("start", range(4))
+def test_random_calls_against_upstream(start):
+    upstream = pytest.importorskip("local_attention", reason="local-attention is not installed")
+
+    @seed(start)
+    @settings(FEW, max_examples=3)
+    @given(cases(upstream=True))
+    def check(case):
+        call = on_gpu(case.tensors(torch.float32))
+        found = []
+        for make in (upstream.LocalAttention, LocalAttention):
+            out = case.run(make(**case.arguments()).cuda(), call)
+            found.append((out, gradients(out, call)))
+        (theirs, their_gradients), (ours, our_gradients) = found
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for name, gradient in our_gradients.items():
+            torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["plain", "mask, a row hidden", "bias and shared", "xpos"])
+def test_dropout_drops_what_the_eager_path_drops(name):
+    case = feature(name, n=301, d_v=40)
     found = []
     for backend in ("flex", "eager"):
         call = on_gpu(case.tensors(torch.float32))
@@ -222,9 +173,9 @@ def test_rotary_at_a_million_tokens():
     torch.testing.assert_close(near, distant, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("feature", ["rotary, exact both ways", "xpos", "mask", "bias", "shared"])
-def test_inside_a_compiled_model(feature):
-    case = dataclasses.replace(PLAIN, **FEATURES[feature])
+@pytest.mark.parametrize("name", ["rotary, exact both ways", "xpos", "mask", "bias", "shared"])
+def test_inside_a_compiled_model(name):
+    case = feature(name)
     layer = LocalAttention(**case.arguments()).cuda()
     named = {}
     found = []

@@ -86,6 +86,7 @@ def test_mask_mod_is_named_after_its_parameters():
         Window(37),
         Window(41),
         Window(37, causal=True),
+        Window(37, look_forward=0),
         Window(37, look_backward=3),
         Window(37, look_forward=2),
         Window(37, exact=True),

@@ -1,0 +1,91 @@
+"""Named calls, one for each argument and for pairs that meet in the kernel.
+
+Compiling is slow, so the fused path is tried on these and on few random calls. Sequences are
+longer than a block of 128, most are no multiple of it.
+"""
+
+import dataclasses
+
+from strategies import Case
+from strategies import Window as Rule
+
+PLAIN = Case(
+    window=Rule(size=128, causal=True, look_backward=1, look_forward=None, exact=False),
+    n=384,
+    lead=(2, 3),
+    kv_heads=None,
+    d=64,
+    d_v=64,
+    autopad=True,
+    scale=None,
+    shared_qk=False,
+    rotary=False,
+    xpos=False,
+    base=None,
+    override=None,
+    bias_heads=None,
+    mask_batch=None,
+    mask_name="mask",
+    hide_a_row=False,
+    empty_queries=True,
+    transposed=False,
+    seed=0,
+)
+
+
+def windows_of(size, **flags):
+    rule = {"causal": True, "look_backward": 1, "look_forward": None, "exact": False, **flags}
+    return Rule(size=size, **rule)
+
+
+FEATURES: dict[str, dict] = {
+    "both ways": {"window": windows_of(64, causal=False)},
+    "far looks": {"window": windows_of(33, causal=False, look_backward=3, look_forward=2)},
+    "rotary, exact both ways": {
+        "rotary": True,
+        "window": windows_of(100, causal=False, exact=True),
+    },
+    "xpos": {"rotary": True, "xpos": True, "window": windows_of(32)},
+    "xpos, many segments": {
+        "rotary": True,
+        "xpos": True,
+        "base": 2.0,  # so small that none may be scored the other way: causal
+        "window": windows_of(16, look_backward=2),
+    },
+    "xpos, mask, bias, shared": {
+        "rotary": True,
+        "xpos": True,
+        "window": windows_of(16, causal=False),
+        "mask_batch": 2,
+        "bias_heads": 3,
+        "shared_qk": True,
+        "n": 301,
+    },
+    "override": {"rotary": True, "xpos": True, "override": 24, "window": windows_of(32)},
+    "mask": {"mask_batch": 2, "n": 301, "window": windows_of(64, causal=False)},
+    "mask, blocks full and empty": {"lead": (5, 2), "mask_batch": 5, "n": 1024, "padded": True},
+    "mask, a row hidden": {"mask_batch": 2, "hide_a_row": True},
+    "mask by head": {"mask_batch": 6, "hide_a_row": True},
+    "bias": {"bias_heads": 3, "window": windows_of(64)},
+    "bias over rows": {"bias_heads": 2, "window": windows_of(33, causal=False), "n": 200},
+    "bias and shared": {"bias_heads": 1, "shared_qk": True, "window": windows_of(64)},
+    "shared": {"shared_qk": True, "rotary": True},
+    "grouped queries": {"lead": (2, 6), "kv_heads": 2, "d_v": 32, "rotary": True},
+    "grouped, mask by head": {"lead": (2, 6), "kv_heads": 2, "mask_batch": 12},
+    "wide values": {"d": 32, "d_v": 128},
+    "narrow values": {"d": 64, "d_v": 3},
+    "odd head": {"d": 33, "d_v": 17},
+    "views": {"transposed": True, "rotary": True},
+    "plain views": {"transposed": True},
+    "two dimensions": {"lead": ()},
+    "three dimensions": {"lead": (5,), "mask_batch": 5},
+    "five dimensions": {"lead": (2, 1, 3), "transposed": True},
+    "scale zero": {"scale": 0.0},
+    "scale below zero": {"scale": -0.3},
+    "window of one": {"window": windows_of(1, look_backward=3)},
+}
+
+
+def feature(name, **more):
+    """The plain call with the feature of that name, if there is one."""
+    return dataclasses.replace(PLAIN, **{**FEATURES.get(name, {}), **more})

@@ -1,0 +1,107 @@
+"""The eager path inside compilers, in torch.export, and the layer copied and saved."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from features import feature
+
+from flexlocal import LocalAttention
+
+NAMES = ["rotary, exact both ways", "xpos, mask, bias, shared", "mask by head", "grouped queries"]
+
+
+def run(layer, case, call):
+    out = case.run(layer, call)
+    return (out, *torch.autograd.grad((out * call.cotangent).sum(), call.learned().values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_training_gives_the_same(name):
+    """All tiles at once in the graph, some at a time outside: one result."""
+    case = feature(name, n=205, lead=(2, 6))
+    layer = LocalAttention(**case.arguments(), backend="eager")
+    call = case.tensors(torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(run(compiled, case, call), run(layer, case, call), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_inductor_trains_it():
+    """On the CPU `auto` takes the eager path inside a compiled model too."""
+    case = feature("plain", n=96, lead=(1, 2), d=8, d_v=8)
+    layer = LocalAttention(**case.arguments())
+    call = case.tensors(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    for ours, plain in zip(run(compiled, case, call), run(layer, case, call), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rotary, exact both ways", "xpos", "mask"])
+def test_export_with_dynamic_length(name):
+    """Exported at a ragged length of some windows, it holds for others like it."""
+    case = feature(name, n=205)
+    layer = LocalAttention(**case.arguments()).eval()
+    call = case.tensors(torch.float32)
+    inputs = tuple(x.detach() for x in (call.q, call.k, call.v))
+    length = torch.export.Dim.DYNAMIC
+    shapes = [{2: length}] * 3
+    if call.mask is not None:
+        inputs += (call.mask,)
+        shapes += [{1: length}]
+    exported = torch.export.export(layer, inputs, dynamic_shapes=tuple(shapes)).module()
+    for n in (205, 133, 377):
+        other = feature(name, n=n).tensors(torch.float32)
+        tensors = [other.q, other.k, other.v] + ([] if other.mask is None else [other.mask])
+        with torch.no_grad():
+            torch.testing.assert_close(exported(*tensors), layer(*tensors), rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_compute_the_same():
+    layer = LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)
+    q, k, v = torch.randn(3, 2, 2, 35, 6)
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert torch.equal(other(q, k, v), layer(q, k, v))
+
+
+def test_a_cast_keeps_the_frequencies():
+    """bf16 frequencies would turn a token at 10**4 by whole radians too much."""
+    layer = LocalAttention(7, dim=6, use_xpos=True)
+    before = {name: x.clone() for name, x in layer.named_buffers()}
+    layer.to(torch.bfloat16)
+    assert set(layer.state_dict()) == {"rel_pos.inv_freq"}
+    for name, x in layer.named_buffers():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, before[name])
+
+
+def test_the_meta_device_and_back():
+    with torch.device("meta"):
+        layer = LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)
+    layer.to_empty(device="cpu")
+    layer.rel_pos.reset_parameters()
+    q, k, v = torch.randn(3, 2, 2, 35, 6)
+    assert torch.equal(
+        layer(q, k, v), LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)(q, k, v)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_its_dtype(dtype):
+    layer = LocalAttention(7, causal=True, dropout=0.0, dim=6)
+    q, k, v = torch.randn(3, 2, 2, 35, 6)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(q, k, v)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), layer(q, k, v), rtol=0, atol=3e-2)

@@ -1,0 +1,79 @@
+"""The fused path where CI can run it: compiled on the CPU, inference only.
+
+Each call compiles a kernel for some seconds, so there are few of them. The GPU's tests take every
+feature and every gradient.
+"""
+
+import oracle
+import pytest
+import torch
+from features import feature
+from hypothesis import Phase, given, settings
+from local_attention import LocalAttention as Upstream
+from strategies import cases
+from test_eager_against_oracle import assert_within_budget
+
+from flexlocal import LocalAttention, flex
+
+pytestmark = pytest.mark.skipif(
+    flex.unavailable(torch.device("cpu")) is not None,
+    reason=f"no compiled kernel here: {flex.unavailable(torch.device('cpu'))}",
+)
+
+
+def run(case, call):
+    with torch.no_grad():
+        return case.run(LocalAttention(**case.arguments(), backend="flex"), call)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rotary, exact both ways",
+        "xpos, mask, bias, shared",
+        "mask by head",
+        "bias over rows",
+        "grouped queries",
+        "narrow values",
+        "views",
+        "two dimensions",
+    ],
+)
+def test_features_against_the_oracle(name):
+    case = feature(name)
+    call = case.tensors(torch.float32)
+    truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
+    assert_within_budget(run(case, call), rough, truth, torch.float32, "the output")
+
+
+@settings(max_examples=4, phases=[Phase.generate])
+@given(cases(upstream=True))
+def test_random_calls_against_upstream(case):
+    call = case.tensors(torch.float32)
+    with torch.no_grad():
+        theirs = case.run(Upstream(**case.arguments()), call)
+    torch.testing.assert_close(run(case, call), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_share_kernels_and_give_the_right_result():
+    """At most three compiles for a layer, whatever lengths it meets."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layer = LocalAttention(29, causal=True, dropout=0.0, autopad=True, backend="flex")
+    for n in (301, 499, 130, 257, 640, 1025):
+        q, k, v = torch.randn(3, 1, 2, n, 16)
+        with torch.no_grad():
+            fused = layer(q, k, v).double()
+        truth = oracle.attend(q, k, v, 29, causal=True)
+        torch.testing.assert_close(fused, truth, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+def test_blocks_are_skipped():
+    """A wrong block list shows in compiled kernels only: this one hides every block."""
+    q, k, v = torch.randn(3, 1, 2, 512, 16)
+    layer = LocalAttention(64, causal=True, dropout=0.0, backend="flex")
+    hidden = torch.zeros(1, 512, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(layer(q, k, v, mask=hidden), torch.zeros_like(v))
