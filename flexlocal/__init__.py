@@ -9,17 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .functional import explain, local_attention
+    from .functional import attention_map, explain, local_attention
     from .layer import LocalAttention
     from .masks import Window
 
 __version__ = "0.1.0"
 
-__all__ = ["LocalAttention", "Window", "explain", "local_attention"]
+__all__ = ["LocalAttention", "Window", "attention_map", "explain", "local_attention"]
 
 _HOMES = {
     "LocalAttention": "layer",
     "Window": "masks",
+    "attention_map": "functional",
     "explain": "functional",
     "local_attention": "functional",
 }

@@ -1,7 +1,7 @@
-"""The command line: ``python -m flexlocal demo`` and ``python -m flexlocal doctor``.
+"""The command line: ``python -m flexlocal demo``, ``doctor`` and ``mask``.
 
-A thin reader of arguments; the work is in the module named like the subcommand, loaded when
-asked for. Wrong arguments end with one line and exit status 2.
+A thin reader of arguments; the work is in the module named like the subcommand (``mask_command``
+for ``mask``), loaded when asked for. Wrong arguments end with one line and exit status 2.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The reader of the command line, with every subcommand and flag."""
     top = _Parser(
         prog="python -m flexlocal",
-        description="Local attention for PyTorch: a demonstration and a look at this machine.",
+        description="Local attention for PyTorch: a demonstration, masks, and this machine.",
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -67,6 +67,39 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--run", action="store_true", help="try each path on a small problem (compiles)"
     )
+
+    text = "show which keys each query sees, as text, PNG, HTML and numbers"
+    mask = commands.add_parser("mask", help=text, description=text, allow_abbrev=False)
+    what = mask.add_mutually_exclusive_group(required=True)
+    what.add_argument("--window", type=_number(int, 1), metavar="W", help="window size")
+    what.add_argument("--preset", metavar="NAME", help="a real model's local attention")
+    what.add_argument("--list", action="store_true", help="list the presets with their sources")
+    mask.add_argument("--causal", action="store_true", help="no key after the query")
+    mask.add_argument(
+        "--look-backward", type=_number(int, 0), metavar="N", help="windows before its own (1)"
+    )
+    mask.add_argument(
+        "--look-forward",
+        type=_number(int, 0),
+        metavar="N",
+        help="windows after its own (1, or 0 with --causal)",
+    )
+    mask.add_argument("--exact", action="store_true", help="the window slides with the query")
+    mask.add_argument(
+        "--autopad", action="store_true", help="allow lengths that are no multiple of the window"
+    )
+    mask.add_argument(
+        "--len", dest="length", type=_number(int, 1), metavar="N", help="tokens (4 windows)"
+    )
+    mask.add_argument("--hide", metavar="KEYS", help="keys that a key mask hides, as 3,8-11")
+    mask.add_argument(
+        "--blocks", type=_number(int, 1), metavar="B", help="show the map of blocks of B tokens"
+    )
+    mask.add_argument(
+        "--query", type=_number(int, 0), metavar="I", help="say which keys query I sees"
+    )
+    mask.add_argument("--png", metavar="FILE", help="write the picture (needs matplotlib)")
+    mask.add_argument("--html", metavar="FILE", help="write a page with picture, numbers, blocks")
     return top
 
 
@@ -74,10 +107,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` when ``None``) and return its exit status."""
     reader = parser()
     options = vars(reader.parse_args(arguments))
-    if options.pop("command") == "doctor":
+    command = options.pop("command")
+    if command == "doctor":
         from . import doctor
 
         return doctor.run(**options)
+    if command == "mask":
+        from . import mask_command
+
+        try:
+            return mask_command.run(**options)
+        except mask_command.CannotShow as reason:
+            reader.error(str(reason))
     from . import demo
 
     try:

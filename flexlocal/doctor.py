@@ -19,7 +19,7 @@ Row = tuple[str, str]
 
 # distribution, what it is for, the command that brings it
 EXTRAS = (
-    ("matplotlib", "pictures of masks", "pip install matplotlib"),
+    ("matplotlib", "pictures of masks", "pip install 'flexlocal[inspect]'"),
     ("tensorboard", "profiles in the browser", "pip install 'tensorboard>=2.21'"),
     ("torch-tb-profiler", "its plugin for profiles", "pip install torch-tb-profiler"),
     ("flash-attn-4", "FlexAttention's FLASH kernels", "pip install flash-attn-4"),

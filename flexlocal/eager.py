@@ -53,30 +53,17 @@ def attend(
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
-    b, h, n, _ = q.shape
     if key_mask is not None:
         k, v = without_padding(k, key_mask), without_padding(v, key_mask)
-    if shared_qk:
-        k = unit_keys(k)
-    if inv_freq is not None:
-        position = torch.arange(n, device=q.device)
-        q = rotate(q, position + window.ahead * window.size, inv_freq).to(q.dtype)
-        k = rotate(k, position, inv_freq).to(k.dtype)
+    q, k = _placed(q, k, window, shared_qk, inv_freq)
+    b, h, n, _ = q.shape
     draws = None
     if dropout > 0:
         assert seed is not None
         draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
-    sizes = Sizes(
-        b,
-        h,
-        k.shape[1],
-        n,
-        tile=windows * window.size,
-        before=window.look_backward * window.size,
-        after=window.ahead * window.size,
-    )
+    sizes = _sizes(q, k, window, windows)
     compute = torch.promote_types(q.dtype, torch.float32)
     formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute)
     with torch.autocast(q.device.type, enabled=False):
@@ -86,6 +73,67 @@ def attend(
             q, k, v, bias, key_mask, formula, sizes
         )
         return out
+
+
+def weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: Window,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    shared_qk: bool,
+    inv_freq: Tensor | None,
+    xpos: Xpos | None,
+) -> Tensor:
+    """The weights that ``attend`` mixes values with, before dropout; arguments as there.
+
+    Returns:
+        ``(b, h, n, window.span)`` in fp32 at least: column ``c`` of query ``i`` is the key
+        ``window.span_start(i) + c``, and 0 where it is hidden or outside the sequence.
+    """
+    if key_mask is not None:
+        k = without_padding(k, key_mask)
+    q, k = _placed(q, k, window, shared_qk, inv_freq)
+    sizes = _sizes(q, k, window, windows=1)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    formula = _Formula(window, scale, shared_qk, 0.0, None, xpos, compute)
+    out = q.new_empty((*q.shape[:-1], window.span), dtype=compute)
+    with torch.autocast(q.device.type, enabled=False):
+        for tiles in _portions(sizes, q.device):
+            part = formula.of_tiles(tiles, q, k, bias, key_mask).flatten(2, 3)
+            start = tiles.first * sizes.tile
+            place = out[tiles.batch, tiles.heads, start : start + part.shape[2]]
+            place.copy_(part[:, :, : place.shape[2]])
+    return out
+
+
+def _placed(
+    q: Tensor, k: Tensor, window: Window, shared_qk: bool, inv_freq: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys as their products are taken: keys to length 1, both rotated."""
+    if shared_qk:
+        k = unit_keys(k)
+    if inv_freq is not None:
+        position = torch.arange(q.shape[2], device=q.device)
+        q = rotate(q, position + window.ahead * window.size, inv_freq).to(q.dtype)
+        k = rotate(k, position, inv_freq).to(k.dtype)
+    return q, k
+
+
+def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
+    """Tiles of ``windows`` windows."""
+    b, h, n, _ = q.shape
+    return Sizes(
+        b,
+        h,
+        k.shape[1],
+        n,
+        tile=windows * window.size,
+        before=window.look_backward * window.size,
+        after=window.ahead * window.size,
+    )
 
 
 @dataclass(frozen=True)
@@ -110,12 +158,18 @@ class _Formula:
         mask: Tensor | None,
     ) -> Tensor:
         """The tiles' output, ``(b, h, queries, d_v)``."""
+        weights = self.of_tiles(tiles, q, k, bias, mask)
+        out = (weights * self.keep(tiles)) @ tiles.keys(v).to(self.compute)
+        return out.flatten(2, 3)[:, :, : tiles.sizes.n - tiles.first * tiles.sizes.tile].to(q.dtype)
+
+    def of_tiles(
+        self, tiles: Tiles, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The tiles' weights, ``(b, h, g, t, s)``."""
         q_factor, k_factor = self.factors(tiles, q.device)
         q_tiles = tiles.queries(q).to(self.compute) * q_factor
         k_tiles = tiles.keys(k).to(self.compute) * k_factor
-        weights = self.weights(tiles, q_tiles, k_tiles, bias, mask)
-        out = (weights * self.keep(tiles)) @ tiles.keys(v).to(self.compute)
-        return out.flatten(2, 3)[:, :, : tiles.sizes.n - tiles.first * tiles.sizes.tile].to(q.dtype)
+        return self.weights(tiles, q_tiles, k_tiles, bias, mask)
 
     def factors(self, tiles: Tiles, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
         """What a tile's queries and keys are multiplied by before their product."""

@@ -20,6 +20,8 @@ from .checks import (
 )
 from .masks import Window
 from .masks.keys import mask_of_rows
+from .masks.picture import MOST_DENSE
+from .masks.spans import from_spans
 from .rotary import Rotary
 
 
@@ -95,6 +97,55 @@ def local_attention(
     else:
         out = eager.attend(q, k, v, **arguments)
     return out.reshape(*lead, *out.shape[-2:])
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    window: Window | int,
+    *,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float | None = None,
+    shared_qk: bool = False,
+    rotary: Rotary | None = None,
+    dense: bool = False,
+) -> Tensor:
+    """The weights that ``local_attention`` mixes values with, before dropout.
+
+    Args:
+        dense: all pairs of tokens instead of the window, for up to ``MOST_DENSE`` of them.
+        The others are those of ``local_attention``.
+
+    Returns:
+        ``(*lead, n, window.span)`` in fp32 at least: column ``c`` of query ``i`` is the key
+        ``window.span_start(i) + c``, as in ``attn_bias``; 0 where it is hidden or outside the
+        sequence. A row sums to 1, or to 0 where a query sees no key. With ``dense``
+        ``(*lead, n, n)``, a column for each key.
+
+    Raises:
+        ValueError, TypeError: as ``local_attention``, and for a dense map that is too large.
+    """
+    window = _window(window)
+    q, k, _ = _checked(q, k, k, window, mask, attn_bias, scale, 0.0, rotary, "eager")
+    n, lead, d = q.shape[-2], q.shape[:-2], q.shape[-1]
+    if dense and n * n > MOST_DENSE:
+        raise ValueError(
+            f"dense must be False for q of length {n}: its square is above {MOST_DENSE} pairs"
+        )
+    q, k = (_four_dimensional(x, mask) for x in (q, k))
+    found = eager.weights(
+        q,
+        k,
+        window=window,
+        key_mask=None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1]),
+        bias=attn_bias,
+        scale=d**-0.5 if scale is None else scale,
+        shared_qk=shared_qk,
+        inv_freq=None if rotary is None else rotary.inv_freq,
+        xpos=None if rotary is None else rotary.xpos,
+    ).reshape(*lead, n, window.span)
+    return from_spans(found, window) if dense else found
 
 
 def explain(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .backend import BackendName, Choice
 from .checks import check_backend, check_dim, check_dropout, check_length, check_mask, check_scale
-from .functional import explain, local_attention
-from .masks import Window
+from .functional import attention_map, explain, local_attention
+from .masks import MaskPicture, Window, inspect
 from .rotary import Rotary
 
 
@@ -157,6 +157,73 @@ class LocalAttention(nn.Module):
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
         return explain(q, q if k is None else k, q if v is None else v, window, **arguments)
 
+    def mask(
+        self,
+        n: int,
+        *,
+        key_mask: Tensor | None = None,
+        block_size: int | tuple[int, int] = 128,
+        window_size: int | None = None,
+    ) -> MaskPicture:
+        """Which keys each of ``n`` queries sees, as an object to ``print`` and draw.
+
+        Args:
+            n: tokens, a multiple of the window's size unless ``autopad``.
+            key_mask: boolean ``(n,)`` or ``(1, n)``, True for keys to keep.
+            block_size: tokens in a block of the block map, or ``(queries, keys)`` in one.
+            window_size: another size for this call, with xpos only.
+
+        Raises:
+            ValueError, TypeError: as ``masks.inspect``, and where ``forward`` would refuse.
+
+        >>> print(LocalAttention(2, causal=True).mask(6).query(3))
+        query 3 sees 4 keys: 0 to 3, the query's own included
+        it stands in window 1, tokens 2 to 3, as token 1 of it
+        """
+        window = self._window(window_size)
+        head_size = 64 if self.rel_pos is None else self.rel_pos.dim
+        picture = inspect(window, n, key_mask=key_mask, block_size=block_size, head_size=head_size)
+        if not self.autopad and n % window.size:
+            raise ValueError(
+                f"n must be a multiple of window_size {window.size} unless autopad is True, got {n}"
+            )
+        return picture
+
+    def attention_map(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        window_size: int | None = None,
+        *,
+        dense: bool = False,
+    ) -> Tensor:
+        """The weights that ``forward`` mixes values with, before dropout; its arguments.
+
+        Args:
+            dense: all pairs of tokens instead of the window, for short sequences.
+
+        Returns:
+            ``(*lead, n, window.span)``: column ``c`` of query ``i`` is the key
+            ``window.span_start(i) + c``; with ``dense`` ``(*lead, n, n)``. ``masks.heat_map``
+            draws either.
+
+        Raises:
+            ValueError, TypeError: as ``forward``, and for a dense map that is too large.
+        """
+        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
+        kept = ("mask", "attn_bias", "scale", "rotary")
+        return attention_map(
+            q,
+            k,
+            window,
+            shared_qk=self.shared_qk,
+            dense=dense,
+            **{name: arguments[name] for name in kept},
+        )
+
     def extra_repr(self) -> str:
         return f"{self.window!r}, backend={self.backend!r}"
 
@@ -187,6 +254,16 @@ class LocalAttention(nn.Module):
         """``window.exact``."""
         return self.window.exact
 
+    def _window(self, window_size: int | None) -> Window:
+        """The window of a call."""
+        if window_size is None:
+            return self.window
+        if not self.use_xpos:
+            raise ValueError(
+                f"window_size must be None in a call without use_xpos, got {window_size}"
+            )
+        return replace(self.window, size=window_size)
+
     def _call(
         self,
         q: Tensor,
@@ -196,13 +273,7 @@ class LocalAttention(nn.Module):
         window_size: int | None,
     ) -> tuple[Window, dict[str, Any]]:
         """The window of a call and what it shares with ``explain``."""
-        window = self.window
-        if window_size is not None:
-            if not self.use_xpos:
-                raise ValueError(
-                    f"window_size must be None in a call without use_xpos, got {window_size}"
-                )
-            window = replace(window, size=window_size)
+        window = self._window(window_size)
         if not self.autopad and isinstance(q, Tensor) and q.dim() >= 2:
             check_length(q.shape[-2], window.size)
         if mask is not None and input_mask is not None:

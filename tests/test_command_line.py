@@ -38,7 +38,7 @@ def test_demo_reports_what_it_did(short_demo):
     losses = [float(said[name].split()[0]) for name in ("frequencies", "before", "after")]
     assert all(0 < loss < 16 for loss in losses)
     assert losses[2] < losses[1]  # three steps help already
-    assert "def main(argv=None):" in short_demo.stdout
+    assert "\nsample\n\nimport os\n" in short_demo.stdout
 
 
 def test_progress_is_lines_where_there_is_no_terminal(short_demo):

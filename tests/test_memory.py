@@ -10,9 +10,8 @@ import resource, sys, torch
 from flexlocal import LocalAttention
 
 n, kind = int(sys.argv[1]), sys.argv[2]
-layer = LocalAttention(
-    128, causal=True, dim=64 if kind == "rotary" else None, dropout=0.1 if kind == "dropout" else 0.0
-)
+dim, dropout = 64 if kind == "rotary" else None, 0.1 if kind == "dropout" else 0.0
+layer = LocalAttention(128, causal=True, dim=dim, dropout=dropout)
 bias = torch.randn(2, 128, 256, requires_grad=True) if kind == "bias" else None
 
 def run(n):

@@ -81,7 +81,7 @@ def loaded_after(statement, stubs):
 
 OPTIONAL = ("matplotlib", "tensorboard", "torch_tb_profiler", "flash_attn")
 LAYER = {f"flexlocal.{room}" for room in ("layer", "functional", "rotary", "flex", "eager")}
-TOOLS = {f"flexlocal.{tool}" for tool in ("__main__", "demo", "doctor")}
+TOOLS = {f"flexlocal.{tool}" for tool in ("__main__", "demo", "doctor", "mask_command")}
 
 
 @pytest.fixture
@@ -137,7 +137,9 @@ def test_imports_point_one_way():
     upward = re.compile(r"^\s*(from \.\.|from flexlocal|import flexlocal)", re.MULTILINE)
     for module in (ROOT / "masks").rglob("*.py"):
         assert not upward.search(module.read_text()), module
-    tools = re.compile(r"^\s*(from \.|from flexlocal|import flexlocal).*\b(demo|doctor)\b", re.M)
+    tools = re.compile(
+        r"^\s*(from \.|from flexlocal|import flexlocal).*\b(demo|doctor|mask_command)\b", re.M
+    )
     for module in (ROOT / "flexlocal").glob("*.py"):
         if f"flexlocal.{module.stem}" not in TOOLS:
             assert not tools.search(module.read_text()), module

@@ -1,0 +1,113 @@
+"""The block map: which blocks of a mask a kernel skips, masks, or computes as they are.
+
+Not the mask. FlexAttention works on blocks of queries and keys: an empty block is skipped, a full
+one computed, a partial one computed whole and masked afterwards. What the map shows is what
+``blocks.block_mask`` lists; with a key mask a block that keeps some key counts as partial, though
+its kept keys may lie outside the window.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from .blocks import EMPTY, FULL, PARTIAL, Runs, block_mask_bytes, block_runs, kept_blocks
+from .intervals import Intervals
+from .rule import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """The blocks of a rule on ``n`` queries and ``n_keys`` keys; ``print`` it for a picture."""
+
+    rule: Rule
+    n: int
+    n_keys: int
+    key_mask: Tensor | None
+    block_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.title})"
+
+    @property
+    def title(self) -> str:
+        """The rule's parameters and the size of the blocks."""
+        hidden = "" if self.key_mask is None else ", key mask"
+        queries, keys = self.block_size
+        return f"{self.rule.label}, blocks of {queries} queries by {keys} keys{hidden}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks of queries, and blocks of keys."""
+        queries, keys = self.block_size
+        return -(-self.n // queries), -(-self.n_keys // keys)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the block mask's index tensors on the GPU, one batch entry and head."""
+        return block_mask_bytes(self.rule, self.n, self.n_keys, block_size=self.block_size)
+
+    def count(self) -> tuple[int, int, int]:
+        """How many blocks are empty, partial and full."""
+        touched, full = (sum(int(part.sum()) for part in x.counts()) for x in self._intervals())
+        return self.shape[0] * self.shape[1] - touched, touched - full, full
+
+    def states(self, step: int = 1) -> Tensor:
+        """``EMPTY``, ``PARTIAL`` or ``FULL``, int64 ``(rows, columns)``.
+
+        Args:
+            step: blocks on a side of a cell; a cell is empty or full when all its blocks are.
+        """
+        touched, full = (x.cells(step) for x in self._intervals())
+        rows, columns = (
+            (torch.arange(0, blocks, step) - blocks).neg().clamp(max=step) for blocks in self.shape
+        )
+        states = torch.where(touched > 0, PARTIAL, EMPTY)
+        return states.masked_fill(full == rows[:, None] * columns, FULL)
+
+    def step(self, cells: int) -> int:
+        """Blocks on a side of a picture's cell: the least power of two that ``cells`` allow."""
+        if cells < 1:
+            raise ValueError(f"cells must be at least 1, got {cells}")
+        wanted = -(-max(self.shape) // cells)
+        return 1 << (wanted - 1).bit_length()
+
+    def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 32) -> str:
+        """The map for a terminal; arguments as ``MaskPicture.text``."""
+        from .text import block_text
+
+        return block_text(self, color, plain, cells)
+
+    def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 64) -> None:
+        """Writes the map as a PNG; arguments and errors as ``MaskPicture.png``."""
+        from .png import block_png
+
+        block_png(self, file, cells)
+
+    def html(self, *, cells: int = 64) -> str:
+        """A page of its own."""
+        from .html import block_page
+
+        return block_page(self, cells)
+
+    def _repr_html_(self) -> str:
+        from .html import block_html
+
+        return block_html(self, 64)
+
+    def _intervals(self) -> tuple[Intervals, Intervals]:
+        """The blocks that each block of queries touches, and those that are full."""
+        runs = block_runs(self.rule, self.n, self.n_keys, self.block_size)
+        some = every = None
+        if self.key_mask is not None:
+            some, every = kept_blocks(self.key_mask, self.block_size[1])
+        return self._run(runs, "", some), self._run(runs, "_full", every)
+
+    def _run(self, runs: Runs, which: str, kept: Tensor | None) -> Intervals:
+        first, last = getattr(runs, f"first{which}"), getattr(runs, f"last{which}")
+        return Intervals(*self.shape, lambda rows: (first[rows], last[rows]), kept)

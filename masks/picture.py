@@ -1,0 +1,236 @@
+"""A mask made visible: which keys every query sees, as text, PNG, HTML and numbers.
+
+Everything follows from the rule's bounds, never from queries and keys, and takes time linear in
+the sequence at most: a long mask is described at once, and pictured in cells of many tokens.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from .block_map import BlockMap
+from .description import Description, described
+from .intervals import Intervals
+from .rule import Rule
+from .symbols import HIDDEN, OWN, SEEN, STRUCK
+from .window import Window
+
+MOST_DENSE = 2**24
+"""Token pairs that ``dense`` makes at most: a square mask of 4096 tokens."""
+
+
+def inspect(
+    rule: Rule | int,
+    n: int,
+    *,
+    n_keys: int | None = None,
+    key_mask: Tensor | None = None,
+    block_size: int | tuple[int, int] = 128,
+    head_size: int = 64,
+) -> "MaskPicture":
+    """A picture of which keys the queries of ``rule`` see.
+
+    Args:
+        rule: a ``Window`` or another rule; an int is the size of a window that looks one back
+            and one forward.
+        n: queries, at least 1.
+        n_keys: key slots, ``n`` by default.
+        key_mask: boolean ``(n_keys,)`` or ``(1, n_keys)``, True = keep; by key position, where
+            a rule's slots are no positions.
+        block_size: tokens in a block of the block map, or ``(queries, keys)`` in one.
+        head_size: channels of a head, for the floating-point operations.
+
+    Raises:
+        ValueError: a number out of range, or a key mask of another shape or dtype.
+        TypeError: an argument is of the wrong kind.
+
+    >>> from flexlocal.masks import Window, inspect
+    >>> print(inspect(Window(2, causal=True, exact=True), 5).query(3))
+    query 3 sees 3 keys: 1 to 3, the query's own included
+    it stands in window 1, tokens 2 to 3, as token 1 of it
+    """
+    if isinstance(rule, int):
+        rule = Window(rule)  # which refuses a bool
+    if not hasattr(rule, "first_key"):
+        raise TypeError(f"rule must be a Window, another rule or an int, got {_kind(rule)}")
+    _check_count("n", n)
+    keys = n if n_keys is None else n_keys
+    _check_count("n_keys", keys)
+    _check_count("head_size", head_size)
+    sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if not isinstance(sizes, tuple) or len(sizes) != 2:
+        raise TypeError(f"block_size must be an int or two ints, got {block_size!r}")
+    for size in sizes:
+        _check_count("block_size", size)
+    return MaskPicture(rule, n, keys, _kept_slots(rule, key_mask, keys), sizes, head_size)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPicture:
+    """A rule on ``n`` queries and ``n_keys`` key slots, and the ways to look at it.
+
+    ``print`` it for the token picture; a notebook shows its HTML. Made by ``inspect`` and by
+    ``LocalAttention.mask``.
+    """
+
+    rule: Rule
+    n: int
+    n_keys: int
+    key_mask: Tensor | None
+    block_size: tuple[int, int]
+    head_size: int
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.title})"
+
+    @property
+    def title(self) -> str:
+        """The rule's parameters and the numbers of queries and keys."""
+        hidden = "" if self.key_mask is None else ", key mask"
+        return f"{self.rule.label}, {self.n} queries, {self.n_keys} keys{hidden}"
+
+    @property
+    def words(self) -> str:
+        """What the rule says, in countable words."""
+        return self.rule.reach if isinstance(self.rule, Window) else self.rule.label
+
+    def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 64) -> str:
+        """The token picture for a terminal.
+
+        Args:
+            color: with ANSI colours; ``None`` asks whether standard output is a terminal, and
+                honours ``NO_COLOR``.
+            plain: ASCII only; ``None`` asks whether standard output can write more.
+            cells: rows and columns at most, at least 1; a longer mask is drawn in cells of
+                several tokens, shaded by the share of their pairs that see each other.
+        """
+        from .text import token_text
+
+        return token_text(self, color, plain, cells)
+
+    def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 512) -> None:
+        """Writes the token picture as a PNG; ``file`` is a path or a binary file.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; the message says what to install.
+        """
+        from .png import token_png
+
+        token_png(self, file, cells)
+
+    def html(self, *, cells: int = 128) -> str:
+        """A page of its own: the token picture, the numbers and the block map."""
+        from .html import page
+
+        return page(self, cells)
+
+    def _repr_html_(self) -> str:
+        from .html import token_html
+
+        return token_html(self, 64)
+
+    def dense(self) -> Tensor:
+        """The mask itself, boolean ``(n, n_keys)``, True where the query sees the key.
+
+        Raises:
+            ValueError: more than ``MOST_DENSE`` token pairs.
+        """
+        return self.kinds() >= SEEN
+
+    @property
+    def blocks(self) -> BlockMap:
+        """What the kernel computes, block by block: not the mask."""
+        return BlockMap(self.rule, self.n, self.n_keys, self.key_mask, self.block_size)
+
+    def describe(self) -> Description:
+        """The mask in numbers; ``print`` it."""
+        return described(self)
+
+    def query(self, i: int) -> str:
+        """Which keys query ``i`` sees, in words.
+
+        Raises:
+            ValueError: there is no query ``i``.
+        """
+        from .query import query_words
+
+        return query_words(self, i)
+
+    # What the pictures are drawn from.
+
+    @property
+    def seen(self) -> Intervals:
+        """The keys that each query sees."""
+        return Intervals(self.n, self.n_keys, self._bounds, self.key_mask)
+
+    def kinds(self) -> Tensor:
+        """``HIDDEN``, ``STRUCK``, ``SEEN`` or ``OWN`` for every token pair, ``(n, n_keys)``.
+
+        Raises:
+            ValueError: more than ``MOST_DENSE`` token pairs.
+        """
+        if self.n * self.n_keys > MOST_DENSE:
+            raise ValueError(
+                f"n times n_keys must be at most {MOST_DENSE} for a dense mask, got "
+                f"{self.n} times {self.n_keys}; png, html, text and blocks take any length"
+            )
+        query = torch.arange(self.n)
+        first, last = (bound[:, None] for bound in self._bounds(query))
+        key = torch.arange(self.n_keys)
+        kinds = torch.where((first <= key) & (key <= last), SEEN, HIDDEN)
+        own = (kinds == SEEN) & (self.rule.key_position(query[:, None], key) == query[:, None])
+        kinds = kinds.masked_fill(own, OWN)
+        if self.key_mask is not None:
+            kinds = kinds.masked_fill((kinds >= SEEN) & ~self.key_mask, STRUCK)
+        return kinds
+
+    def step(self, cells: int) -> int:
+        """Tokens on a side of a picture's cell: the least power of two that ``cells`` allow."""
+        _check_count("cells", cells)
+        wanted = -(-max(self.n, self.n_keys) // cells)
+        return 1 << (wanted - 1).bit_length()
+
+    def shares(self, step: int) -> Tensor:
+        """Share of each cell's token pairs that see each other, fp64 ``(rows, columns)``."""
+        rows, columns = (
+            (torch.arange(0, length, step) - length).neg().clamp(max=step)
+            for length in (self.n, self.n_keys)
+        )
+        return self.seen.cells(step).double() / (rows[:, None] * columns)
+
+    def _bounds(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rule.first_key(query), self.rule.last_key(query)
+
+
+def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:
+    if key_mask is None:
+        return None
+    if not isinstance(key_mask, Tensor):
+        raise TypeError(f"key_mask must be a tensor or None, got {_kind(key_mask)}")
+    if key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask must be boolean (True = keep), got {key_mask.dtype}")
+    one = key_mask[0] if key_mask.dim() == 2 and len(key_mask) == 1 else key_mask
+    slots = rule.in_slots(one.cpu()[:, None])[:, 0] if one.dim() == 1 else one
+    if slots.shape != (n_keys,):
+        raise ValueError(
+            f"key_mask must have the shape ({n_keys},), one entry of a batch's, "
+            f"got {tuple(key_mask.shape)}"
+        )
+    return slots
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of {_kind(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _kind(value: object) -> str:
+    return f"type {type(value).__name__}"

@@ -1,0 +1,209 @@
+"""Local attention of real models as windows, each with its source and its off-by-one.
+
+Models count windows differently: with or without the query's own key, on one side or on both.
+Here every preset says in words what its source does, and ``keys`` is the number of keys that a
+query far from both ends sees. A ``Window`` reaches ``look_backward * size`` keys back besides the
+query's own, so that a model whose window of 4096 holds the query becomes a reach of 4095.
+Some layers of these models see everything; a preset is about the local ones.
+"""
+
+import textwrap
+from dataclasses import dataclass
+
+from .window import Window
+
+_TRANSFORMERS = "https://github.com/huggingface/transformers/blob/main/src/transformers/"
+_OVERLAY = _TRANSFORMERS + "masking_utils.py"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One model's local attention.
+
+    Attributes:
+        name: for the command line.
+        model: what it is.
+        window: the rule.
+        keys: that a query sees at most, its own included, by the source's own numbers.
+        convention: how the source counts, and where one may be off by one.
+        sources: addresses.
+    """
+
+    name: str
+    model: str
+    window: Window
+    keys: int
+    convention: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.name}: {self.model}, {self.keys} keys at most",
+                f"  {self.window.reach}",
+                *textwrap.wrap(self.convention, 96, initial_indent="  ", subsequent_indent="  "),
+                *(f"  {source}" for source in self.sources),
+            )
+        )
+
+
+def _causal(window: int) -> Window:
+    """A sliding window that holds the query: itself and ``window - 1`` keys before it."""
+    return Window(window - 1, causal=True, exact=True)
+
+
+def _around(reach: int) -> Window:
+    """A sliding window of ``reach`` keys on both sides of the query."""
+    return Window(reach, exact=True)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "documented-default",
+            "the example of local-attention and zeta, window_size 512, causal",
+            Window(512, causal=True),
+            1024,
+            "Windows stand still: a query sees its own up to itself and the one before, 513 to "
+            "1024 keys. The page promises window_size keys with exact_windowsize; the code gives "
+            "513 there, the query's own besides.",
+            ("https://github.com/lucidrains/local-attention#usage",),
+        ),
+        Preset(
+            "reformer",
+            "Reformer's local layers as a decoder, local_attn_chunk_length 64",
+            Window(64, causal=True),
+            128,
+            "Chunks stand still: a query sees its own up to itself and local_num_chunks_before=1 "
+            "before it, 65 to 128 keys.",
+            (_TRANSFORMERS + "models/reformer/configuration_reformer.py",),
+        ),
+        Preset(
+            "llama-4",
+            "Llama 4's chunked layers, attention_chunk_size 8192",
+            Window(8192, causal=True, look_backward=0),
+            8192,
+            "Chunks stand still and none looks back: kv // 8192 == q // 8192, 1 to 8192 keys; the "
+            "first query of a chunk sees itself alone.",
+            (_TRANSFORMERS + "models/llama4/configuration_llama4.py", _OVERLAY),
+        ),
+        Preset(
+            "mistral-7b",
+            "Mistral 7B v0.1, sliding_window 4096",
+            _causal(4096),
+            4096,
+            "kv > q - 4096: the window holds the query, itself and 4095 before it, in Mistral's "
+            "cache and in transformers. The paper's words (positions i - W to i) make it 4097, and "
+            "so did transformers with FlashAttention until issue 39408.",
+            (
+                "https://arxiv.org/abs/2310.06825",
+                "https://github.com/mistralai/mistral-inference/blob/main/src/mistral_inference/cache.py",
+                _TRANSFORMERS + "models/mistral/configuration_mistral.py",
+                _OVERLAY,
+                "https://github.com/huggingface/transformers/issues/39408",
+            ),
+        ),
+        Preset(
+            "gemma-2",
+            "Gemma 2's local layers, sliding_window_size 4096",
+            _causal(4096),
+            4096,
+            "kv > q - 4096: the window holds the query, itself and 4095 before it.",
+            (
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_gemma.py",
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_modules.py",
+            ),
+        ),
+        Preset(
+            "gemma-3",
+            "Gemma 3's local layers (4B, 12B, 27B), sliding_window_size 1024",
+            _causal(1024),
+            1024,
+            "kv > q - 1024: the window holds the query, itself and 1023 before it.",
+            (
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_gemma.py",
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_modules.py",
+            ),
+        ),
+        Preset(
+            "gemma-3-1b",
+            "Gemma 3's local layers (270M, 1B), sliding_window_size 512",
+            _causal(512),
+            512,
+            "kv > q - 512: the window holds the query, itself and 511 before it.",
+            (
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_gemma.py",
+                "https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/_modules.py",
+            ),
+        ),
+        Preset(
+            "gpt-oss",
+            "GPT-OSS's local layers (20B, 120B), sliding_window 128",
+            _causal(128),
+            128,
+            "tril(diagonal=-128) is hidden: the window holds the query, itself and 127 before it. "
+            "The learned sink beside it is no key.",
+            ("https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py",),
+        ),
+        Preset(
+            "gpt-neo",
+            "GPT-Neo's local layers, window_size 256",
+            _causal(256),
+            256,
+            "tril(-256) is hidden: the window holds the query, itself and 255 before it, though "
+            "the code's comment says the previous window_size tokens.",
+            (
+                _TRANSFORMERS + "models/gpt_neo/modeling_gpt_neo.py",
+                _TRANSFORMERS + "models/gpt_neo/configuration_gpt_neo.py",
+            ),
+        ),
+        Preset(
+            "longformer",
+            "Longformer base 4096, attention_window 512",
+            _around(256),
+            513,
+            "The window is both sides together, 256 each, and the query comes on top: 513, not "
+            "512. Tokens with global attention are left out.",
+            (
+                "https://arxiv.org/abs/2004.05150",
+                _TRANSFORMERS + "models/longformer/modeling_longformer.py",
+            ),
+        ),
+        Preset(
+            "longt5",
+            "LongT5's local encoder, local_radius 127",
+            _around(127),
+            255,
+            "The radius is one side: |kv - q| < 128, the query and 127 on each side.",
+            (
+                _TRANSFORMERS + "models/longt5/configuration_longt5.py",
+                _TRANSFORMERS + "models/longt5/modeling_longt5.py",
+            ),
+        ),
+        Preset(
+            "modernbert",
+            "ModernBERT's local layers, local_attention 128",
+            _around(64),
+            129,
+            "The window is both sides together, |kv - q| <= 64, and the query comes on top: 129, "
+            "not 128.",
+            (
+                _TRANSFORMERS + "models/modernbert/configuration_modernbert.py",
+                _OVERLAY,
+            ),
+        ),
+    )
+}
+"""By name."""
+
+
+def preset(name: str) -> Preset:
+    """The preset called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
