@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.eval_frame import is_dynamo_supported
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from .masks import Rule, Segments, Window, block_mask, drop_scores, in_turn, self_token, window_bias
@@ -55,6 +54,8 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 
 @lru_cache
 def _missing(device_type: str) -> str | None:
+    from torch._dynamo.eval_frame import is_dynamo_supported  # takes seconds to import
+
     if not is_dynamo_supported():
         return "torch.compile does not support this Python"
     if device_type == "cuda":

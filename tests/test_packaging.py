@@ -96,6 +96,7 @@ def test_the_package_loads_neither_optional_packages_nor_tools(stubs):
     loaded = loaded_after("import flexlocal; flexlocal.LocalAttention", stubs)
     assert "flexlocal.layer" in loaded
     assert not loaded & {*OPTIONAL, *TOOLS}
+    assert "torch._dynamo" not in loaded  # the compiler takes seconds to import
 
 
 def test_the_masks_load_no_layer(stubs):
