@@ -22,8 +22,8 @@ from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 _LEAST_TILE = 64
 """Queries in a tile at least (whole windows of them): smaller products waste the processor."""
 
-_SCORES_AT_A_TIME = {"cpu": 2**18}
-"""Scores held at a time: on the CPU about what its caches hold, elsewhere what keeps it busy."""
+_SCORES_AT_A_TIME = {"cpu": 2**20}
+"""Scores held at a time: few enough to be held cheaply, many enough to hide an operator's start."""
 _SCORES_ELSEWHERE = 2**26
 
 
@@ -65,7 +65,8 @@ def attend(
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
     compute = torch.promote_types(q.dtype, torch.float32)
-    formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute)
+    hidden = _hidden(window, sizes, q, compute)
+    formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute, hidden)
     with torch.autocast(q.device.type, enabled=False):
         if torch.compiler.is_compiling():
             return formula.output(every_tile(sizes), q, k, v, bias, key_mask)
@@ -98,7 +99,8 @@ def weights(
     q, k = _placed(q, k, window, shared_qk, inv_freq)
     sizes = _sizes(q, k, window, windows=1)
     compute = torch.promote_types(q.dtype, torch.float32)
-    formula = _Formula(window, scale, shared_qk, 0.0, None, xpos, compute)
+    hidden = _hidden(window, sizes, q, compute)
+    formula = _Formula(window, scale, shared_qk, 0.0, None, xpos, compute, hidden)
     out = q.new_empty((*q.shape[:-1], window.span), dtype=compute)
     with torch.autocast(q.device.type, enabled=False):
         for tiles in _portions(sizes, q.device):
@@ -147,6 +149,8 @@ class _Formula:
     draws: tuple[Tensor, Tensor] | None
     xpos: Xpos | None
     compute: torch.dtype
+    hidden: Tensor
+    """0 where a tile's query may see the tile's key, -inf elsewhere: ``(t, s)``."""
 
     def output(
         self,
@@ -159,22 +163,22 @@ class _Formula:
     ) -> Tensor:
         """The tiles' output, ``(b, h, queries, d_v)``."""
         weights = self.of_tiles(tiles, q, k, bias, mask)
-        out = (weights * self.keep(tiles)) @ tiles.keys(v).to(self.compute)
+        out = _times(weights, self.keep(tiles)) @ tiles.keys(v).to(self.compute)
         return out.flatten(2, 3)[:, :, : tiles.sizes.n - tiles.first * tiles.sizes.tile].to(q.dtype)
 
     def of_tiles(
         self, tiles: Tiles, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """The tiles' weights, ``(b, h, g, t, s)``."""
-        q_factor, k_factor = self.factors(tiles, q.device)
+        q_factor, k_factor = self.factors(tiles)
         q_tiles = tiles.queries(q).to(self.compute) * q_factor
-        k_tiles = tiles.keys(k).to(self.compute) * k_factor
+        k_tiles = _times(tiles.keys(k).to(self.compute), k_factor)
         return self.weights(tiles, q_tiles, k_tiles, bias, mask)
 
-    def factors(self, tiles: Tiles, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+    def factors(self, tiles: Tiles) -> tuple[Tensor | float, Tensor | None]:
         """What a tile's queries and keys are multiplied by before their product."""
         if self.xpos is None:
-            return self.scale, 1.0
+            return self.scale, None
         q_factor, k_factor = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
         return q_factor * self.scale, k_factor
 
@@ -187,10 +191,11 @@ class _Formula:
             scores += bias[tiles.rows(q.device) % bias.shape[0]][:, :, None]
         if self.shared_qk:
             self.self_scores(tiles, scores).fill_(SELF_SCORE)
-        scores += self._hidden(tiles.sizes, q.device)
-        if tiles.inside and bias is None and mask is None:
-            return scores.softmax(-1)
-        scores = scores.masked_fill(~tiles.kept_keys(mask, q.device), -torch.inf)
+        scores += self.hidden
+        if mask is not None or not tiles.inside:
+            scores += _hiding(tiles.kept_keys(mask, q.device), self.compute)
+        if bias is None and mask is None and not tiles.ragged:
+            return scores.softmax(-1)  # every query sees its own key
         blind = (scores == -torch.inf).all(-1, keepdim=True)
         return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
@@ -198,10 +203,10 @@ class _Formula:
         """The scores of tokens with themselves: a tile's first query is its key ``before``."""
         return scores.diagonal(tiles.sizes.before, -2, -1)
 
-    def keep(self, tiles: Tiles) -> Tensor | float:
+    def keep(self, tiles: Tiles) -> Tensor | None:
         """What dropout multiplies the weights by."""
         if self.draws is None:
-            return 1.0
+            return None
         query_draw, key_draw = (
             draw.unflatten(0, (tiles.sizes.batch, tiles.sizes.heads))[..., None]
             for draw in self.draws
@@ -209,13 +214,21 @@ class _Formula:
         keep = kept(tiles.queries(query_draw), tiles.keys(key_draw).transpose(-1, -2), self.dropout)
         return keep.to(self.compute) / (1 - self.dropout)
 
-    def _hidden(self, sizes: Sizes, device: torch.device) -> Tensor:
-        """0 where a tile's query may see the tile's key, -inf elsewhere: ``(t, s)``."""
-        # Tiles are whole windows, so what the first one sees, every one sees.
-        query = torch.arange(sizes.tile, device=device)[:, None]
-        key = torch.arange(sizes.span, device=device) - sizes.before
-        seen = (self.window.first_key(query) <= key) & (key <= self.window.last_key(query))
-        return torch.where(seen, 0.0, -torch.inf).to(self.compute)
+
+def _hidden(window: Window, sizes: Sizes, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a tile's query may see the tile's key, -inf elsewhere: ``(t, s)``."""
+    # Tiles are whole windows, so what the first one sees, every one sees.
+    query = torch.arange(sizes.tile, device=like.device)[:, None]
+    key = torch.arange(sizes.span, device=like.device) - sizes.before
+    return _hiding((window.first_key(query) <= key) & (key <= window.last_key(query)), dtype)
+
+
+def _hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(seen, 0.0, -torch.inf).to(dtype)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
 
 
 class _Tiled(torch.autograd.Function):
@@ -270,23 +283,23 @@ def _gradients(
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute)
     for tiles in _portions(sizes, q.device):
-        q_factor, k_factor = formula.factors(tiles, q.device)
+        q_factor, k_factor = formula.factors(tiles)
         q_tiles = tiles.queries(q).to(compute) * q_factor
-        k_tiles = tiles.keys(k).to(compute) * k_factor
+        k_tiles = _times(tiles.keys(k).to(compute), k_factor)
         grad_out = tiles.queries(grad).to(compute)
         weights = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
         keep = formula.keep(tiles)
-        tiles.add_keys(grad_v, (weights * keep).transpose(-1, -2) @ grad_out)
+        tiles.add_keys(grad_v, _times(weights, keep).transpose(-1, -2) @ grad_out)
         grad_weights = grad_out @ tiles.keys(v).to(compute).transpose(-1, -2)
         along = (grad_out * tiles.queries(output)).sum(-1, keepdim=True)
-        grad_scores = grad_weights.mul_(keep).sub_(along).mul_(weights)
+        grad_scores = _times(grad_weights, keep).sub_(along).mul_(weights)
         if formula.shared_qk:
             formula.self_scores(tiles, grad_scores).zero_()
         if grad_bias is not None:
             rows = tiles.rows(q.device).flatten() % grad_bias.shape[0]
             grad_bias.index_add_(0, rows, grad_scores.sum(2).flatten(0, 1))
         tiles.add_queries(grad_q, grad_scores @ k_tiles * q_factor)
-        tiles.add_keys(grad_k, grad_scores.transpose(-1, -2) @ q_tiles * k_factor)
+        tiles.add_keys(grad_k, _times(grad_scores.transpose(-1, -2) @ q_tiles, k_factor))
     grads = [grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)]
     return [*grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)]
 

@@ -58,6 +58,11 @@ class Tiles:
         start, stop = self._key_run
         return not self.whole and start >= 0 and stop <= self.sizes.n
 
+    @property
+    def ragged(self) -> bool:
+        """Whether the last tile may hold places after the last query."""
+        return self.whole or self._query_run[1] > self.sizes.n
+
     def queries(self, x: Tensor) -> Tensor:
         """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
         run = self._run(x[self.batch, self.heads], *self._query_run)
