@@ -423,3 +423,16 @@ def test_no_dropout_in_evaluation():
     layer = LocalAttention(**{**case.arguments(), "dropout": 0.9}, backend="eager").double().eval()
     out = layer(call.q, call.k, call.v, attn_bias=call.bias, dropout_seed=torch.tensor(1))
     torch.testing.assert_close(out, case.truth(call), rtol=1e-9, atol=1e-9)
+
+
+@given(cases())
+def test_gradients_that_keep_a_graph_are_the_same_gradients(case):
+    """They take another route, all tiles at once."""
+    call = case.tensors(torch.float64)
+    loss = (case.run(layer_of(case), call) * call.cotangent).sum()
+    learned = list(call.learned().values())
+    plain = torch.autograd.grad(loss, learned, retain_graph=True)
+    graphed = torch.autograd.grad(loss, learned, create_graph=True)
+    for one, other in zip(graphed, plain, strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,41 @@
+"""The eager path works in portions; their size must make no difference to what comes out."""
+
+from unittest.mock import patch
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
+from test_eager_against_oracle import check_case, gradients, layer_of
+
+from flexlocal import eager
+
+PORTIONS = st.sampled_from([1, 100, 700, 3000, 20000])
+"""Scores at a time: one tile of one head, some tiles, a head, some batch entries, all at once."""
+
+
+def portions_of(scores):
+    return patch.dict(eager._SCORES_AT_A_TIME, {"cpu": scores})
+
+
+@settings(max_examples=120)
+@given(case=cases(), scores=PORTIONS)
+def test_outputs_and_gradients(case, scores):
+    with portions_of(scores):
+        check_case(case, torch.float32)
+
+
+@settings(max_examples=30)
+@given(case=cases(), scores=PORTIONS)
+def test_dropout_drops_the_same(case, scores):
+    call = case.tensors(torch.float64)
+    layer = layer_of(case)
+    layer.dropout.p = 0.4
+    found = []
+    for at_a_time in (scores, 2**20):
+        torch.manual_seed(0)
+        with portions_of(at_a_time):
+            out = case.run(layer, call)
+            found.append((out, *gradients(out, call).values()))
+    for some, all_at_once in zip(*found, strict=True):
+        torch.testing.assert_close(some, all_at_once, rtol=1e-9, atol=1e-9)
