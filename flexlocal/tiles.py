@@ -142,6 +142,8 @@ def every_tile(sizes: Sizes) -> Tiles:
 
 def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
     """Tiles in portions of about ``scores`` scores: of one head, or of whole batch entries."""
+    if 0 in (sizes.batch, sizes.heads, sizes.n):
+        return
     everything = replace(every_tile(sizes), whole=False)
     each = sizes.tile * sizes.span
     entries = scores // max(1, sizes.heads * sizes.tiles * each)

@@ -2,13 +2,14 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
 from test_eager_against_oracle import check_case, gradients, layer_of
 
-from flexlocal import eager
+from flexlocal import LocalAttention, eager
 
 PORTIONS = st.sampled_from([1, 100, 700, 3000, 20000])
 """Scores at a time: one tile of one head, some tiles, a head, some batch entries, all at once."""
@@ -39,3 +40,12 @@ def test_dropout_drops_the_same(case, scores):
             found.append((out, *gradients(out, call).values()))
     for some, all_at_once in zip(*found, strict=True):
         torch.testing.assert_close(some, all_at_once, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lead_and_length", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+def test_nothing_in_nothing_out(lead_and_length):
+    """No batch entries, no heads or no tokens are no portions."""
+    x = torch.randn(*lead_and_length, 4, requires_grad=True)
+    out = LocalAttention(4, dropout=0.0)(x, x, x)
+    assert out.shape == x.shape
+    assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
