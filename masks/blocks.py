@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
@@ -78,21 +79,36 @@ def block_mask(
         ``key_mask``'s. A block that sticks out past the last query or key is partial.
     """
     queries, keys = _sides(n_queries, n_keys, block_size)
-    forward = _band(queries, keys, rule.first_key, rule.last_key, rule.most_keys, rule, device)
-    backward = _band(
-        keys, queries, rule.first_query, rule.last_query, rule.most_queries, rule, device
+    forward = _runs(queries, keys, rule.first_key, rule.last_key, device)
+    backward = _runs(keys, queries, rule.first_query, rule.last_query, device)
+    widths = (
+        _width(queries, keys, rule.most_keys, rule),
+        _width(keys, queries, rule.most_queries, rule),
     )
     mod = mask_mod(rule)
-    if key_mask is not None:
+    if key_mask is None:
+        lists = [
+            *_lists_of_runs(forward, keys.blocks, widths[0]),
+            *_lists_of_runs(backward, queries.blocks, widths[1]),
+        ]
+    else:
         if key_mask.dim() == 2:
             key_mask = key_mask[:, None]
-        some, every = _kept(rule.in_slots(key_mask[..., None])[..., 0], keys)
-        forward = _with_keys(forward, some[..., forward.columns], every[..., forward.columns])
-        backward = _with_keys(backward, some[..., None], every[..., None])
-        mod = and_masks(mod, padding_mod(key_mask, rule))
-    width = (keys.blocks, queries.blocks) if full_width else (0, 0)
-    kv, full_kv = (_listed(forward, state, width[0]) for state in (PARTIAL, FULL))
-    q, full_q = (_listed(backward, state, width[1]) for state in (PARTIAL, FULL))
+        kept = rule.in_slots(key_mask[..., None])[..., 0]
+        some, every = _kept(kept, keys)
+        rows = _band(forward, keys.blocks, widths[0])
+        rows = _with_keys(rows, some[..., rows.columns], every[..., rows.columns])
+        columns = _band(backward, queries.blocks, widths[1])
+        columns = _with_keys(columns, some[..., None], every[..., None])
+        lists = [_listed(band, state) for band in (rows, columns) for state in (PARTIAL, FULL)]
+        mod = and_masks(mod, padding_mod(kept if kept is key_mask else written_out(kept)))
+    if full_width:
+        grid = (keys.blocks, keys.blocks, queries.blocks, queries.blocks)
+        lists = [
+            (count, F.pad(indices, (0, width - indices.shape[-1])))
+            for (count, indices), width in zip(lists, grid, strict=True)
+        ]
+    kv, full_kv, q, full_q = [(written_out(count), written_out(ids)) for count, ids in lists]
     sizes = queries.block, keys.block
     return BlockMask((n_queries, n_keys), *kv, *full_kv, *q, *full_q, sizes, mod)
 
@@ -171,22 +187,29 @@ def _runs(
     )
 
 
-def _band(
-    rows: _Side,
-    columns: _Side,
-    first: Callable[[Tensor], Tensor],
-    last: Callable[[Tensor], Tensor],
-    most: Callable[[int], int],
-    rule: Rule,
-    device: torch.device | str,
-) -> Band:
-    runs = _runs(rows, columns, first, last, device)
-    width = _width(rows, columns, most, rule)
-    column = runs.first[:, None] + torch.arange(width, device=device)
+def _lists_of_runs(runs: Runs, blocks: int, width: int) -> list[tuple[Tensor, Tensor]]:
+    """The partial and the full blocks of each row: counts ``(1, 1, rows)`` and indices.
+
+    By formula: to compile the sort that ``_listed`` would need takes longer than the kernel.
+    """
+    first_full = torch.maximum(runs.first, runs.first_full)[:, None]
+    full_count = at_least(torch.minimum(runs.last, runs.last_full)[:, None] - first_full + 1, 0)
+    count = at_least(runs.last - runs.first + 1, 0)[:, None] - full_count
+    place = torch.arange(width, device=runs.first.device)
+    partial = runs.first[:, None] + place
+    partial = partial + torch.where(partial < first_full, 0, full_count)  # those after the run
+    return [
+        (counts[None, None, :, 0].to(torch.int32), at_most(indices, blocks - 1)[None, None].int())
+        for counts, indices in ((count, partial), (full_count, first_full + place))
+    ]
+
+
+def _band(runs: Runs, blocks: int, width: int) -> Band:
+    column = runs.first[:, None] + torch.arange(width, device=runs.first.device)
     touched = column <= runs.last[:, None]
     full = (runs.first_full[:, None] <= column) & (column <= runs.last_full[:, None])
     states = touched.to(torch.int32) + (touched & full).to(torch.int32)
-    return Band(states[None, None], at_most(column, columns.blocks - 1))
+    return Band(states[None, None], at_most(column, blocks - 1))
 
 
 def _width(rows: _Side, columns: _Side, most: Callable[[int], int], rule: Rule) -> int:
@@ -199,7 +222,7 @@ def _width(rows: _Side, columns: _Side, most: Callable[[int], int], rule: Rule) 
 def _kept(key_mask: Tensor, keys: _Side) -> tuple[Tensor, Tensor]:
     """Which blocks of ``(batch, heads, n_keys)`` keep some key, and which keep every key."""
     missing = keys.blocks * keys.block - keys.length
-    blocks = torch.nn.functional.pad(key_mask, (0, missing)).unflatten(-1, (-1, keys.block))
+    blocks = F.pad(key_mask, (0, missing)).unflatten(-1, (-1, keys.block))
     return blocks.any(-1), blocks.all(-1)
 
 
@@ -208,11 +231,15 @@ def _with_keys(band: Band, some: Tensor, every: Tensor) -> Band:
     return Band(torch.where(some, states, EMPTY), band.columns)
 
 
-def _listed(band: Band, state: int, width: int) -> tuple[Tensor, Tensor]:
+def _listed(band: Band, state: int) -> tuple[Tensor, Tensor]:
     """The blocks in ``state``: counts ``(batch, heads, rows)`` and indices, first in each row."""
     chosen = band.states == state
-    order = torch.argsort(chosen.to(torch.int32), dim=-1, descending=True, stable=True)
-    indices = band.columns.expand(order.shape).gather(-1, order).to(torch.int32)
-    if width > indices.shape[-1]:
-        indices = torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
-    return written_out(chosen.sum(-1, dtype=torch.int32)), written_out(indices)
+    width = chosen.shape[-1]
+    place = torch.arange(width, device=chosen.device)
+    before = place < place[:, None]
+    rank = (chosen[..., None, :] & before).sum(-1)
+    # The blocks in other states share one place past the end, which is cut off.
+    target = torch.where(chosen, rank, width)
+    indices = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
+    columns = band.columns.to(torch.int32).expand(chosen.shape)
+    return chosen.sum(-1, dtype=torch.int32), indices.scatter(-1, target, columns)[..., :width]
