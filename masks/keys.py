@@ -1,10 +1,11 @@
 """Rules on keys alone: padding that no query sees."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .clip import at_least, at_most
-from .rule import MaskMod, Rule
+from .rule import MaskMod
 
 
 def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
@@ -18,17 +19,16 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     return key_mask.repeat_interleave(rows_each, dim=0).view(batch, heads, -1)
 
 
-def padding_mod(key_mask: Tensor, rule: Rule) -> MaskMod:
-    """FlexAttention's mask_mod of a key mask, boolean ``(batch, heads or 1, n)``, by position."""
-    heads, n = key_mask.shape[1:]
+def padding_mod(kept: Tensor) -> MaskMod:
+    """FlexAttention's mask_mod of ``kept``, boolean ``(batch, heads or 1, slots)``, True = keep."""
+    heads = kept.shape[1]
 
-    def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # A slot may hold no key; the rule hides it, but it is looked up all the same.
-        position = at_most(at_least(rule.key_position(query, key), 0), n - 1)
-        return key_mask[batch, head if heads > 1 else 0, position]
+    def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # Looked up by the kernel's own index: any arithmetic on it would cost more than the rest.
+        return kept[batch, head if heads > 1 else 0, key]
 
-    kept.__name__ = "key_padding"
-    return kept
+    keeps.__name__ = "key_padding"
+    return keeps
 
 
 def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
@@ -38,4 +38,23 @@ def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
     """
     if key_mask.shape[1] > 1:  # a key head stays where one of its query heads keeps it
         key_mask = key_mask.unflatten(1, (keys.shape[1], -1)).any(2)
-    return torch.where(key_mask[..., None], keys, 0.0)
+    cleared: Tensor = _Cleared.apply(keys, key_mask)  # type: ignore[no-untyped-call]
+    return cleared
+
+
+class _Cleared(torch.autograd.Function):
+    """Zeros for hidden keys; nothing to do in the backward pass, their gradients are zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(keys: Tensor, key_mask: Tensor) -> Tensor:
+        return torch.where(key_mask[..., None], keys, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

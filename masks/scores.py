@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .buffer import written_out
 from .clip import at_least, at_most
 from .dropout import kept
 from .rule import Rule
@@ -23,7 +24,9 @@ def unit_keys(key: Tensor) -> Tensor:
     return F.normalize(key.to(compute), dim=-1).to(key.dtype)
 
 
-def window_bias(bias: Tensor, window: Window, rule: Rule, heads: int) -> ScoreMod:
+def window_bias(
+    bias: Tensor, window: Window, rule: Rule, heads: int, block: int | None = None
+) -> ScoreMod:
     """Adds ``bias[row % h, query % W, key - first key of the query's windows]``.
 
     Args:
@@ -31,14 +34,22 @@ def window_bias(bias: Tensor, window: Window, rule: Rule, heads: int) -> ScoreMo
         window: the window that the bias is relative to.
         rule: ``window`` itself, or its layout; says which key a slot holds.
         heads: query heads; the row of a score is ``batch * heads + head``.
+        block: tokens in a sparse block, where every query and key that a kernel scores lies in
+            blocks that see each other and slots are positions; None where that is not known.
     """
+    # Kernels score whole blocks, keys outside the window too. A margin around the bias keeps the
+    # look-up inside it and contiguous along the keys, which is several times as fast as clipping.
+    margin = None if block is None else window.block_margin(block)
+    table = bias if margin is None else written_out(F.pad(bias, (margin, margin)))
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         offset = rule.key_position(query, key) - window.span_start(query)
-        # Kernels score whole blocks, keys outside the window too: stay within the bias.
-        offset = at_most(at_least(offset, 0), window.span - 1)
+        if margin is None:
+            offset = at_most(at_least(offset, 0), window.span - 1)
+        else:
+            offset = offset + margin
         row = (batch * heads + head) % bias.shape[0]
-        return score + bias[row, query % window.size, offset]
+        return score + table[row, query % window.size, offset]
 
     return add_bias
 
@@ -52,24 +63,19 @@ def self_token(rule: Rule) -> ScoreMod:
     return demote
 
 
-def drop_scores(
-    query_draws: Tensor, key_draws: Tensor, rule: Rule, heads: int, dropout: float
-) -> ScoreMod:
+def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
     """Hides the scores that dropout drops.
 
     Args:
         query_draws: int32 ``(rows, n)``.
-        key_draws: int32 ``(rows, n)``.
-        rule: says which key a slot holds.
+        key_draws: int32 ``(rows, slots)``.
         heads: query heads.
         dropout: probability of a weight to be dropped.
     """
-    last = key_draws.shape[-1] - 1
 
     def drop(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch * heads + head
-        position = at_most(at_least(rule.key_position(query, key), 0), last)
-        keep = kept(query_draws[row, query], key_draws[row, position], dropout)
+        keep = kept(query_draws[row, query], key_draws[row, key], dropout)
         return torch.where(keep, score, -float("inf"))
 
     return drop

@@ -103,6 +103,11 @@ class Window:
         """Upper bound of the queries that see one of ``keys`` keys that begin at a multiple."""
         return keys + self._slack(keys, before=self.exact or self.causal, after=self.exact)
 
+    def block_margin(self, block: int) -> int:
+        """Bound of how far a key may lie outside the ``span`` of a query whose block sees its."""
+        # Another key of the block, and another query of the block, maybe in a later window.
+        return block + (-(-(block - 1) // self.size) * self.size if self.size % block else 0)
+
     @property
     def reach(self) -> str:
         """How many keys a query sees, in words."""
