@@ -17,13 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from .masks import Rule, Segments, Window, block_mask, drop_scores, in_turn, self_token, window_bias
+from .masks.buffer import written_out
 from .masks.dropout import key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.scores import SELF_SCORE, ScoreMod, unit_keys
 from .rotary import Xpos, rotate
+from .tuning import STOCK, STOCK_BLOCK, Tuning, tuning
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_HEAD, _MOST_HEAD = 16, 256
@@ -39,7 +41,7 @@ class Settings:
     shared_qk: bool
     dropout: float
     xpos_base: float | None
-    kernel_options: tuple[tuple[str, Any], ...]
+    tuning: Tuning
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -107,9 +109,9 @@ def attend(
     kernel_options: dict[str, Any] | None,
 ) -> Tensor:
     """Local attention in one fused kernel; arguments and result as ``eager.attend``."""
-    options = tuple(sorted((kernel_options or {}).items()))
     base = None if xpos is None else xpos.base
-    settings = Settings(window, scale, shared_qk, dropout, base, options)
+    how = _tuning(q, v, window, kernel_options)
+    settings = Settings(window, scale, shared_qk, dropout, base, how)
     zeta = None if xpos is None else xpos.zeta
     if torch.compiler.is_compiling():
         return _fused(settings, q, k, v, key_mask, bias, seed, inv_freq, zeta)
@@ -121,6 +123,24 @@ def attend(
     kind = tuple(None if x is None else (x.dtype, x.requires_grad) for x in tensors)
     shape = (q.device, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
     return _compiled(settings, kind, shape)(*tensors)
+
+
+def _tuning(q: Tensor, v: Tensor, window: Window, kernel_options: dict[str, Any] | None) -> Tuning:
+    """The caller's options over FlexAttention's own, or the table's."""
+    if kernel_options is not None:
+        return Tuning(STOCK_BLOCK, tuple(sorted(kernel_options.items())))
+    # Few queries go to a decoding kernel, which has options of its own.
+    if q.device.type != "cuda" or q.shape[-2] < STOCK_BLOCK:
+        return STOCK
+    return tuning(_capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), window)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler here.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
@@ -151,7 +171,9 @@ def _fused(
     window, dtype = settings.window, q.dtype
     b, h, n, _ = q.shape
     if key_mask is not None:
-        k, v = without_padding(k, key_mask), without_padding(v, key_mask)
+        v = without_padding(v, key_mask)
+        if k.requires_grad or q.requires_grad:  # kernels hide a score before they use it
+            k = without_padding(k, key_mask)
     if settings.shared_qk:
         k = unit_keys(k)
     if inv_freq is not None:
@@ -169,24 +191,32 @@ def _fused(
         v = segments.in_slots(v)
     q, k = q.to(dtype), k.to(dtype)
 
+    block, on_cpu = settings.tuning.block, q.device.type == "cpu"
     scores: list[ScoreMod] = []
     if bias is not None:
-        scores.append(window_bias(bias, window, rule, h))
+        # Where a length divides evenly, kernels look up no query and no key beyond its end.
+        even = not on_cpu and rule is window and n % STOCK_BLOCK == 0
+        scores.append(window_bias(bias, window, rule, h, block if even else None))
     if settings.shared_qk:
         scores.append(self_token(rule))
     blocks = block_mask(
         rule,
         n,
         k.shape[-2],
+        block_size=block,
         device=q.device,
         key_mask=key_mask,
-        full_width=q.device.type == "cpu",
+        full_width=on_cpu,
     )
+    options = dict(settings.tuning.options)
+    if block != STOCK_BLOCK:
+        blocks = _under_stock_label(blocks)
+        options |= {"SPARSE_Q_BLOCK_SIZE": block, "SPARSE_KV_BLOCK_SIZE": block}
     common: dict[str, Any] = {
         "block_mask": blocks,
         "scale": settings.scale,
         "enable_gqa": k.shape[1] != h,
-        "kernel_options": dict(settings.kernel_options) or None,
+        "kernel_options": options or None,
     }
     d_v = v.shape[-1]
     if q.device.type == "cuda":
@@ -198,8 +228,10 @@ def _fused(
     # Dropout acts after the softmax. With the dropped scores hidden the kernel gives the right
     # mixture of values but the wrong normaliser; a second pass without dropout gives the right one.
     assert seed is not None
-    draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
-    drop = drop_scores(*draws, rule, h, settings.dropout)
+    key_draw = key_draws(seed, b * h, n)
+    if rule is not window:
+        key_draw = written_out(rule.in_slots(key_draw[..., None])[..., 0])
+    drop = drop_scores(query_draws(seed, b * h, n), key_draw, h, settings.dropout)
     aux = AuxRequest(lse=True)
     out, kept = flex_attention(q, k, v, score_mod=in_turn(*scores, drop), return_aux=aux, **common)
     thin = v[..., :_LEAST_HEAD]
@@ -214,6 +246,26 @@ def _fused(
     share = share[..., None] / (1 - settings.dropout) + 0 * rest.sum(-1, keepdim=True)
     result: Tensor = (out * share).to(dtype)[..., :d_v]
     return result
+
+
+def _under_stock_label(blocks: BlockMask) -> BlockMask:
+    """``blocks`` said to be of FlexAttention's own size; the options say the true one.
+
+    The lowering drops every candidate of the backward pass whose tiles do not divide the blocks
+    of the mask, before it heeds the options: smaller blocks than its own would leave it none.
+    """
+    lists = (
+        blocks.kv_num_blocks,
+        blocks.kv_indices,
+        blocks.full_kv_num_blocks,
+        blocks.full_kv_indices,
+        blocks.q_num_blocks,
+        blocks.q_indices,
+        blocks.full_q_num_blocks,
+        blocks.full_q_indices,
+    )
+    label = (STOCK_BLOCK, STOCK_BLOCK)
+    return BlockMask(blocks.seq_lengths, *lists, label, blocks.mask_mod)
 
 
 def _padded_head(x: Tensor) -> Tensor:

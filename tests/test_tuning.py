@@ -1,0 +1,48 @@
+"""The table of kernel options: what it holds fits the kernels, and who gets what."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexlocal import Window
+from flexlocal.tuning import STOCK, STOCK_BLOCK, TABLE, tuning
+
+H100 = (9, 0)
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.capability}-{e.head_size}-{e.reach}")
+def test_tiles_divide_blocks(entry):
+    """FlexAttention's own condition on every tile, which it checks after minutes of compiling."""
+    block, options = entry.tuning.block, dict(entry.tuning.options)
+    assert STOCK_BLOCK % block == 0
+    tiles = {name: size for name, size in options.items() if "BLOCK_" in name}
+    assert len(tiles) == 6
+    assert all(block % size == 0 for size in tiles.values())
+    assert options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"] == 0
+    assert options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"] == 0
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.capability}-{e.head_size}-{e.reach}")
+def test_an_entry_serves_its_own_problem(entry):
+    window = Window(entry.reach - 1, causal=True, exact=True)
+    assert window.most_seen == entry.reach
+    assert tuning(entry.capability, torch.bfloat16, entry.head_size, window) == entry.tuning
+
+
+@given(st.integers(1, 300), st.integers(1, 10000))
+def test_the_nearest_reach_among_heads_that_fit(head, reach):
+    found = tuning(H100, torch.float16, head, Window(reach, look_backward=0, look_forward=0))
+    heads = sorted({e.head_size for e in TABLE if e.head_size >= head})
+    if not heads:
+        assert found == STOCK
+        return
+    fits = [e for e in TABLE if e.head_size == heads[0]]
+    best = min(max(e.reach / reach, reach / e.reach) for e in fits)
+    assert found in [e.tuning for e in fits if max(e.reach / reach, reach / e.reach) == best]
+
+
+def test_what_the_table_does_not_know_stays_as_it_is():
+    window = Window(256, causal=True)
+    assert tuning((1, 0), torch.bfloat16, 64, window) == STOCK
+    assert tuning(H100, torch.float32, 64, window) == STOCK
