@@ -1,0 +1,63 @@
+"""How a call is timed: medians, on the GPU with an empty cache, on the CPU with torch's timer."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was launched on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def first_call(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, compilation included where it has not happened yet."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
+    """Median milliseconds of a warm call, over ``seconds`` of them.
+
+    On a GPU its own time, by events, with the second-level cache emptied before each call.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        milliseconds = 1e3 * seconds
+        found: float = do_bench(
+            run, warmup=milliseconds / 3, rep=milliseconds, return_mode="median"
+        )
+        return found
+    run()
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def host_us(run: Callable[[], Any], device: torch.device, calls: int = 200) -> float:
+    """Median microseconds that the host spends in a warm call, without waiting for the device."""
+    times = []
+    for _ in range(calls):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e6 * sorted(times)[calls // 2]
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call holds at most on a GPU, what lay there before included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    run()
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
