@@ -9,6 +9,7 @@ interval per query, counted in slots of that layout.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,10 +48,19 @@ class Segments:
 
     def lay_out(self, keys: Tensor) -> Tensor:
         """Copies ``(..., length, d)`` to ``(..., count, slots, d)``, zero where there is no key."""
+        # Joined from slices, whose gradients are slices too; unfold's would be scattered sums.
+        rest = self.count * self.queries - self.length
+        own = F.pad(keys, (0, 0, 0, rest)).unflatten(-2, (self.count, self.queries))
         before = self.window.look_backward * self.window.size
-        after = self.count * self.queries + self.window.ahead * self.window.size - self.length
-        padded = F.pad(keys, (0, 0, before, after))
-        return padded.unfold(-2, self.slots, self.queries).transpose(-1, -2)
+        after = self.window.ahead * self.window.size
+        parts = [own]
+        for step in range(1, -(-before // self.queries) + 1):
+            tail = own[..., max(0, step * self.queries - before) :, :]
+            parts.insert(0, F.pad(tail, (0, 0, 0, 0, step, 0)).narrow(-3, 0, self.count))
+        for step in range(1, -(-after // self.queries) + 1):
+            head = own[..., : after - (step - 1) * self.queries, :]
+            parts.append(F.pad(head, (0, 0, 0, 0, 0, step)).narrow(-3, step, self.count))
+        return torch.cat(parts, dim=-2)
 
     def in_slots(self, keys: Tensor) -> Tensor:
         """``(..., length, d)`` as ``(..., count * slots, d)``."""
