@@ -17,19 +17,33 @@ class Choice:
     Attributes:
         backend: ``"flex"`` or ``"eager"``.
         reason: why, in a line.
+        flash: the fused kernel is FlashAttention 4's instead of Triton's.
     """
 
     backend: Literal["flex", "eager"]
     reason: str
+    flash: bool = False
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
 
 
+_KERNEL = {False: "", True: ", FlashAttention 4's: measured to be faster at this size"}
+
+
 def choose(
-    backend: BackendName, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
+    backend: BackendName,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    flash: bool,
 ) -> Choice:
     """The path for these tensors.
+
+    Args:
+        flash: take FlashAttention 4's kernel for the fused path, see ``flex.prefers_flash``.
 
     Raises:
         ValueError: ``backend="flex"`` where the fused kernel cannot run; says why.
@@ -43,9 +57,9 @@ def choose(
                 f"backend 'flex' cannot run this call: {refusal}. "
                 "backend must be 'auto' or 'eager' here"
             )
-        return Choice("flex", "asked for by name")
+        return Choice("flex", f"asked for by name{_KERNEL[flash]}", flash)
     if refusal is not None:
         return Choice("eager", refusal)
     if q.device.type == "cuda":
-        return Choice("flex", "one fused kernel on the GPU")
+        return Choice("flex", f"one fused kernel on the GPU{_KERNEL[flash]}", flash)
     return Choice("eager", f"auto takes the fused kernel on a GPU, and q is on {q.device.type}")

@@ -16,6 +16,7 @@ from .masks import Window
 from .masks.dropout import kept, key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.scores import SELF_SCORE, unit_keys
+from .regions import region
 from .rotary import Xpos, rotate
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
@@ -31,16 +32,16 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    window: Window,
     key_mask: Tensor | None,
     bias: Tensor | None,
-    scale: float,
-    shared_qk: bool,
-    dropout: float,
     seed: Tensor | None,
     inv_freq: Tensor | None,
     xpos: Xpos | None,
+    *,
+    window: Window,
+    scale: float,
+    shared_qk: bool,
+    dropout: float,
 ) -> Tensor:
     """Local attention by windows.
 
@@ -54,20 +55,22 @@ def attend(
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
     if key_mask is not None:
-        k, v = without_padding(k, key_mask), without_padding(v, key_mask)
+        with region("key mask"):
+            k, v = without_padding(k, key_mask), without_padding(v, key_mask)
     q, k = _placed(q, k, window, shared_qk, inv_freq)
     b, h, n, _ = q.shape
     draws = None
     if dropout > 0:
         assert seed is not None
-        draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
+        with region("dropout"):
+            draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
     compute = torch.promote_types(q.dtype, torch.float32)
     hidden = _hidden(window, sizes, q, compute)
     formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute, hidden)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), region("attention"):
         if torch.compiler.is_compiling():
             return formula.output(every_tile(sizes), q, k, v, bias, key_mask)
         out: Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
@@ -118,9 +121,10 @@ def _placed(
     if shared_qk:
         k = unit_keys(k)
     if inv_freq is not None:
-        position = torch.arange(q.shape[2], device=q.device)
-        q = rotate(q, position + window.ahead * window.size, inv_freq).to(q.dtype)
-        k = rotate(k, position, inv_freq).to(k.dtype)
+        with region("rotary"):
+            position = torch.arange(q.shape[2], device=q.device)
+            q = rotate(q, position + window.ahead * window.size, inv_freq).to(q.dtype)
+            k = rotate(k, position, inv_freq).to(k.dtype)
     return q, k
 
 
@@ -259,7 +263,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, output = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False), region("attention backward"):
             if torch.is_grad_enabled():
                 grads = _differentiable_gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
             else:

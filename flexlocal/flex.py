@@ -1,47 +1,37 @@
-"""The fused path: FlexAttention with our rules. The one file that knows private torch names.
+"""The fused path: who can take it, and the compiled callables and block lists that it keeps.
 
-Inside a user's ``torch.compile`` ``flex_attention`` is called as it is; outside, through a
-compiled callable of our own. Rotary, xpos's layout and the block mask are part of the compiled
-graph, so that a call costs no launches beside them. FlexAttention: arXiv:2412.05496.
+Inside a user's ``torch.compile`` a call becomes part of the user's graph; outside, it goes through
+a callable compiled here. The one file that knows private torch names.
 """
 
 import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .masks import Rule, Segments, Window, block_mask, drop_scores, in_turn, self_token, window_bias
-from .masks.buffer import written_out
-from .masks.dropout import key_draws, query_draws
-from .masks.keys import without_padding
-from .masks.scores import SELF_SCORE, ScoreMod, unit_keys
-from .rotary import Xpos, rotate
-from .tuning import STOCK, STOCK_BLOCK, Tuning, tuning
+from .fused import MOST_HEAD, Settings, block_lists, fused
+from .masks import Rule, Window
+from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_HEAD, _MOST_HEAD = 16, 256
-"""Head sizes that kernels take on the GPU; zeros fill smaller ones up."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a compiled kernel is made for, beside the shapes of its tensors."""
-
-    window: Window
-    scale: float
-    shared_qk: bool
-    dropout: float
-    xpos_base: float | None
-    tuning: Tuning
+# Kinds of guards of torch's compiler.
+_MODES = (
+    "AUTOGRAD_SAVED_TENSORS_HOOKS",
+    "DEFAULT_DEVICE",
+    "DETERMINISTIC_ALGORITHMS",
+    "GLOBAL_STATE",
+    "GRAD_MODE",
+    "SHAPE_ENV",
+    "TORCH_FUNCTION_STATE",
+)
+_OF_TENSORS = ("DUPLICATE_INPUT", "TENSOR_MATCH")
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -77,12 +67,12 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
     reason = unavailable(q.device, q.dtype)
     if reason is not None:
         return reason
-    if torch.compiler.is_exporting():
+    if _exporting():
         return "torch.export cannot hold FlexAttention's kernel"
     if q.numel() == 0 or v.numel() == 0:
         return "there is nothing to compute: a tensor is empty"
-    if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > _MOST_HEAD:
-        return f"kernels take heads up to {_MOST_HEAD} wide"
+    if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
+        return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":
         tensors = [q, k, v] if bias is None else [q, k, v, bias]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -92,188 +82,145 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
     return None
 
 
-def attend(
+def prepared(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     window: Window,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
     scale: float,
     shared_qk: bool,
     dropout: float,
-    seed: Tensor | None,
-    inv_freq: Tensor | None,
-    xpos: Xpos | None,
+    xpos_base: float | None,
+    masked: bool,
+    flash: bool,
     kernel_options: dict[str, Any] | None,
-) -> Tensor:
-    """Local attention in one fused kernel; arguments and result as ``eager.attend``."""
-    base = None if xpos is None else xpos.base
-    how = _tuning(q, v, window, kernel_options)
-    settings = Settings(window, scale, shared_qk, dropout, base, how)
-    zeta = None if xpos is None else xpos.zeta
+) -> Callable[..., Tensor]:
+    """Local attention in one fused kernel, for calls with tensors like these.
+
+    Returns:
+        A function of ``eager.attend``'s tensors, with its result.
+    """
+    tuned = _tuning(q, v, window, flash, kernel_options)
+    settings = Settings(window, scale, shared_qk, dropout, xpos_base, tuned)
     if torch.compiler.is_compiling():
-        return _fused(settings, q, k, v, key_mask, bias, seed, inv_freq, zeta)
-    tensors: tuple[Tensor | None, ...] = (q, k, v, key_mask, bias, seed, inv_freq, zeta)
-    if not torch.is_grad_enabled():
-        # On the CPU FlexAttention refuses tensors that could require a gradient.
-        tensors = tuple(None if x is None else x.detach() for x in tensors)
+        return partial(fused, settings, None)
     # What makes another kernel makes another callable: each has torch's recompile limit to itself.
-    kind = tuple(None if x is None else (x.dtype, x.requires_grad) for x in tensors)
-    shape = (q.device, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
-    return _compiled(settings, kind, shape)(*tensors)
+    kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
+    heads = q.shape[1], k.shape[1]
+    compiled = _compiled(settings, *kind, *heads, masked, torch.is_grad_enabled())
+    if q.device.type == "cpu":
+        # Kernels of the CPU refuse tensors that could require a gradient. They ask for wider lists
+        # of blocks than others, and making these in the graph costs no launches.
+        return lambda *tensors: compiled(None, *map(_detached, tensors))
+    if masked:
+        return partial(compiled, None)
+    n, device = q.shape[-2], q.device
+    rule = settings.rule(n, q.dtype)
+    return lambda *tensors: compiled(_lists(rule, n, tuned.block, device), *tensors)
 
 
-def _tuning(q: Tensor, v: Tensor, window: Window, kernel_options: dict[str, Any] | None) -> Tuning:
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def prefers_flash(
+    q: Tensor,
+    v: Tensor,
+    window: Window,
+    plain: bool,
+    kernel_options: dict[str, Any] | None,
+) -> bool:
+    """Whether FlashAttention 4's kernel is installed, faster, and able to run a call.
+
+    Args:
+        plain: nothing but the window, and rotary, decides the scores.
+        kernel_options: the caller's, which settle the question.
+    """
+    if not plain or kernel_options is not None or q.device.type != "cuda":
+        return False
+    if q.shape[-2] < STOCK_BLOCK or q.shape[-1] != v.shape[-1] or q.shape[-1] % 8:
+        return False
+    entry = nearest(_capability(q.device), q.dtype, q.shape[-1], window)
+    return entry is not None and entry.flash and _flash_installed()
+
+
+def _tuning(
+    q: Tensor, v: Tensor, window: Window, flash: bool, kernel_options: dict[str, Any] | None
+) -> Tuning:
     """The caller's options over FlexAttention's own, or the table's."""
     if kernel_options is not None:
         return Tuning(STOCK_BLOCK, tuple(sorted(kernel_options.items())))
+    if flash:
+        return FLASH
     # Few queries go to a decoding kernel, which has options of its own.
     if q.device.type != "cuda" or q.shape[-2] < STOCK_BLOCK:
         return STOCK
-    return tuning(_capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), window)
+    entry = nearest(_capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), window)
+    return STOCK if entry is None else entry.tuning
+
+
+def _flash_installed() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler here.
+# What torch.compiler.assume_constant_result does; calling it would import the compiler here. It
+# has a compiler call these: torch 2.11's takes is_exporting() for true wherever it finds it.
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
 def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
-    def fused(*tensors: Any) -> Tensor:
-        return _fused(settings, *tensors)
+    def call(lists: tuple[Tensor, ...] | None, *tensors: Any) -> Tensor:
+        return fused(settings, lists, *tensors)
 
     # The recompile limit counts per code object, so that each callable needs one of its own.
     name = f"fused_{settings.window.label}_{abs(hash((settings, kind))):x}"
     own = types.FunctionType(
-        fused.__code__.replace(co_name=name), globals(), name, closure=fused.__closure__
+        call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
     )
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
+    compiled: Callable[..., Tensor] = torch.compile(
+        own, fullgraph=True, options={"guard_filter_fn": _on_tensors_and_modes}
+    )
     return compiled
 
 
-def _fused(
-    settings: Settings,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    inv_freq: Tensor | None,
-    zeta: Tensor | None,
-) -> Tensor:
-    window, dtype = settings.window, q.dtype
-    b, h, n, _ = q.shape
-    if key_mask is not None:
-        v = without_padding(v, key_mask)
-        if k.requires_grad or q.requires_grad:  # kernels hide a score before they use it
-            k = without_padding(k, key_mask)
-    if settings.shared_qk:
-        k = unit_keys(k)
-    if inv_freq is not None:
-        position = torch.arange(n, device=q.device)
-        q = rotate(q, position + window.ahead * window.size, inv_freq)
-        k = rotate(k, position, inv_freq)
-    rule: Rule = window
-    if zeta is not None:
-        assert settings.xpos_base is not None
-        xpos = Xpos(zeta, settings.xpos_base)
-        rule = segments = Segments(window, xpos.most_windows(window, dtype), n)
-        q_factor, k_factor = xpos.scales(window, segments.queries, torch.float32)
-        q = q * q_factor.repeat(segments.count, 1)[:n]
-        k = (segments.lay_out(k) * k_factor).flatten(2, 3)
-        v = segments.in_slots(v)
-    q, k = q.to(dtype), k.to(dtype)
+def _on_tensors_and_modes(guards: Sequence[Any]) -> list[bool]:
+    """Which guards a callable keeps: what else they ask, its key has settled.
 
-    block, on_cpu = settings.tuning.block, q.device.type == "cpu"
-    scores: list[ScoreMod] = []
-    if bias is not None:
-        # Where a length divides evenly, kernels look up no query and no key beyond its end.
-        even = not on_cpu and rule is window and n % STOCK_BLOCK == 0
-        scores.append(window_bias(bias, window, rule, h, block if even else None))
-    if settings.shared_qk:
-        scores.append(self_token(rule))
-    blocks = block_mask(
-        rule,
-        n,
-        k.shape[-2],
-        block_size=block,
-        device=q.device,
-        key_mask=key_mask,
-        full_width=on_cpu,
-    )
-    options = dict(settings.tuning.options)
-    if block != STOCK_BLOCK:
-        blocks = _under_stock_label(blocks)
-        options |= {"SPARSE_Q_BLOCK_SIZE": block, "SPARSE_KV_BLOCK_SIZE": block}
-    common: dict[str, Any] = {
-        "block_mask": blocks,
-        "scale": settings.scale,
-        "enable_gqa": k.shape[1] != h,
-        "kernel_options": options or None,
-    }
-    d_v = v.shape[-1]
-    if q.device.type == "cuda":
-        q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
-    if settings.dropout == 0:
-        out: Tensor = flex_attention(q, k, v, score_mod=in_turn(*scores), **common)
-        return out[..., :d_v]
-
-    # Dropout acts after the softmax. With the dropped scores hidden the kernel gives the right
-    # mixture of values but the wrong normaliser; a second pass without dropout gives the right one.
-    assert seed is not None
-    key_draw = key_draws(seed, b * h, n)
-    if rule is not window:
-        key_draw = written_out(rule.in_slots(key_draw[..., None])[..., 0])
-    drop = drop_scores(query_draws(seed, b * h, n), key_draw, h, settings.dropout)
-    aux = AuxRequest(lse=True)
-    out, kept = flex_attention(q, k, v, score_mod=in_turn(*scores, drop), return_aux=aux, **common)
-    thin = v[..., :_LEAST_HEAD]
-    rest, every = flex_attention(q, k, thin, score_mod=in_turn(*scores), return_aux=aux, **common)
-    blind = every.lse == -torch.inf
-    share = torch.where(blind, 0.0, kept.lse - torch.where(blind, 0.0, every.lse)).exp()
-    if settings.shared_qk:
-        # A token that sees itself alone keeps all or nothing; its log-sum-exp is too far from 0
-        # for a difference of two to tell.
-        share = torch.where(every.lse < SELF_SCORE / 2, 1.0, share)
-    # torch 2.11 fails in the backward pass of a call whose output is not used.
-    share = share[..., None] / (1 - settings.dropout) + 0 * rest.sum(-1, keepdim=True)
-    result: Tensor = (out * share).to(dtype)[..., :d_v]
-    return result
-
-
-def _under_stock_label(blocks: BlockMask) -> BlockMask:
-    """``blocks`` said to be of FlexAttention's own size; the options say the true one.
-
-    The lowering drops every candidate of the backward pass whose tiles do not divide the blocks
-    of the mask, before it heeds the options: smaller blocks than its own would leave it none.
+    The hundreds that look after settings and globals would cost more than the launch.
     """
-    lists = (
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.full_kv_num_blocks,
-        blocks.full_kv_indices,
-        blocks.q_num_blocks,
-        blocks.q_indices,
-        blocks.full_q_num_blocks,
-        blocks.full_q_indices,
-    )
-    label = (STOCK_BLOCK, STOCK_BLOCK)
-    return BlockMask(blocks.seq_lengths, *lists, label, blocks.mask_mod)
+    return [
+        guard.guard_type in _MODES or (guard.guard_type in _OF_TENSORS and not guard.is_global)
+        for guard in guards
+    ]
 
 
-def _padded_head(x: Tensor) -> Tensor:
-    """``x`` with zeros up to a head size that kernels take."""
-    d = x.shape[-1]
-    if d < _LEAST_HEAD:
-        return F.pad(x, (0, _LEAST_HEAD - d))
-    if x.dtype == torch.float32 and _MOST_HEAD // 2 < d < _MOST_HEAD:
-        # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
-        return F.pad(x, (0, _MOST_HEAD - d))
-    return x
+def _lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The index tensors of the block mask, kept from call to call."""
+    if torch.cuda.is_current_stream_capturing():
+        # The graph that is captured must own what it reads: a kept tensor may be dropped.
+        return block_lists(rule, n, block, device)
+    return _kept_lists(rule, n, block, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _kept_lists(
+    rule: Rule, n: int, block: int, device: torch.device, stream: int
+) -> tuple[Tensor, ...]:
+    # By stream: another one would have to wait for these, and for their memory to be free again.
+    with torch.inference_mode(False), torch.no_grad():
+        return block_lists(rule, n, block, device)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x

@@ -1,6 +1,9 @@
 """``local_attention``: checks its arguments once, picks the path and runs it."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,30 +75,31 @@ def local_attention(
         ValueError: an argument does not fit; the message names it and says what would.
         TypeError: an argument is of the wrong kind.
     """
-    window = _window(window)
-    q, k, v = _checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
-    check_seed(dropout_seed, q)
-    choice = choose(backend, q, k, v, attn_bias, dropout)
-    if dropout > 0 and dropout_seed is None:
-        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
-
-    lead, d = q.shape[:-2], q.shape[-1]
-    q, k, v = (_four_dimensional(x, mask) for x in (q, k, v))
-    arguments: dict[str, Any] = {
-        "window": window,
-        "key_mask": None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1]),
-        "bias": attn_bias,
-        "scale": d**-0.5 if scale is None else scale,
-        "shared_qk": shared_qk,
-        "dropout": dropout,
-        "seed": dropout_seed if dropout > 0 else None,
-        "inv_freq": None if rotary is None else rotary.inv_freq,
-        "xpos": None if rotary is None else rotary.xpos,
-    }
-    if choice.backend == "flex":
-        out = flex.attend(q, k, v, **arguments, kernel_options=kernel_options)
+    if torch.compiler.is_compiling():
+        plan = _planned(
+            q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, dropout_seed, rotary,
+            backend, kernel_options,
+        )  # fmt: skip
     else:
-        out = eager.attend(q, k, v, **arguments)
+        plan = _kept_plan(
+            q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, dropout_seed, rotary,
+            backend, kernel_options,
+        )  # fmt: skip
+    if plan.dtype is not None:
+        q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
+    if dropout == 0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
+    inv_freq = xpos = None
+    if rotary is not None:
+        inv_freq, xpos = rotary.inv_freq, rotary.xpos
+    if q.dim() == 4 and mask is None:
+        return plan.run(q, k, v, None, attn_bias, dropout_seed, inv_freq, xpos)
+    lead = q.shape[:-2]
+    q, k, v = (_four_dimensional(x, mask) for x in (q, k, v))
+    key_mask = None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1])
+    out = plan.run(q, k, v, key_mask, attn_bias, dropout_seed, inv_freq, xpos)
     return out.reshape(*lead, *out.shape[-2:])
 
 
@@ -157,16 +161,115 @@ def explain(
     mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     scale: float | None = None,
+    shared_qk: bool = False,
     dropout: float = 0.0,
     rotary: Rotary | None = None,
     backend: BackendName = "auto",
+    kernel_options: dict[str, Any] | None = None,
 ) -> Choice:
     """Which path ``local_attention`` would take for these arguments, and why.
 
     Raises as ``local_attention`` does.
     """
-    q, k, v = _checked(q, k, v, _window(window), mask, attn_bias, scale, dropout, rotary, backend)
-    return choose(backend, q, k, v, attn_bias, dropout)
+    window = _window(window)
+    q, k, v = _checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
+    return _choice(
+        q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all calls of one kind share.
+
+    Attributes:
+        run: the chosen path: ``run(q, k, v, key_mask, bias, seed, inv_freq, xpos)``.
+        dtype: what autocast makes of q, k and v; None to leave them.
+    """
+
+    run: Callable[..., Tensor]
+    dtype: torch.dtype | None
+
+
+_PLANS: dict[object, _Plan] = {}
+_MOST_PLANS = 1024
+
+
+def _kept_plan(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> _Plan:
+    """``_planned``, for calls of one kind once: the checks take longer than a launch."""
+    try:
+        kind = (
+            _kind(q), _kind(k), _kind(v), *map(_kind, arguments), torch.is_grad_enabled(),
+            torch.is_autocast_enabled(q.device.type) and torch.get_autocast_dtype(q.device.type),
+        )  # fmt: skip
+        plan = _PLANS.get(kind)
+    except (AttributeError, TypeError):  # no tensor, or nothing to look up by: the checks will say
+        return _planned(q, k, v, *arguments)
+    if plan is None:
+        plan = _planned(q, k, v, *arguments)
+        if len(_PLANS) >= _MOST_PLANS:
+            _PLANS.clear()
+        _PLANS[kind] = plan
+    return plan
+
+
+def _kind(argument: Any) -> Any:
+    """All of ``argument`` that a plan depends on."""
+    if isinstance(argument, Tensor):
+        x = argument
+        return type(x), x.shape, x.dtype, x.device, x.requires_grad
+    if isinstance(argument, Rotary):
+        return _kind(argument.inv_freq), argument.use_xpos, argument.scale_base
+    if isinstance(argument, dict):
+        return tuple(sorted(argument.items()))
+    # 1, 1.0 and True are equal, and not all of them right.
+    return argument if argument is None else (type(argument), argument)
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window | int,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float | None,
+    shared_qk: bool,
+    dropout: float,
+    dropout_seed: Tensor | None,
+    rotary: Rotary | None,
+    backend: BackendName,
+    kernel_options: dict[str, Any] | None,
+) -> _Plan:
+    """Checks the arguments and picks the path."""
+    window = _window(window)
+    dtype = q.dtype if isinstance(q, Tensor) else None
+    q, k, v = _checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
+    check_seed(dropout_seed, q)
+    choice = _choice(
+        q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
+    )
+    settled: dict[str, Any] = {
+        "window": window,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "shared_qk": shared_qk,
+        "dropout": dropout,
+    }
+    if choice.backend == "eager":
+        run: Callable[..., Tensor] = partial(eager.attend, **settled)
+    else:
+        xpos_base = None if rotary is None or rotary.xpos is None else rotary.xpos.base
+        run = flex.prepared(
+            _four_dimensional(q, mask),
+            _four_dimensional(k, mask),
+            v,
+            xpos_base=xpos_base,
+            masked=mask is not None,
+            flash=choice.flash,
+            kernel_options=kernel_options,
+            **settled,
+        )
+    return _Plan(run, None if q.dtype == dtype else q.dtype)
 
 
 def _window(window: Window | int) -> Window:
@@ -198,6 +301,25 @@ def _checked(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
+
+
+def _choice(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    shared_qk: bool,
+    dropout: float,
+    rotary: Rotary | None,
+    backend: BackendName,
+    kernel_options: dict[str, Any] | None,
+) -> Choice:
+    plain = mask is None and attn_bias is None and not shared_qk and dropout == 0
+    plain = plain and (rotary is None or not rotary.use_xpos)
+    flash = flex.prefers_flash(q, v, window, plain, kernel_options)
+    return choose(backend, q, k, v, attn_bias, dropout, flash)
 
 
 def _four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -137,9 +137,7 @@ class LocalAttention(nn.Module):
             k,
             v,
             window,
-            shared_qk=self.shared_qk,
             dropout_seed=dropout_seed,
-            kernel_options=self.kernel_options,
             **arguments,
         )
 
@@ -214,12 +212,11 @@ class LocalAttention(nn.Module):
             ValueError, TypeError: as ``forward``, and for a dense map that is too large.
         """
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        kept = ("mask", "attn_bias", "scale", "rotary")
+        kept = ("mask", "attn_bias", "scale", "shared_qk", "rotary")
         return attention_map(
             q,
             k,
             window,
-            shared_qk=self.shared_qk,
             dense=dense,
             **{name: arguments[name] for name in kept},
         )
@@ -284,7 +281,9 @@ class LocalAttention(nn.Module):
             "mask": input_mask if mask is None else mask,
             "attn_bias": attn_bias,
             "scale": self.scale,
+            "shared_qk": self.shared_qk,
             "dropout": self.dropout.p if self.dropout.training else 0.0,
             "rotary": self.rel_pos,
             "backend": self.backend,
+            "kernel_options": self.kernel_options,
         }

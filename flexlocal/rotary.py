@@ -44,18 +44,19 @@ class Xpos:
         key = torch.arange(queries + before + after, device=self.zeta.device) - before - origin
         return self._decay(query, dtype), self._decay(-key, dtype)
 
-    def most_windows(self, window: Window, dtype: torch.dtype) -> int:
-        """Most windows that may share an origin at ``dtype`` without overflow, at least 1."""
-        bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
-        steepest = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
-        windows = int(2 * bits * self.base / (steepest * window.size))
-        return max(1, windows - window.look_backward - window.ahead)
-
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
         power = position.to(torch.float64)[:, None] / self.base
         decay = (self.zeta.to(torch.float64) ** power).to(dtype)
         return written_out(torch.cat((decay, decay), dim=-1))
+
+
+def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
+    """Most windows that may share an origin of xpos at ``dtype`` without overflow, at least 1."""
+    bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+    steepest = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
+    windows = int(2 * bits * base / (steepest * window.size))
+    return max(1, windows - window.look_backward - window.ahead)
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ options stand.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,23 @@ class Tuning:
 
 STOCK = Tuning(STOCK_BLOCK, ())
 
+FLASH = Tuning(STOCK_BLOCK, (("BACKEND", "FLASH"),))
+"""FlexAttention's backend of FlashAttention 4, which wants blocks of this size."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: what was fastest for ``reach`` keys on ``capability``."""
+    """A line of the table: what was fastest for ``reach`` keys on ``capability``.
+
+    Attributes:
+        flash: FlashAttention 4's kernel is faster still, where it can be had.
+    """
 
     capability: tuple[int, int]
     head_size: int
     reach: int
     tuning: Tuning
+    flash: bool
 
 
 def _table() -> tuple[Entry, ...]:
@@ -54,6 +61,7 @@ def _table() -> tuple[Entry, ...]:
             line["head_size"],
             line["reach"],
             Tuning(line["block"], tuple(sorted(line["options"].items()))),
+            line["flash"],
         )
         for line in lines
     )
@@ -62,10 +70,10 @@ def _table() -> tuple[Entry, ...]:
 TABLE = _table()
 
 
-def tuning(
+def nearest(
     capability: tuple[int, int], dtype: torch.dtype, head_size: int, window: Window
-) -> Tuning:
-    """The table's answer for 16-bit tensors, ``STOCK`` where it has none.
+) -> Entry | None:
+    """The table's entry for 16-bit tensors, None where it has none.
 
     Args:
         capability: of the GPU, ``(9, 0)`` for an H100.
@@ -74,11 +82,15 @@ def tuning(
         window: the rule; its reach is ``window.most_seen``.
     """
     if dtype not in (torch.bfloat16, torch.float16):
-        return STOCK
+        return None
     fits = [e for e in TABLE if e.capability == capability and e.head_size >= head_size]
     if not fits:
-        return STOCK
-    nearest = min(
-        fits, key=lambda e: (e.head_size, abs(math.log(e.reach) - math.log(window.most_seen)))
-    )
-    return nearest.tuning
+        return None
+    head = min([e.head_size for e in fits])
+    fits = [e for e in fits if e.head_size == head]
+    ratios = [_ratio(e.reach, window.most_seen) for e in fits]
+    return fits[ratios.index(min(ratios))]
+
+
+def _ratio(one: int, other: int) -> float:
+    return max(one / other, other / one)

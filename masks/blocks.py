@@ -10,7 +10,7 @@ Block masks: https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,12 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from .buffer import written_out
 from .clip import at_least, at_most
 from .keys import padding_mod
-from .rule import Rule, mask_mod
+from .rule import MaskMod, Rule, mask_mod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+_ALWAYS_HELD = 64
+"""Columns of index tensors that are not worth cutting down to the grid's."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,17 @@ def block_mask(
     queries, keys = _sides(n_queries, n_keys, block_size)
     forward = _runs(queries, keys, rule.first_key, rule.last_key, device)
     backward = _runs(keys, queries, rule.first_query, rule.last_query, device)
+    grid = keys.blocks, queries.blocks
     widths = (
         _width(queries, keys, rule.most_keys, rule),
         _width(keys, queries, rule.most_queries, rule),
     )
     mod = mask_mod(rule)
     if key_mask is None:
+        wide = grid if full_width else widths
         lists = [
-            *_lists_of_runs(forward, keys.blocks, widths[0]),
-            *_lists_of_runs(backward, queries.blocks, widths[1]),
+            *_lists_of_runs(forward, keys.blocks, wide[0]),
+            *_lists_of_runs(backward, queries.blocks, wide[1]),
         ]
     else:
         if key_mask.dim() == 2:
@@ -102,15 +107,46 @@ def block_mask(
         columns = _with_keys(columns, some[..., None], every[..., None])
         lists = [_listed(band, state) for band in (rows, columns) for state in (PARTIAL, FULL)]
         mod = and_masks(mod, padding_mod(kept if kept is key_mask else written_out(kept)))
-    if full_width:
-        grid = (keys.blocks, keys.blocks, queries.blocks, queries.blocks)
-        lists = [
-            (count, F.pad(indices, (0, width - indices.shape[-1])))
-            for (count, indices), width in zip(lists, grid, strict=True)
-        ]
-    kv, full_kv, q, full_q = [(written_out(count), written_out(ids)) for count, ids in lists]
-    sizes = queries.block, keys.block
-    return BlockMask((n_queries, n_keys), *kv, *full_kv, *q, *full_q, sizes, mod)
+        if full_width:
+            lists = [
+                (count, F.pad(indices, (0, grid[i // 2] - indices.shape[-1])))
+                for i, (count, indices) in enumerate(lists)
+            ]
+    tensors = [written_out(x) for pair in lists for x in pair]
+    return from_index_tensors((n_queries, n_keys), tensors, (queries.block, keys.block), mod)
+
+
+def index_tensors(blocks: BlockMask) -> tuple[Tensor, ...]:
+    """The eight index tensors of ``blocks``, in the order in which ``BlockMask`` takes them."""
+    lists = []
+    for side in ("kv", "q"):
+        for full in ("", "full_"):
+            count = getattr(blocks, f"{full}{side}_num_blocks")
+            lists += [count, getattr(blocks, f"{full}{side}_indices")]
+    return tuple(lists)
+
+
+def from_index_tensors(
+    lengths: tuple[int, int],
+    tensors: Sequence[Tensor],
+    block_size: tuple[int, int],
+    mod: MaskMod,
+) -> BlockMask:
+    """The BlockMask of eight ``index_tensors`` and a mask_mod, for ``(queries, keys)`` tokens."""
+    kv_count, kv, full_kv_count, full_kv, q_count, q, full_q_count, full_q = tensors
+    return BlockMask(
+        lengths,
+        kv_count,
+        kv,
+        full_kv_count,
+        full_kv,
+        q_count,
+        q,
+        full_q_count,
+        full_q,
+        block_size,
+        mod,
+    )
 
 
 def block_runs(
@@ -216,7 +252,9 @@ def _width(rows: _Side, columns: _Side, most: Callable[[int], int], rule: Rule) 
     # The band's first key lies at a multiple of `grain`, so it begins a block or this far into it.
     grain = math.gcd(rows.block, rule.size, columns.block)
     width = (most(rows.block) - 1 + columns.block - grain) // columns.block + 1
-    return width if width < columns.blocks else columns.blocks
+    # Where the grid is narrower, a narrow band keeps its width all the same: a compiler that asked
+    # for the lesser one would make other kernels for short sequences.
+    return width if width <= _ALWAYS_HELD or width < columns.blocks else columns.blocks
 
 
 def _kept(key_mask: Tensor, keys: _Side) -> tuple[Tensor, Tensor]:

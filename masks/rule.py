@@ -17,7 +17,9 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Rule(Protocol):
-    """Bounds of what sees what; both never decrease along the sequence."""
+    """Bounds of what sees what; both never decrease along the sequence. Hashable, by value."""
+
+    def __hash__(self) -> int: ...
 
     def first_key(self, query: Index) -> Index:
         """First key slot that ``query`` sees."""
