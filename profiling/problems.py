@@ -5,6 +5,7 @@ the sizes alone.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from flexlocal import Window
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of local attention, forward and backward, without rotary.
+    """One call of local attention, forward and backward.
 
     Attributes:
         name: an identifier.
         batch, heads, n, d: the sizes of query, key and value, ``(batch, heads, n, d)``.
         window: which keys a query sees.
         words: what it stands for.
+        rotary: whether q and k are rotated first; the bounds below leave that out.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Problem:
     d: int
     window: Window
     words: str = ""
+    rotary: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -40,6 +43,19 @@ class Problem:
     def label(self) -> str:
         """Name and sizes, for a table."""
         return f"{self.name}: {self.batch} x {self.heads} x {self.n} x {self.d}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, ours and the documented layer's alike, without rotary."""
+        return {
+            "window_size": self.window.size,
+            "causal": self.window.causal,
+            "look_backward": self.window.look_backward,
+            "look_forward": self.window.look_forward,
+            "exact_windowsize": self.window.exact,
+            "autopad": True,
+            "dropout": 0.0,
+        }
 
     @property
     def pairs(self) -> int:

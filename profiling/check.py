@@ -1,0 +1,117 @@
+"""What is right: local attention by brute force, and how far a result is from it.
+
+The truth compares positions as the rule is written and shares no code with ``flexlocal.masks``.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flexlocal import Window
+
+from .problems import Problem
+
+MOST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Norm of the difference over the norm of the truth; fp32 allows for TF32."""
+
+NAMES = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
+
+_ROWS = 1024  # queries that the truth works on at a time
+
+
+def visible(window: Window, query: Tensor, n: int) -> Tensor:
+    """Which of ``n`` keys the queries at ``query`` see: ``(queries, n)``."""
+    size, i, j = window.size, query[:, None], torch.arange(n, device=query.device)[None, :]
+    own = i // size
+    seen = (own - window.look_backward <= j // size) & (j // size <= own + window.look_forward)
+    if window.causal:
+        seen &= j <= i
+    if window.exact:
+        seen &= j >= i - window.look_backward * size
+    if window.exact and not window.causal:
+        seen &= j <= i + window.look_forward * size
+    return seen
+
+
+def truth(problem: Problem, tensors: Sequence[Tensor], train: bool = True) -> list[Tensor]:
+    """The output and, with ``train``, the gradients of q, k and v, in fp64.
+
+    Args:
+        tensors: q, k, v and the output's gradient.
+    """
+    q, k, v, grad = (x.detach().double() for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    outputs, grads = [], [torch.zeros_like(x) for x in leaves]
+    for rows in torch.arange(problem.n, device=q.device).split(_ROWS):
+        out = _attend(problem, rows, q, k, v)
+        outputs.append(out.detach())
+        if train:
+            found = torch.autograd.grad(out, leaves, grad[..., rows, :])
+            grads = [total + part for total, part in zip(grads, found, strict=True)]
+    return [torch.cat(outputs, dim=-2), *(grads if train else [])]
+
+
+def _attend(problem: Problem, rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    query = q[..., rows, :]
+    if problem.rotary:
+        # The documented layer rotates queries as if they stood in the last window they look at.
+        query = _turned(query, rows + problem.window.look_forward * problem.window.size)
+        k = _turned(k, torch.arange(problem.n, device=k.device))
+    scores = query @ k.transpose(-1, -2) * problem.d**-0.5
+    seen = visible(problem.window, rows, problem.n)
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
+
+
+def _turned(x: Tensor, position: Tensor) -> Tensor:
+    d = x.shape[-1]
+    pair = torch.arange(d // 2, device=x.device, dtype=x.dtype)
+    angle = position[:, None] * 10000 ** (-2 * pair / d)
+    first, second = x[..., : d // 2], x[..., d // 2 :]
+    turned = (
+        first * angle.cos() - second * angle.sin(),
+        second * angle.cos() + first * angle.sin(),
+    )
+    return torch.cat(turned, dim=-1)
+
+
+def results(
+    attend: Callable[..., Tensor], tensors: Sequence[Tensor], train: bool = True
+) -> list[Tensor]:
+    """What ``attend`` finds in place of the truth."""
+    *leaves, grad = tensors
+    if not train:
+        with torch.no_grad():
+            return [attend(*leaves)]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def errors(found: Sequence[Tensor], true: Sequence[Tensor]) -> dict[str, float]:
+    """How far each result is from the truth; ``true`` may be longer, and lie elsewhere."""
+    return {
+        name: _distance(one, other.to(one.device))
+        for name, one, other in zip(NAMES, found, true, strict=False)
+    }
+
+
+def complaint(errors: dict[str, float], dtype: torch.dtype) -> str | None:
+    """What is wrong, None when all is within the bound of the dtype."""
+    most = MOST_ERROR[dtype]
+    wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= most]
+    return f"off: {', '.join(wrong)}; {most:.0e} is allowed" if wrong else None
+
+
+def shortened(problem: Problem) -> Problem:
+    """The problem on a few windows and heads, as ragged at its end, for the truth to take."""
+    # Kernels work in blocks of 128: a length that they divide evenly stays one.
+    blocks = -(-(problem.window.span + problem.window.size) // 128)
+    return problem.scaled(min(problem.n, 128 * blocks + problem.n % 128))
+
+
+def _distance(found: Tensor, true: Tensor) -> float:
+    if found.shape != true.shape:
+        return float("inf")
+    wide = torch.promote_types(true.dtype, torch.float32)
+    found, true = found.to(wide), true.to(wide)
+    return ((found - true).norm() / true.norm()).item()

@@ -1,0 +1,90 @@
+"""What the scripts' command lines share: which problem, and the layer that works on it."""
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from flexlocal import LocalAttention, Window
+
+from .problems import PROBLEMS, Problem
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_problem(parser: argparse.ArgumentParser, shape: bool = True) -> None:
+    """The flags that ``problem_of`` reads; without ``shape`` the script chooses the sizes."""
+    flags = parser.add_argument_group("problem", "a standard one, and what is to be changed of it")
+    flags.add_argument("--problem", choices=PROBLEMS, metavar="NAME", help=", ".join(PROBLEMS))
+    if shape:
+        flags.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "N", "D"))
+    flags.add_argument("--window", type=int, metavar="W", help="tokens in a window")
+    flags.add_argument("--causal", action=argparse.BooleanOptionalAction)
+    flags.add_argument("--exact", action=argparse.BooleanOptionalAction)
+    flags.add_argument("--look-backward", type=int, metavar="WINDOWS")
+    flags.add_argument("--look-forward", type=int, metavar="WINDOWS")
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``layer_of`` and ``dtype_of`` read."""
+    flags = parser.add_argument_group("layer")
+    flags.add_argument("--rotary", action="store_true", help="rotary embeddings")
+    flags.add_argument("--xpos", action="store_true", help="rotary embeddings with xpos")
+    flags.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    flags.add_argument("--backend", choices=("auto", "flex", "eager"), default="auto")
+    flags.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
+
+
+def problem_of(options: argparse.Namespace, default: Problem) -> Problem:
+    """The problem that the flags name, or ``default``, with the changes that they ask for.
+
+    Raises:
+        ValueError: the window's numbers do not fit together.
+    """
+    named = default if options.problem is None else PROBLEMS[options.problem]
+    batch, heads, n, d = getattr(options, "shape", None) or named.shape
+    window = _window(options, named.window)
+    if (batch, heads, n, d) == named.shape and window == named.window:
+        return named
+    return Problem("custom", batch, heads, n, d, window)
+
+
+def layer_of(problem: Problem, options: argparse.Namespace) -> LocalAttention:
+    """The layer for the problem, on the CPU.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    window = problem.window
+    return LocalAttention(
+        window.size,
+        causal=window.causal,
+        look_backward=window.look_backward,
+        look_forward=window.look_forward,
+        exact_windowsize=window.exact,
+        autopad=True,
+        dropout=options.dropout,
+        dim=problem.d if options.rotary or options.xpos else None,
+        use_xpos=options.xpos,
+        backend=options.backend,
+    )
+
+
+def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The dtype that is asked for; by default what attention is mostly run in on the device."""
+    return DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def _window(options: argparse.Namespace, named: Window) -> Window:
+    changes = {
+        "size": options.window,
+        "causal": options.causal,
+        "look_backward": options.look_backward,
+        "exact": options.exact,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    # What a window looks ahead by default depends on whether it is causal.
+    turned = options.causal is not None and options.causal != named.causal
+    if options.look_forward is not None or turned:
+        changes["look_forward"] = options.look_forward
+    return replace(named, **changes)

@@ -1,0 +1,260 @@
+"""How time, memory and the block mask of local attention grow with the length.
+
+    python -m profiling.scale [--least 10] [--most 20] [--heads 8] [--rotary] [--json FILE]
+
+One batch entry, and by default 256 keys back, exact. Growth is the slope of a straight line
+through the longer half of the lengths, on logarithmic axes: 1 is linear. What a length cannot be
+measured for is said to be out of memory, and left out of the growth.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from flexlocal.masks import block_mask
+from flexlocal.masks.blocks import block_mask_bytes
+from flexlocal.tuning import STOCK, tuning
+
+from . import machine
+from .chrome import Trace
+from .clock import median_ms, peak_bytes
+from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
+from .problems import PROBLEMS, Problem
+
+GPU_MOST, CPU_MOST = 20, 14
+"""Powers of two that the lengths go up to by default."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """What was measured at one length; None where memory ran out or the path cannot train.
+
+    ``peak_bytes`` is of training where the path can train, else of the forward pass, and
+    includes the tensors that are passed in. The block mask is timed by itself, outside a compiled
+    graph, which would fuse it.
+    """
+
+    n: int
+    forward_ms: float | None
+    train_ms: float | None
+    peak_bytes: int | None
+    mask_bytes: int
+    mask_ms: float | None
+    out_of_memory: bool
+
+    @property
+    def per_token(self) -> dict[str, float]:
+        """Each of the measured, by its name, over the length."""
+        return {name: value / self.n for name in MEASURED if (value := getattr(self, name))}
+
+
+MEASURED = ("forward_ms", "train_ms", "peak_bytes", "mask_bytes", "mask_ms")
+"""The attributes of ``Length`` that may grow with the length."""
+
+
+def measure(
+    problem: Problem, options: argparse.Namespace, device: torch.device, seconds: float
+) -> Length:
+    """Everything about one length."""
+    dtype = dtype_of(options, device)
+    window, n = problem.window, problem.n
+    fused_on_cpu = options.backend == "flex" and device.type == "cpu"
+    block = STOCK.block
+    if device.type == "cuda":
+        block = tuning(torch.cuda.get_device_capability(device), dtype, problem.d, window).block
+    mask: dict[str, Any] = {"block_size": block, "full_width": fused_on_cpu}
+    found: dict[str, Any] = dict.fromkeys(("forward_ms", "train_ms", "peak_bytes", "mask_ms"))
+    enough = True
+    try:
+        found["mask_ms"] = median_ms(
+            lambda: block_mask(window, n, n, device=device, **mask), device, seconds
+        )
+        layer = layer_of(problem, options).to(device)
+        q, k, v, grad = problem.tensors(dtype, device)
+        forward = torch.no_grad()(partial(layer, q, k, v))
+
+        def train() -> None:
+            torch.autograd.grad(layer(q, k, v), (q, k, v), grad)
+
+        found["forward_ms"] = median_ms(forward, device, seconds)
+        if not fused_on_cpu:
+            found["train_ms"] = median_ms(train, device, seconds)
+        passed = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
+        found["peak_bytes"] = most_bytes(forward if fused_on_cpu else train, device, passed)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        enough = False
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    size = block_mask_bytes(window, n, n, **mask)
+    return Length(n, mask_bytes=size, out_of_memory=not enough, **found)
+
+
+def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int:
+    """Bytes that a call holds at most, the ``passed`` ones of its arguments included."""
+    on_gpu = peak_bytes(run, device)
+    if on_gpu is not None:
+        return on_gpu
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        return passed + Trace(file).memory()["cpu"].peak
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that memory ran out, which on the CPU has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def growth(lengths: Sequence[int], values: Sequence[float]) -> float:
+    """The exponent ``p`` of ``value = c * length ** p``, by least squares on logarithms."""
+    logs = [math.log(length) for length in lengths], [math.log(value) for value in values]
+    return statistics.linear_regression(*logs).slope
+
+
+def growths(rows: Sequence[Length]) -> dict[str, float]:
+    """The growth of each of the measured over the longer half of the lengths that have it."""
+    found = {}
+    for name in MEASURED:
+        known = [(row.n, value) for row in rows if (value := getattr(row, name))]
+        # Where calls are short, what a call costs at any length hides the growth.
+        longer = known[len(known) // 2 :] if len(known) > 3 else known
+        if len(longer) > 1:
+            found[name] = growth(*zip(*longer, strict=True))
+    return found
+
+
+_COLUMNS = (
+    # title, attribute, its unit, whether over the length
+    ("forward ms", "forward_ms", 1.0, False),
+    ("ns/token", "forward_ms", 1e6, True),
+    ("train ms", "train_ms", 1.0, False),
+    ("ns/token", "train_ms", 1e6, True),
+    ("peak MB", "peak_bytes", 1e-6, False),
+    ("B/token", "peak_bytes", 1.0, True),
+    ("mask kB", "mask_bytes", 1e-3, False),
+    ("B/token", "mask_bytes", 1.0, True),
+    ("mask ms", "mask_ms", 1.0, False),
+    ("ns/token", "mask_ms", 1e6, True),
+)
+
+
+def heading() -> str:
+    """The table's first line."""
+    return f"{'n':>8}" + "".join(f"{title:>12}" for title, *_ in _COLUMNS)
+
+
+def number(value: float) -> str:
+    """Four digits at least, and never an exponent for a large one."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def line(row: Length) -> str:
+    """One length of the table."""
+    cells = []
+    for _, name, unit, over in _COLUMNS:
+        value = row.per_token.get(name) if over else getattr(row, name)
+        cells.append("-" if value is None else number(value * unit))
+    note = "  out of memory" if row.out_of_memory else ""
+    return f"{row.n:8}" + "".join(f"{cell:>12}" for cell in cells) + note
+
+
+def growth_line(found: dict[str, float]) -> str:
+    """The table's last line: the exponents, under the columns that they belong to."""
+    cells = [
+        "" if over or name not in found else f"n^{found[name]:.2f}" for _, name, _, over in _COLUMNS
+    ]
+    return f"{'growth':>8}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def draw(rows: Sequence[Length], title: str, file: Path) -> None:
+    """Draws time and memory for each token against the length."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    curves = (
+        (time, "forward_ms", 1e6, "forward"),
+        (time, "train_ms", 1e6, "forward + backward"),
+        (memory, "peak_bytes", 1.0, "at most"),
+        (memory, "mask_bytes", 1.0, "block mask"),
+    )
+    for plot, name, unit, words in curves:
+        points = [(row.n, row.per_token[name] * unit) for row in rows if name in row.per_token]
+        if points:
+            plot.plot(*zip(*points, strict=True), marker="o", label=words)
+    time.set(xlabel="tokens", ylabel="ns a token")
+    memory.set(xlabel="tokens", ylabel="bytes a token", yscale="log")
+    for plot in (time, memory):
+        plot.set_xscale("log", base=2)
+        plot.grid(alpha=0.3)
+        plot.legend()
+    time.set_ylim(bottom=0)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> list[Length]:
+    """Reads the command line, measures and prints as it goes."""
+    device = machine.default_device()
+    options = parse(argv, GPU_MOST if device.type == "cuda" else CPU_MOST)
+    try:
+        problem = replace(problem_of(options, PROBLEMS["slide256"]), batch=1, heads=options.heads)
+        layer_of(problem, options)
+    except ValueError as wrong:
+        sys.exit(f"cannot be measured: {wrong}")
+    dtype = dtype_of(options, device)
+    title = f"{machine.device_name(device)}, 1 x {problem.heads} x n x {problem.d}, {dtype}"
+    print(f"{title}, torch {torch.__version__}\n{problem.window}\n\n{heading()}", flush=True)
+    rows = []
+    for power in range(options.least, options.most + 1):
+        rows.append(measure(replace(problem, n=2**power), options, device, options.seconds))
+        print(line(rows[-1]), flush=True)
+    found = growths(rows)
+    print(growth_line(found))
+    if options.json:
+        settings = {name: str(value) for name, value in vars(options).items()}
+        record = machine.record(device, **settings, used_dtype=str(dtype))
+        record |= {"lengths": [asdict(row) for row in rows], "growth": found}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    if options.plot:
+        draw(rows, title, options.plot)
+    return rows
+
+
+def parse(argv: list[str] | None, most: int) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.scale", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_problem(parser, shape=False)
+    add_layer(parser)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--least", type=int, default=10, metavar="POWER")
+    parser.add_argument("--most", type=int, default=most, metavar="POWER", help=f"{most} here")
+    parser.add_argument("--seconds", type=float, default=0.3, help="that each figure takes")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    if not 0 <= options.least <= options.most:
+        parser.error(f"--most must be --least ({options.least}) or more, got {options.most}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

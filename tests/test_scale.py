@@ -1,0 +1,163 @@
+"""How the scripts measure growth with the length, and count compiles."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from flexlocal import Window, flex
+from flexlocal.masks import block_mask
+from profiling import compiles, machine, scale
+
+TINY = ["--window", "32", "--heads", "2", "--seconds", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """The same measurements with a GPU and without."""
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_growth_is_the_exponent(exponent):
+    lengths = [2**power for power in range(6, 12)]
+    values = [3.7 * length**exponent for length in lengths]
+    assert scale.growth(lengths, values) == pytest.approx(exponent, abs=1e-12)
+
+
+def length(n, **known):
+    """A measured length; what is not given ran out of memory."""
+    unknown = dict.fromkeys(("forward_ms", "train_ms", "peak_bytes", "mask_ms"))
+    return scale.Length(**{"n": n, "mask_bytes": 4 * n, "out_of_memory": False} | unknown | known)
+
+
+def test_growth_is_taken_where_calls_are_long():
+    """A constant at the short lengths is left out, and so are lengths without a figure."""
+    lengths = [2**power for power in range(8)]
+    rows = [length(n, forward_ms=max(16.0, n * n)) for n in lengths] + [length(2**8)]
+    found = scale.growths(rows)
+    assert found["forward_ms"] == pytest.approx(2)
+    assert found["mask_bytes"] == pytest.approx(1)
+    assert "train_ms" not in found
+
+
+def test_lengths_are_measured_and_written(tmp_path, capsys):
+    file, plot = tmp_path / "scale.json", tmp_path / "scale.png"
+    flags = [*TINY, "--least", "7", "--most", "9", "--json", str(file), "--plot", str(plot)]
+    rows = scale.main([*flags, "--rotary"])
+    assert [row.n for row in rows] == [128, 256, 512]
+    for row in rows:
+        assert row.forward_ms > 0
+        assert row.train_ms > 0
+        assert row.mask_ms > 0
+        tensor = 2 * row.n * 64 * 4
+        assert row.peak_bytes > 8 * tensor  # q, k, v, the output and the gradient of each
+        assert row.per_token["peak_bytes"] == row.peak_bytes / row.n
+        assert not row.out_of_memory
+    record = json.loads(file.read_text())
+    assert record["settings"]["window"] == "32"
+    assert [found["n"] for found in record["lengths"]] == [128, 256, 512]
+    assert record["growth"]["peak_bytes"] == pytest.approx(1, abs=0.3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert f"n^{record['growth']['train_ms']:.2f}" in printed
+    assert scale.line(rows[0]) in printed
+
+
+def test_the_most_bytes_of_a_call_hold_its_arguments():
+    def run():
+        first = torch.empty(1000, dtype=torch.uint8)
+        del first
+        return torch.empty(3000, dtype=torch.uint8), torch.empty(2000, dtype=torch.uint8)
+
+    assert scale.most_bytes(run, torch.device("cpu"), 70) == 5070
+
+
+def test_bytes_of_the_mask_are_those_of_its_lists():
+    (row,) = scale.main([*TINY, "--least", "9", "--most", "9"])
+    mask = block_mask(Window(32, causal=True, exact=True), row.n, row.n)
+    lists = ("kv", "full_kv", "q", "full_q")
+    tensors = [
+        getattr(mask, f"{name}_{kind}") for name in lists for kind in ("num_blocks", "indices")
+    ]
+    assert row.mask_bytes == sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_running_out_of_memory_is_reported(monkeypatch, capsys, error):
+    usual = scale.median_ms
+
+    def short(run, device, seconds):
+        if run.__name__ == "train":
+            raise error
+        return usual(run, device, seconds)
+
+    monkeypatch.setattr(scale, "median_ms", short)
+    (row,) = scale.main([*TINY, "--least", "6", "--most", "6"])
+    assert row.out_of_memory
+    assert row.forward_ms > 0
+    assert row.train_ms is None
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(scale, "median_ms", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        scale.main([*TINY, "--least", "6", "--most", "6"])
+
+
+def test_guards_are_told_without_the_code_they_stand_in():
+    message = """Recompiling function f in here.py:6
+    triggered by the following guard failure(s):
+    - 0/1: n == 1.5                               # def f(x, n): return x * n  # here.py:7 in f
+    - User stack trace:
+    -     def f(x, n): return x * n
+    - 0/0: tensor 'x' dtype mismatch. expected Float, actual Double
+    - 0/0: tensor 'x' dtype mismatch. expected Float, actual Double"""
+    dtype = "tensor 'x' dtype mismatch. expected Float, actual Double"
+    assert compiles.guards(message) == ["n == 1.5", dtype]
+
+
+def test_a_cause_is_told_in_the_compilers_words(capfd):
+    """Told, instead of printed, and only while it is asked for."""
+
+    @torch.compile(backend="eager")
+    def times(x, factor):
+        return x * factor
+
+    torch.compiler.reset()
+    with compiles.recompile_causes() as causes:
+        times(torch.ones(2), 1.5)
+        assert causes == []
+        times(torch.ones(3), 1.5)
+        assert causes == ["tensor 'x' size mismatch at index 0. expected 2, actual 3"]
+        causes.clear()
+        times(torch.ones(3, dtype=torch.float64), 1.5)
+        assert "tensor 'x' dtype mismatch. expected Float, actual Double" in causes
+    collected = list(causes)
+    times(torch.ones(3, 1), 1.5)
+    assert causes == collected
+    assert "Recompiling" not in capfd.readouterr().err
+    assert not logging.getLogger("torch._dynamo.guards.__recompiles").filters
+
+
+@pytest.mark.skipif(
+    flex.unavailable(torch.device("cpu")) is not None,
+    reason=f"no compiled kernel here: {flex.unavailable(torch.device('cpu'))}",
+)
+def test_compiles_are_counted(tmp_path, capsys):
+    """One layer at one length compiles once, and the second call nothing."""
+    file = tmp_path / "compiles.json"
+    flags = ["--layers", "1", "--lengths", "256", "256", "--heads", "2", "--dim", "16"]
+    first, second = compiles.main([*flags, "--dtypes", "fp32", "--json", str(file)])
+    assert (first.compiles, first.causes) == (1, (compiles.FIRST,))
+    assert (second.compiles, second.causes) == (0, ())
+    assert first.seconds > 0
+    assert "2 calls, of which 1 compiled 1 graphs" in capsys.readouterr().out
+    assert [call["compiles"] for call in json.loads(file.read_text())["calls"]] == [1, 0]
