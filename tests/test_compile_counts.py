@@ -1,0 +1,176 @@
+"""How often kernels are compiled, and that what runs is the kernel.
+
+torch gives a piece of code eight graphs. Past them it raises or, without an error, runs
+FlexAttention as dense arithmetic in n * n memory. Counts are printed: `pytest -rP` shows them.
+"""
+
+import dataclasses
+import random
+
+import oracle
+import pytest
+import torch
+from features import PLAIN, windows_of
+from test_eager_against_oracle import assert_within_budget, gradients, sizes
+from test_gpu import on_gpu
+from test_models import (
+    fresh_compiler,  # noqa: F401  a fixture that every test here uses by itself
+    graphs,
+    needs_compiled_kernels_on_the_cpu,
+    never_dense,
+)
+
+from flexlocal import LocalAttention
+
+MOST_GRAPHS = 3  # one of a first length, one of any, and one more for lengths of another kind
+
+
+@pytest.fixture(autouse=True)
+def no_limit_is_hit():
+    """torch raises where it would give up compiling, in any graph."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def called(layer, inside):
+    """The layer as a user calls it: by itself, or as part of what is compiled."""
+    return torch.compile(layer, fullgraph=True) if inside else layer
+
+
+def report(what, count):
+    print(f"{count} graphs: {what}")
+
+
+@needs_compiled_kernels_on_the_cpu
+def test_shapes_share_graphs_inside_a_compiled_model():
+    """Batch size and length change at once: one that first changes later costs a graph more."""
+    layer = LocalAttention(40, causal=True, dropout=0.0, autopad=True, backend="flex")
+    run = called(layer, inside=True)
+    for batch, n in ((2, 256), (3, 300), (4, 513), (2, 384), (2, 1000), (5, 130)):
+        q, k, v = torch.randn(3, batch, 2, n, 16)
+        with torch.no_grad():
+            out = run(q, k, v).double()
+            with never_dense(n):
+                run(q, k, v)
+        truth = oracle.attend(q, k, v, 40, causal=True)
+        torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-5)
+    report("one layer, 6 shapes, inside a compiled model", graphs())
+    assert graphs() <= MOST_GRAPHS
+
+
+# On a GPU: many layers in one process
+
+
+def drawn(which):
+    """A layer of its own and a dtype: windows, looks, flags and head sizes, drawn by number."""
+    draw = random.Random(which)
+    causal, rotary = draw.random() < 0.5, draw.random() < 0.5
+    xpos = rotary and draw.random() < 0.5
+    rule = windows_of(
+        draw.choice([16, 33, 64, 100, 128]) + which,
+        causal=causal,
+        exact=draw.random() < 0.5,
+        look_backward=draw.choice([0, 1, 2]),
+        look_forward=None if causal else draw.choice([0, 1, 2]),
+    )
+    d = draw.choice([16, 32] if xpos else [16, 32, 64, 80, 128])
+    heads = draw.choice([2, 4])
+    case = dataclasses.replace(
+        PLAIN,
+        window=rule,
+        lead=(2, heads),
+        kv_heads=draw.choice([None, heads // 2]),
+        d=d,
+        d_v=draw.choice([d, 32]),
+        rotary=rotary,
+        xpos=xpos,
+        shared_qk=draw.random() < 0.3,
+        mask_batch=draw.choice([None, None, 2]),
+        bias_heads=draw.choice([None, None, heads]),
+        seed=which,
+    )
+    return case, draw.choice([torch.float32, torch.bfloat16, torch.float16])
+
+
+def check(case, dtype, run):
+    """Output and gradients on the GPU against the oracle, and no dense arithmetic."""
+    call = case.tensors(dtype)
+    ours, exact, plain = on_gpu(call), call.to(torch.float64), call.to(dtype)
+    out = case.run(run, ours)
+    found = gradients(out, ours)
+    out_exact, out_plain = case.truth(exact), case.truth(plain, dtype)
+    assert_within_budget(out.cpu(), out_plain, out_exact, dtype, "the output")
+    truth, rough, size = (
+        gradients(out_exact, exact),
+        gradients(out_plain, plain),
+        sizes(case, exact),
+    )
+    for name in found:
+        assert_within_budget(
+            found[name].cpu(),
+            rough[name],
+            truth[name],
+            dtype,
+            f"the gradient of {name}",
+            size[name],
+        )
+    with never_dense(case.n):
+        gradients(case.run(run, ours), ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("start", range(0, 40, 5))
+def test_forty_layers_of_three_lengths(start, inside):
+    for which in range(start, start + 5):
+        if inside:  # each in a graph of its own, as in a model of its own
+            torch._dynamo.reset()
+        case, dtype = drawn(which)
+        run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
+        before = graphs()
+        for n in (150 + which, 333, 256):
+            check(dataclasses.replace(case, n=n), dtype, run)
+        report(f"layer {which}, {dtype}, 3 lengths", graphs() - before)
+        assert graphs() - before <= MOST_GRAPHS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_twelve_layers_in_one_process(inside):
+    """Four over torch's limit, each called by itself or all in one graph."""
+    windows = [windows_of(size) for size in range(20, 32)]
+    cases = [dataclasses.replace(PLAIN, window=window, lead=(1, 2), d=32) for window in windows]
+    layers = [LocalAttention(**case.arguments(), backend="flex").cuda() for case in cases]
+
+    def all_of_them(q, k, v):
+        return [layer(q, k, v) for layer in layers]
+
+    run = called(all_of_them, inside)
+    for n in (200, 333):
+        cases = [dataclasses.replace(case, n=n) for case in cases]
+        call = cases[0].tensors(torch.float32)
+        ours = on_gpu(call)
+        for case, out in zip(cases, run(ours.q, ours.k, ours.v), strict=True):
+            expected = case.truth(call)
+            torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+            for name, gradient in gradients(out, ours).items():
+                truth = gradients(expected, call)[name].double()
+                torch.testing.assert_close(gradient.cpu().double(), truth, rtol=1e-4, atol=1e-4)
+        with never_dense(n):
+            run(ours.q, ours.k, ours.v)
+    report("12 layers, 2 lengths", graphs())
+    assert graphs() <= (2 if inside else 2 * len(layers))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_one_layer_over_twenty_lengths(dtype, inside):
+    case = dataclasses.replace(PLAIN, window=windows_of(48), lead=(1, 2), rotary=True)
+    run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
+    lengths = (130, 200, 128, 257, 300, 411, 512, 640, 777, 900)
+    lengths += (131, 256, 384, 399, 450, 513, 600, 701, 768, 1024)
+    for n in lengths:
+        check(dataclasses.replace(case, n=n), dtype, run)
+    report(f"one layer, {len(lengths)} lengths, {dtype}", graphs())
+    assert graphs() <= MOST_GRAPHS

@@ -1,0 +1,95 @@
+"""The layer in models trained by two processes: DDP and FSDP2, against one process.
+
+Each process takes half of the batch, so that the averaged gradients are those of the whole one.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from test_models import batch, loss_of, seeded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+PROCESSES = 2
+SEQUENCES = 4
+LAYERS = 3
+
+PLACES = [
+    pytest.param("cpu", id="gloo"),
+    pytest.param(
+        "cuda",
+        id="nccl",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                torch.cuda.device_count() < PROCESSES, reason=f"fewer than {PROCESSES} GPUs here"
+            ),
+        ],
+    ),
+]
+
+
+def replicated(model, device):
+    return DistributedDataParallel(model)
+
+
+def sharded(model, device):
+    mesh = init_device_mesh(device, (PROCESSES,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS = {"DDP": replicated, "FSDP2": sharded}
+
+
+def step(model, run, tokens):
+    """Gradients and, a step of the optimizer later, the parameters, by name."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(run, tokens).backward()
+    named = list(model.named_parameters())
+    found = {f"gradient of {name}": whole(parameter.grad) for name, parameter in named}
+    optimizer.step()
+    return found | {name: whole(parameter) for name, parameter in named}
+
+
+def whole(x):
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+
+
+def one_process(rank, way, device, where):
+    """What each process runs; the first one leaves its results in a file."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=dist.FileStore(f"{where}/store", PROCESSES),
+        rank=rank,
+        world_size=PROCESSES,
+    )
+    try:
+        model = seeded(device, layers=LAYERS)
+        half = batch(device, sequences=SEQUENCES).chunk(PROCESSES)[rank]
+        found = step(model, WAYS[way](model, device), half)
+        if rank == 0:
+            torch.save(found, f"{where}/found")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(way, device, tmp_path):
+    processes.spawn(one_process, args=(way, device, str(tmp_path)), nprocs=PROCESSES)
+    found = torch.load(tmp_path / "found", weights_only=True)
+    model = seeded(device, layers=LAYERS)
+    expected = step(model, model, batch(device, sequences=SEQUENCES))
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6, msg=f"{name} differs")
