@@ -1,47 +1,58 @@
 """What each argument of the layer costs: time of a call with it, over a call without.
 
-    python profiling/argument_costs.py [--length 16384] [--json FILE]
+    python -m profiling.argument_costs [--problem slide256] [--json FILE]
 
-By default on a GPU, bf16, 4 x 16 x 16384 x 64 with 256 keys back (exact, causal); on the CPU in
-fp32 and much smaller. The default path's result is compared with the eager path's before it is
-timed. Times are medians in milliseconds; peak is what a training step holds at most.
+By default slide256 in bf16 on a GPU, and a much smaller problem in fp32 on the CPU. The default
+path's result is compared with the eager path's before it is timed. xpos is compared with rotary,
+since it comes on top of it.
 """
 
 import argparse
 import json
-import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-from flexlocal import Window, local_attention
+from flexlocal import local_attention
 from flexlocal.rotary import Rotary
 
-MOST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-"""Norm of the difference over the norm; fp32 allows for TF32."""
+from . import machine
+from .check import MOST_ERROR
+from .clock import median_ms, peak_bytes
+from .options import add_problem, problem_of
+from .problems import PROBLEMS, Problem
+
+BASE = {"xpos": "rotary", "shared_qk, rotary": "rotary", "key mask, rotary": "rotary"}
+"""What a call is compared with where that is not the plain one."""
 
 
-def calls(window: Window, batch: int, heads: int, n: int, d: int, x: Tensor) -> dict[str, Any]:
-    """The arguments of each call, by name; like ``x`` in dtype and device."""
-    keep = torch.ones(batch, n, dtype=torch.bool, device=x.device)
-    keep[:, -(n // 100) - 1 :] = False
-    half = keep.clone()
+def calls(problem: Problem, x: Tensor) -> dict[str, dict[str, Any]]:
+    """The arguments of each call, by name; tensors like ``x`` in dtype and device."""
+    window, n, d = problem.window, problem.n, problem.d
+    keep = torch.ones(problem.batch, n, dtype=torch.bool, device=x.device)
+    few, half = keep.clone(), keep.clone()
+    few[:, n - n // 20 :] = False
     half[:, n // 2 :] = False
-    bias = torch.randn(heads, window.size, window.span, dtype=x.dtype, device=x.device)
+    scattered = keep & (torch.rand(keep.shape, device=x.device) > 0.3)
+    rotary = Rotary(d).to(x.device)
+    bias = torch.randn(problem.heads, window.size, window.span, device=x.device)
     return {
         "plain": {},
-        "rotary": {"rotary": Rotary(d).to(x.device)},
+        "rotary": {"rotary": rotary},
         "xpos": {"rotary": Rotary(d, True, window.size // 2).to(x.device)},
         "shared_qk": {"shared_qk": True},
-        "key mask, 1 % hidden": {"mask": keep},
-        "key mask, half hidden": {"mask": half},
-        "bias, fixed": {"attn_bias": bias},
-        "bias, learned": {"attn_bias": bias.clone().requires_grad_()},
+        "shared_qk, rotary": {"shared_qk": True, "rotary": rotary},
+        "key mask, the last 5 % hidden": {"mask": few},
+        "key mask, rotary": {"mask": few, "rotary": rotary},
+        "key mask, 30 % here and there": {"mask": scattered},
+        "key mask, half the keys hidden": {"mask": half},
+        "bias": {"attn_bias": bias.to(x.dtype)},
+        "bias, learned": {"attn_bias": bias.to(x.dtype).requires_grad_()},
+        "bias, learned in fp32": {"attn_bias": bias.clone().requires_grad_()},
         "dropout": {"dropout": 0.1, "dropout_seed": torch.tensor(0, device=x.device)},
     }
 
@@ -55,70 +66,53 @@ def check(attend: Callable[..., Tensor], dtype: torch.dtype, name: str) -> None:
         sys.exit(f"not timed, {name} is wrong: off by {error:.1e}")
 
 
-def measure(
-    shape: tuple[int, int, int, int], size: int, device: str
-) -> dict[str, dict[str, float]]:
-    """Forward and training time in ms, and peak GB on a GPU, by name of the call."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    window = Window(size, causal=True, exact=True)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    grad = torch.randn_like(q)
-    rows = {}
-    for name, arguments in calls(window, *shape, q).items():
-        learned = [q, k, v]
-        if name == "bias, learned":
-            learned.append(arguments["attn_bias"])
+def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float]]:
+    """Forward and training time in ms, and peak bytes on a GPU, by name of the call."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v, grad = problem.tensors(dtype, device)
+    rows: dict[str, dict[str, float]] = {}
+    for name, arguments in calls(problem, q).items():
+        bias = arguments.get("attn_bias")
+        learned = [q, k, v] if bias is None or not bias.requires_grad else [q, k, v, bias]
 
         def attend(arguments: Any = arguments, **more: Any) -> Tensor:
-            return local_attention(q, k, v, window, **arguments, **more)
+            return local_attention(q, k, v, problem.window, **arguments, **more)
 
         def train(attend: Any = attend, learned: Any = learned) -> None:
             torch.autograd.grad(attend(), learned, grad)
 
         check(attend, dtype, name)
-        row = {}
-        for kind, run in (("forward", torch.no_grad()(attend)), ("train", train)):
-            run()
-            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            row[kind] = 1e3 * timer.blocked_autorange(min_run_time=0.3).median
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            train()
-            row["peak"] = torch.cuda.max_memory_allocated() / 1e9
+        row = {
+            "forward_ms": median_ms(torch.no_grad()(attend), device),
+            "train_ms": median_ms(train, device),
+        }
+        peak = peak_bytes(train, device)
+        if peak is not None:
+            row["peak_bytes"] = peak
         rows[name] = row
-        plain = rows["plain"]
-        ratios = "  ".join(
-            f"{row[kind]:9.3f} ms {row[kind] / plain[kind]:5.2f}x" for kind in ("forward", "train")
-        )
-        peak = f"  {row['peak']:.2f} GB" if "peak" in row else ""
-        print(f"{name:24}{ratios}{peak}", flush=True)
+        base = rows[BASE.get(name, "plain")]
+        parts = [f"{row[kind]:9.3f} ms {row[kind] / base[kind]:5.2f}x" for kind in base if "ms" in kind]
+        print(f"{name:32}{'  '.join(parts)}  over {BASE.get(name, 'plain')}", flush=True)
     return rows
 
 
-def main() -> None:
-    """Read the command line, measure and print."""
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    defaults = (4, 16, 16384, 64, 256) if gpu else (1, 4, 2048, 64, 128)
-    for name, default in zip(("batch", "heads", "length", "dim", "window"), defaults, strict=True):
-        parser.add_argument(f"--{name}", type=int, default=default)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, measures and prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.argument_costs", description=__doc__.split("\n")[0]
+    )
+    add_problem(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    options = parser.parse_args()
-    device = "cuda" if gpu else "cpu"
-    shape = (options.batch, options.heads, options.length, options.dim)
-    machine = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, {shape}, window {options.window}")
-    rows = measure(shape, options.window, device)
+    options = parser.parse_args(arguments)
+    device = machine.default_device()
+    problem = problem_of(options, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
+    print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}")
+    rows = measure(problem, device)
     if options.json:
-        record = {
-            "device": machine,
-            "torch": torch.__version__,
-            "shape": shape,
-            "window": options.window,
-            "milliseconds": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        record = machine.record(device, problem=problem.name, shape=problem.shape)
+        options.json.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
