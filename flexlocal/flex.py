@@ -21,7 +21,7 @@ from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Kinds of guards of torch's compiler.
+# Kinds of guards of torch's compiler that no key below stands for.
 _MODES = (
     "AUTOGRAD_SAVED_TENSORS_HOOKS",
     "DEFAULT_DEVICE",
@@ -31,7 +31,6 @@ _MODES = (
     "SHAPE_ENV",
     "TORCH_FUNCTION_STATE",
 )
-_OF_TENSORS = ("DUPLICATE_INPUT", "TENSOR_MATCH")
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -93,6 +92,8 @@ def prepared(
     dropout: float,
     xpos_base: float | None,
     masked: bool,
+    biased: bool,
+    rotated: bool,
     flash: bool,
     kernel_options: dict[str, Any] | None,
 ) -> Callable[..., Tensor]:
@@ -107,8 +108,8 @@ def prepared(
         return partial(fused, settings, None)
     # What makes another kernel makes another callable: each has torch's recompile limit to itself.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
-    heads = q.shape[1], k.shape[1]
-    compiled = _compiled(settings, *kind, *heads, masked, torch.is_grad_enabled())
+    given = masked, biased, rotated
+    compiled = _compiled(settings, *kind, q.shape[1], k.shape[1], *given, torch.is_grad_enabled())
     if q.device.type == "cpu":
         # Kernels of the CPU refuse tensors that could require a gradient. They ask for wider lists
         # of blocks than others, and making these in the graph costs no launches.
@@ -189,20 +190,35 @@ def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
         call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
     )
     compiled: Callable[..., Tensor] = torch.compile(
-        own, fullgraph=True, options={"guard_filter_fn": _on_tensors_and_modes}
+        own,
+        fullgraph=True,
+        backend=_inductor,
+        options={"guard_filter_fn": _on_arguments_and_modes},
     )
     return compiled
 
 
-def _on_tensors_and_modes(guards: Sequence[Any]) -> list[bool]:
+def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
     """Which guards a callable keeps: what else they ask, its key has settled.
 
     The hundreds that look after settings and globals would cost more than the launch.
     """
     return [
-        guard.guard_type in _MODES or (guard.guard_type in _OF_TENSORS and not guard.is_global)
+        guard.guard_type in _MODES or guard.name.startswith(("lists", "tensors"))
         for guard in guards
     ]
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """torch's compiler, told that gradients are strided as the output is.
+
+    torch 2.11 takes them for contiguous, and copies those of a transposed view.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(guess_tangent_strides_as_outputs=True):
+        return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
 def _lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -219,7 +235,11 @@ def _kept_lists(
 ) -> tuple[Tensor, ...]:
     # By stream: another one would have to wait for these, and for their memory to be free again.
     with torch.inference_mode(False), torch.no_grad():
-        return block_lists(rule, n, block, device)
+        lists = block_lists(rule, n, block, device)
+    for x in lists:
+        # Lengths share kernels from the second one on, whether or not their blocks are as many.
+        torch._dynamo.maybe_mark_dynamic(x, 2)
+    return lists
 
 
 def _detached(x: Any) -> Any:

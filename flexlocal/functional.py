@@ -265,6 +265,8 @@ def _planned(
             v,
             xpos_base=xpos_base,
             masked=mask is not None,
+            biased=attn_bias is not None,
+            rotated=rotary is not None,
             flash=choice.flash,
             kernel_options=kernel_options,
             **settled,

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flexlocal.masks import block_mask
 from flexlocal.masks.blocks import block_mask_bytes
-from flexlocal.tuning import STOCK, tuning
+from flexlocal.tuning import STOCK_BLOCK, nearest
 
 from . import machine
 from .chrome import Trace
@@ -70,9 +70,10 @@ def measure(
     dtype = dtype_of(options, device)
     window, n = problem.window, problem.n
     fused_on_cpu = options.backend == "flex" and device.type == "cpu"
-    block = STOCK.block
+    block = STOCK_BLOCK
     if device.type == "cuda":
-        block = tuning(torch.cuda.get_device_capability(device), dtype, problem.d, window).block
+        entry = nearest(torch.cuda.get_device_capability(device), dtype, problem.d, window)
+        block = STOCK_BLOCK if entry is None else entry.tuning.block
     mask: dict[str, Any] = {"block_size": block, "full_width": fused_on_cpu}
     found: dict[str, Any] = dict.fromkeys(("forward_ms", "train_ms", "peak_bytes", "mask_ms"))
     enough = True

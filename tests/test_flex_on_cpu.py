@@ -13,7 +13,8 @@ from local_attention import LocalAttention as Upstream
 from strategies import cases
 from test_eager_against_oracle import assert_within_budget
 
-from flexlocal import LocalAttention, flex
+from flexlocal import LocalAttention, Window, flex, functional, local_attention
+from flexlocal.rotary import Rotary
 
 pytestmark = pytest.mark.skipif(
     flex.unavailable(torch.device("cpu")) is not None,
@@ -68,6 +69,47 @@ def test_lengths_share_kernels_and_give_the_right_result():
         truth = oracle.attend(q, k, v, 29, causal=True)
         torch.testing.assert_close(fused, truth, rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
+    """What is left out of a call or added to it makes another kernel, in whatever order."""
+    # Graphs without code of their own: what is asked is which one a call takes.
+    compile_as_it_is = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **options: compile_as_it_is(f, **{**options, "backend": "eager"}),
+    )
+    q, k, v = torch.randn(3, 2, 3, 60, 16)
+    keep, bias = torch.rand(2, 60) > 0.3, torch.randn(3, 10, 20)
+    arguments = [
+        {},
+        {"rotary": Rotary(16)},
+        {"attn_bias": bias},
+        {"rotary": Rotary(16, True, 5)},
+        {"mask": keep},
+        {"mask": keep, "attn_bias": bias},
+        {"shared_qk": True},
+        {"mask": keep, "rotary": Rotary(16)},
+        {"attn_bias": bias[:1]},
+        {"scale": 2.0},
+    ]
+    flex._compiled.cache_clear()
+    try:
+        for _ in range(2):
+            for more in arguments:
+                for tensors in ((q, k, v), (q, q, v), (k, v, v), (q, q, q)):
+                    with torch.no_grad():
+                        found, expected = (
+                            local_attention(
+                                *tensors, Window(10, causal=True), backend=backend, **more
+                            )
+                            for backend in ("flex", "eager")
+                        )
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    finally:
+        flex._compiled.cache_clear()
+        functional._PLANS.clear()
 
 
 def test_blocks_are_skipped():

@@ -11,7 +11,7 @@ import torch
 from features import FEATURES, PLAIN, feature, windows_of
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from strategies import cases
-from test_eager_against_oracle import assert_within_budget, gradients
+from test_eager_against_oracle import assert_within_budget, gradients, sizes
 
 from flexlocal import LocalAttention, Window, local_attention
 
@@ -55,9 +55,10 @@ def check_case(case, dtype, backend="flex"):
     assert_within_budget(out.cpu(), out_plain, out_exact, dtype, "the output")
     found = gradients(out, ours)
     truth, rough = gradients(out_exact, exact), gradients(out_plain, plain)
+    size = sizes(case, exact)
     for name in found:
         what = f"the gradient of {name}"
-        assert_within_budget(found[name].cpu(), rough[name], truth[name], dtype, what)
+        assert_within_budget(found[name].cpu(), rough[name], truth[name], dtype, what, size[name])
 
 
 # Every head size, length and window of the list at least once with every dtype.
