@@ -127,12 +127,16 @@ def _exporting() -> bool:
 
 def prefers_flash(
     q: Tensor,
+    k: Tensor,
     v: Tensor,
     window: Window,
     plain: bool,
     kernel_options: dict[str, Any] | None,
 ) -> bool:
-    """Whether FlashAttention 4's kernel is installed, faster, and able to run a call.
+    """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
+
+    It is young, so that it gets what it was tried on: bf16, heads of 128, contiguous tensors with
+    as many key heads as query heads, and a length of whole blocks.
 
     Args:
         plain: nothing but the window, and rotary, decides the scores.
@@ -140,7 +144,9 @@ def prefers_flash(
     """
     if not plain or kernel_options is not None or q.device.type != "cuda":
         return False
-    if q.shape[-2] < STOCK_BLOCK or q.shape[-1] != v.shape[-1] or q.shape[-1] % 8:
+    if not q.shape == k.shape == v.shape or q.shape[-2] % STOCK_BLOCK or q.shape[-1] != 128:
+        return False
+    if q.dtype != torch.bfloat16 or not all(x.is_contiguous() for x in (q, k, v)):
         return False
     entry = nearest(_capability(q.device), q.dtype, q.shape[-1], window)
     return entry is not None and entry.flash and _flash_installed()

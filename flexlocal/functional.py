@@ -217,7 +217,7 @@ def _kind(argument: Any) -> Any:
     """All of ``argument`` that a plan depends on."""
     if isinstance(argument, Tensor):
         x = argument
-        return type(x), x.shape, x.dtype, x.device, x.requires_grad
+        return type(x), x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous()
     if isinstance(argument, Rotary):
         return _kind(argument.inv_freq), argument.use_xpos, argument.scale_base
     if isinstance(argument, dict):
@@ -320,7 +320,7 @@ def _choice(
 ) -> Choice:
     plain = mask is None and attn_bias is None and not shared_qk and dropout == 0
     plain = plain and (rotary is None or not rotary.use_xpos)
-    flash = flex.prefers_flash(q, v, window, plain, kernel_options)
+    flash = flex.prefers_flash(q, k, v, window, plain, kernel_options)
     return choose(backend, q, k, v, attn_bias, dropout, flash)
 
 
