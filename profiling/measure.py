@@ -103,7 +103,7 @@ def _measure(peer: Peer, task: Task, reference: Sequence[Tensor]) -> Measurement
         torch._dynamo.reset()
         return _checked_and_timed(peer, task, reference)
     except Exception as error:  # a peer may raise anything; the others go on
-        return Measurement(peer.name, *_trouble(error))
+        return Measurement(peer.name, *trouble(error))
     finally:
         gc.collect()
         if task.device.type == "cuda":
@@ -112,7 +112,7 @@ def _measure(peer: Peer, task: Task, reference: Sequence[Tensor]) -> Measurement
 
 def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> Measurement:
     attend, tensors, device = peer.attend(task.problem, task.device), task.tensors(), task.device
-    forward, train = _forward(attend, tensors), _train(attend, tensors)
+    forward, train = forward_of(attend, tensors), training_of(attend, tensors)
     first = first_call(forward, device)
     off = errors(results(attend, tensors, train=False), reference)
     first_train, untrained = None, peer.inference_only(device) if task.train else ""
@@ -121,7 +121,7 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
             first_train = first_call(train, device)
             off = errors(results(attend, tensors), reference)
         except Exception as error:
-            untrained = ": ".join(_trouble(error))
+            untrained = ": ".join(trouble(error))
     wrong = complaint(off, task.dtype)
     if wrong is not None:
         return Measurement(peer.name, "wrong", wrong, error=max(off.values()))
@@ -144,16 +144,18 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
     )
 
 
-def _forward(attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+def forward_of(attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """A call of the forward pass."""
     return torch.no_grad()(lambda: attend(*tensors[:3]))
 
 
-def _train(attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], object]:
+def training_of(attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], object]:
+    """A call of both passes."""
     *leaves, grad = tensors
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
 
 
-def _trouble(error: Exception) -> tuple[Status, str]:
+def trouble(error: Exception) -> tuple[Status, str]:
     """What kind of trouble it is, and its first line."""
     words = str(error).strip().split("\n")[0]
     # The allocator of the CPU raises a RuntimeError.

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,12 +277,15 @@ def test_a_candidate_that_raises_has_failed(monkeypatch, tmp_path):
     conditions.fused_path(SMALL, torch.float32, CPU) is not None,
     reason=str(conditions.fused_path(SMALL, torch.float32, CPU)),
 )
-def test_a_candidate_runs_flexlocals_fused_path(tmp_path):
+def test_each_candidate_runs_a_fused_path_of_its_own(tmp_path):
+    """The second would be wrong if it were served what was compiled for the first."""
     # Kernels of the CPU want as many columns in the block lists as there are blocks: all here.
-    one = Trial(stock("forward"), SMALL, torch.float32, 0.001, tmp_path / "lock", device=CPU)
-    outcome = attempt(one)
-    assert outcome.status == "measured", outcome.reason
-    assert outcome.error < 1e-5
+    for size in (64, 32):
+        problem = replace(SMALL, window=Window(size, causal=True))
+        one = Trial(stock("forward"), problem, torch.float32, 0.001, tmp_path / "lock", device=CPU)
+        outcome = attempt(one)
+        assert outcome.status == "measured", outcome.reason
+        assert outcome.error < 1e-5
 
 
 # Processes.
@@ -352,6 +356,9 @@ def timed(one):
 def test_training_takes_the_fastest_forward_options_of_its_block():
     found, tried = swept(timed)
     assert len(found) == len(tried) == 52 + 180 + 2
+    assert {(t.problem, t.dtype, t.seconds) for t in tried} == {
+        (PROBLEMS["slide256"], torch.bfloat16, 0.1)
+    }
     forward = {block: made_best("forward", block).options for block in BLOCKS}
     for one in tried:
         trains = one.candidate.kind == "training" and one.candidate.swept
@@ -381,6 +388,26 @@ def test_flash_is_measured_where_it_is_installed(monkeypatch, missing):
     assert (milliseconds(found, flash("training")) == 9.0) is (missing is None)
     found, _ = swept(timed, "--limit", "2", "--dtype", "fp32")
     assert milliseconds(found, flash("training")) is None
+
+
+@pytest.mark.parametrize(("asked", "memory", "count"), [(4, 80e9, 4), (15, 30e9, 11), (4, 1e9, 1)])
+def test_as_many_processes_as_fit_and_one_thread_in_each(monkeypatch, asked, memory, count):
+    """Of slide256, with 12 tensors of 2 ** 26 numbers in 16 bits, and a context of 2 ** 30."""
+    made = []
+
+    def workers(count, *rest):
+        made.append(count)
+        return Workers(count, *rest)
+
+    properties = SimpleNamespace(total_memory=int(memory))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(sweep, "Workers", workers)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    options = tune.read(["--problem", "tiny", "slide256", "--workers", str(asked)])
+    with sweep.workers_for(options.problems, options):
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
+    assert made == [min(asked, max(1, int(memory // (12 * 2**26 * 2 + 2**30))))] == [count]
 
 
 # The table.
