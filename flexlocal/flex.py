@@ -110,15 +110,16 @@ def prepared(
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
     given = masked, biased, rotated
     compiled = _compiled(settings, *kind, q.shape[1], k.shape[1], *given, torch.is_grad_enabled())
-    if q.device.type == "cpu":
-        # Kernels of the CPU refuse tensors that could require a gradient. They ask for wider lists
-        # of blocks than others, and making these in the graph costs no launches.
-        return lambda *tensors: compiled(None, *map(_detached, tensors))
-    if masked:
-        return partial(compiled, None)
     n, device = q.shape[-2], q.device
     rule = settings.rule(n, q.dtype)
-    return lambda *tensors: compiled(_lists(rule, n, tuned.block, device), *tensors)
+
+    def run(*tensors: Any) -> Tensor:
+        if device.type == "cpu":  # its kernels refuse tensors that could require a gradient
+            tensors = tuple(map(_detached, tensors))
+        lists = None if masked else _lists(rule, n, tuned.block, device)
+        return compiled(lists, *tensors)
+
+    return run
 
 
 def _exporting() -> bool:
@@ -229,6 +230,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
 
 def _lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
     """The index tensors of the block mask, kept from call to call."""
+    if device.type == "cpu":
+        return _kept_lists(rule, n, block, device, None)
     if torch.cuda.is_current_stream_capturing():
         # The graph that is captured must own what it reads: a kept tensor may be dropped.
         return block_lists(rule, n, block, device)
@@ -237,7 +240,7 @@ def _lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor
 
 @lru_cache(maxsize=256)
 def _kept_lists(
-    rule: Rule, n: int, block: int, device: torch.device, stream: int
+    rule: Rule, n: int, block: int, device: torch.device, stream: int | None
 ) -> tuple[Tensor, ...]:
     # By stream: another one would have to wait for these, and for their memory to be free again.
     with torch.inference_mode(False), torch.no_grad():

@@ -102,8 +102,10 @@ def fused(
         scores.append(self_token(rule))
     common = {**_mask(settings, rule, lists, q, k, key_mask), "scale": settings.scale}
     d_v = v.shape[-1]
-    prepare = _padded_head if q.device.type == "cuda" else _made_anew
-    q, k, v = prepare(q), prepare(k), prepare(v)
+    if q.device.type == "cuda":
+        q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
+    elif lists is None:  # part of a user's graph, perhaps
+        q, k, v = _made_anew(q), _made_anew(k), _made_anew(v)
     if settings.dropout == 0:
         out: Tensor = flex_attention(q, k, v, score_mod=in_turn(*scores), **common)
         return _narrowed(out, d_v)
@@ -132,7 +134,10 @@ def fused(
 
 def block_lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
     """The index tensors of ``rule``'s block mask on ``n`` queries, without a key mask."""
-    blocks = block_mask(rule, n, _slots(rule, n), block_size=block, device=device)
+    on_cpu = device.type == "cpu"
+    blocks = block_mask(
+        rule, n, _slots(rule, n), block_size=block, device=device, full_width=on_cpu
+    )
     return index_tensors(blocks)
 
 

@@ -112,6 +112,21 @@ def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
         functional._PLANS.clear()
 
 
+def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():
+    """As a GPU's callables are compiled; here on a sum, since attention has no gradient there."""
+    torch._dynamo.reset()
+    total = torch.compile(lambda x, y: 2 * x + y, fullgraph=True, backend=flex._inductor)
+    x, y, grad = (torch.randn(2, 30, 4, 16).transpose(1, 2) for _ in range(3))
+    leaves = [x.requires_grad_(), y.requires_grad_()]
+    torch.autograd.grad(total(x, y), leaves, grad)
+    out = total(x, y)
+    with torch.profiler.profile(acc_events=True) as profile:
+        found = torch.autograd.grad(out, leaves, grad)
+    assert torch.equal(found[0], 2 * grad)
+    assert torch.equal(found[1], grad)
+    assert not [event.name for event in profile.events() if "copy" in event.name]
+
+
 def test_blocks_are_skipped():
     """A wrong block list shows in compiled kernels only: this one hides every block."""
     q, k, v = torch.randn(3, 1, 2, 512, 16)

@@ -1,5 +1,6 @@
 """What the README shows runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from flexlocal.__main__ import parser
+from profiling.report import markdown
 
 README = Path(__file__).parents[1] / "README.md"
+BENCHES = ("h100.json", "h100_doc256.json", "cpu.json")
 
 
 def blocks(language):
@@ -43,3 +46,9 @@ def test_its_code_runs(code):
 @pytest.mark.parametrize("words", list(commands()))
 def test_its_commands_are_understood(words):
     assert parser().parse_args(words).command == words[0]
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_its_tables_are_those_of_the_results(name):
+    record = json.loads((README.parent / "profiling" / "results" / name).read_text())
+    assert markdown(record) in README.read_text()
