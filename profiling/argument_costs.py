@@ -91,7 +91,9 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
             row["peak_bytes"] = peak
         rows[name] = row
         base = rows[BASE.get(name, "plain")]
-        parts = [f"{row[kind]:9.3f} ms {row[kind] / base[kind]:5.2f}x" for kind in base if "ms" in kind]
+        parts = [
+            f"{row[kind]:9.3f} ms {row[kind] / base[kind]:5.2f}x" for kind in base if "ms" in kind
+        ]
         print(f"{name:32}{'  '.join(parts)}  over {BASE.get(name, 'plain')}", flush=True)
     return rows
 

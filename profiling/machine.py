@@ -36,6 +36,7 @@ def record(device: torch.device, **settings: Any) -> dict[str, Any]:
             continue
     return {
         "device": device_name(device),
+        "device_type": device.type,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": versions,

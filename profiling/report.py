@@ -125,7 +125,9 @@ def markdown(record: dict[str, Any]) -> str:
     """The README's table: peers in rows, problems in columns, and what they are above it."""
     entries = record["problems"]
     names = list(dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"]))
-    shown = [name for name in names if any(_cell(entry, name) != "-" for entry in entries)]
+    # A processor's own times say little of another's.
+    absolute = record["device_type"] != "cpu"
+    cells = {name: [_cell(entry, name, absolute) for entry in entries] for name in names}
     lines = [
         _caption(record),
         "",
@@ -134,8 +136,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"| | {' | '.join(entry['name'] for entry in entries)} |",
         "|---" * (len(entries) + 1) + "|",
     ]
-    for name in shown:
-        lines.append(f"| {name} | {' | '.join(_cell(entry, name) for entry in entries)} |")
+    for name, row in cells.items():
+        if any(cell != "-" for cell in row):
+            lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -147,28 +150,33 @@ def _caption(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     rows = [row for entry in record["problems"] for row in entry["rows"]]
     memory = any(row["peak_bytes"] is not None for row in rows)
-    return (
-        f"{record['device']} ({versions}), {', '.join(extras)}. Milliseconds of a forward pass / "
-        "of a training step (forward and backward), in brackets how many times flexlocal's time"
-        + ("; then the most memory that the step holds:" if memory else ":")
-    )
+    passes = "a forward pass / {}a training step (forward and backward)"
+    if record["device_type"] == "cpu":
+        what = f"How many times flexlocal's time {passes.format('')} takes"
+    else:
+        what = (
+            f"Milliseconds of {passes.format('of ')}, in brackets how many times flexlocal's time"
+        )
+    then = "; then the most memory that the step holds" if memory else ""
+    return f"{record['device']} ({versions}), {', '.join(extras)}. {what}{then}:"
 
 
-def _cell(entry: Entry, peer: str) -> str:
+def _cell(entry: Entry, peer: str, absolute: bool) -> str:
     row, ours = row_of(entry, peer), row_of(entry, OURS)
     if row.get("status") in ("wrong", "out of memory"):
         return row["status"]
     if row.get("forward_ms") is None:
         return "-"
-    times = " / ".join(_time(row[f"{kind}_ms"], ours.get(f"{kind}_ms")) for kind in KINDS)
+    times = " / ".join(_time(row[f"{kind}_ms"], ours.get(f"{kind}_ms"), absolute) for kind in KINDS)
     return times if row["peak_bytes"] is None else f"{times}, {_gigabytes(row)} GB"
 
 
-def _time(other: float | None, ours: float | None) -> str:
+def _time(other: float | None, ours: float | None, absolute: bool) -> str:
     if other is None or ours is None:
-        return number(other)
+        return number(other) if absolute else "-"
     times = other / ours
-    return f"{number(other)} ({times:.{1 if times >= 9.95 else 2}f}x)"
+    ratio = f"{times:.{1 if times >= 9.95 else 2}f}x"
+    return f"{number(other)} ({ratio})" if absolute else ratio
 
 
 def plot(record: dict[str, Any], file: Path) -> None:

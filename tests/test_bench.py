@@ -427,6 +427,7 @@ def record():
 
     return {
         "device": "a GPU",
+        "device_type": "cuda",
         "versions": {"torch": "2.11", "triton": "3.6"},
         "settings": {"dtype": "bfloat16", "rotary": False, "views": False},
         "problems": [
@@ -469,6 +470,12 @@ the step holds:
     file.write_text(json.dumps(record()))
     report.main([str(file)])
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_times_of_a_processor_are_no_figures_to_quote():
+    table = report.markdown({**record(), "device_type": "cpu"})
+    assert "| quick | 0.80x / 1.50x, 2.00 GB | - |" in table
+    assert "illiseconds" not in table
 
 
 def test_the_text_compares_ours():
