@@ -13,7 +13,7 @@ from local_attention import LocalAttention as Upstream
 from strategies import cases
 from test_eager_against_oracle import assert_within_budget
 
-from flexlocal import LocalAttention, Window, flex, functional, local_attention
+from flexlocal import LocalAttention, Window, flex, local_attention, plan
 from flexlocal.rotary import Rotary
 
 pytestmark = pytest.mark.skipif(
@@ -109,7 +109,7 @@ def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
                     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     finally:
         flex._compiled.cache_clear()
-        functional._PLANS.clear()
+        plan._PLANS.clear()
 
 
 def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():

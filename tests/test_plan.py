@@ -1,0 +1,71 @@
+"""Plans: a warm call is not checked again, and no other call is taken for it."""
+
+import pytest
+import torch
+
+from flexlocal import local_attention, plan
+from flexlocal.rotary import Rotary
+
+Q, K, V = torch.randn(3, 2, 3, 20, 8)
+BIAS = torch.randn(3, 5, 15)
+MASK = torch.ones(2, 20, dtype=torch.bool)
+
+GOOD_THEN_BAD = [
+    ({"scale": 1.0}, {"scale": True}, TypeError, "scale"),
+    ({"dropout": 0.0}, {"dropout": False}, TypeError, "dropout"),
+    ({"window": 1}, {"window": True}, TypeError, "window_size"),
+    ({"mask": MASK}, {"mask": MASK.int()}, ValueError, "mask"),
+    ({"mask": MASK}, {"mask": MASK[:, :-1]}, ValueError, "mask"),
+    ({"attn_bias": BIAS}, {"attn_bias": BIAS.long()}, ValueError, "attn_bias"),
+    ({"attn_bias": BIAS}, {"attn_bias": BIAS.repeat(2, 1, 1)[:4]}, ValueError, "attn_bias"),
+    ({"rotary": Rotary(8)}, {"rotary": Rotary(6)}, ValueError, "dim"),
+    ({}, {"k": K.double()}, ValueError, "k"),
+    ({}, {"k": K[:, :2], "v": V[:, :2]}, ValueError, "k"),
+    ({}, {"v": V[..., :-1, :]}, ValueError, "v"),
+    ({}, {"v": None}, TypeError, "v"),
+    ({}, {"backend": "flux"}, ValueError, "backend"),
+    ({}, {"dropout_seed": 3, "dropout": 0.1}, TypeError, "dropout_seed"),
+]
+
+
+def call(**changes):
+    arguments = {"q": Q, "k": K, "v": V, "window": 5, "backend": "eager", **changes}
+    return local_attention(**arguments)
+
+
+@pytest.mark.parametrize(("good", "bad", "error", "name"), GOOD_THEN_BAD)
+def test_a_bad_call_is_refused_after_a_good_one(good, bad, error, name):
+    for _ in range(2):
+        call(**good)
+        with pytest.raises(error, match=f"^{name} must"):
+            call(**bad)
+
+
+def test_calls_of_a_kind_share_a_plan(monkeypatch):
+    made = []
+    monkeypatch.setattr(plan, "_PLANS", {})
+    as_it_is = plan._made
+    monkeypatch.setattr(plan, "_made", lambda *more: made.append(1) or as_it_is(*more))
+    for _ in range(3):
+        call()
+        call(q=Q + 1, mask=MASK)
+    assert len(made) == 2
+    with torch.no_grad():
+        call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call().dtype == torch.bfloat16
+    assert call().dtype == torch.float32
+    assert len(made) == 4
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(plan, "_PLANS", {})
+    monkeypatch.setattr(plan, "_MOST_PLANS", 4)
+    for n in range(1, 12):
+        call(q=Q[:, :, :n], k=K[:, :, :n], v=V[:, :, :n])
+        assert len(plan._PLANS) <= 4
+
+
+def test_options_that_cannot_be_looked_up_by_are_no_trouble():
+    """A plan is made for each such call."""
+    assert torch.equal(call(kernel_options={"BLOCK_M": [64]}), call())
