@@ -78,3 +78,17 @@ def _after_rotary(attend: Attend, problem: Problem, device: torch.device) -> Att
         return q_turned.to(q.dtype), rotate(k, position, inv_freq).to(k.dtype)
 
     return lambda q, k, v: attend(*rotated(q, k), v)
+
+
+def asking_nothing(attend: Attend) -> Attend:
+    """``attend``; under ``no_grad`` on tensors that could not want a gradient.
+
+    Kernels of the CPU refuse those that could.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            q, k, v = q.detach(), k.detach(), v.detach()
+        return attend(q, k, v)
+
+    return call

@@ -1,7 +1,6 @@
 """Who computes local attention: flexlocal's paths and what else there is, by name.
 
-All of them take and
-give ``(batch, heads, n, d)``.
+All of them take and give ``(batch, heads, n, d)``.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from .conditions import (
     not_by_itself,
     small_mask,
 )
-from .peer import Attend, Condition, Make, Peer
+from .peer import Attend, Condition, Make, Peer, asking_nothing
 from .problems import Problem
 from .windowed import Cudnn, FlashAttention2
 
@@ -178,13 +177,7 @@ def _stock(problem: Problem, device: torch.device) -> Attend:
         problem.window, problem.n, problem.n, device=device, full_width=device.type == "cpu"
     )
     compiled = torch.compile(flex_attention, fullgraph=True)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # on the CPU it refuses tensors that could want a gradient
-            q, k, v = q.detach(), k.detach(), v.detach()
-        return compiled(q, k, v, block_mask=blocks)
-
-    return attend
+    return asking_nothing(lambda q, k, v: compiled(q, k, v, block_mask=blocks))
 
 
 @_peer("dense SDPA", "scaled_dot_product_attention under a dense mask", small_mask)

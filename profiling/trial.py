@@ -18,7 +18,7 @@ from .candidates import Candidate, Options, Outcome
 from .check import complaint, errors, results
 from .clock import first_call, median_ms
 from .measure import forward_of, training_of, trouble
-from .peer import Attend
+from .peer import Attend, asking_nothing
 from .peers import REFERENCE
 from .problems import Problem
 
@@ -77,7 +77,7 @@ def attention(problem: Problem, tuning: Tuning, device: torch.device) -> Attend:
 
     # Only ever called with the same tensors: no guard has anything to ask until the next reset.
     compiled = torch.compile(call, fullgraph=True, options={"guard_filter_fn": _none_of})
-    return partial(compiled, lists)
+    return asking_nothing(partial(compiled, lists))
 
 
 def corners(x: Tensor) -> Tensor:
