@@ -76,6 +76,7 @@ def fused(
     b, h, n, _ = q.shape
     rule = settings.rule(n, dtype)
     if key_mask is not None:
+        key_mask = key_mask.expand(-1, -1, n)  # for a compiler: its length is q's, whatever it is
         v = without_padding(v, key_mask)
         if k.requires_grad or q.requires_grad:  # kernels hide a score before they use it
             k = without_padding(k, key_mask)
