@@ -45,10 +45,13 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 
 @lru_cache
 def _missing(device_type: str) -> str | None:
-    from torch._dynamo.eval_frame import is_dynamo_supported  # takes seconds to import
+    from torch._dynamo import config  # takes seconds to import
+    from torch._dynamo.eval_frame import is_dynamo_supported
 
     if not is_dynamo_supported():
         return "torch.compile does not support this Python"
+    if config.disable:
+        return "torch.compile is switched off (TORCH_COMPILE_DISABLE)"
     if device_type == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no GPU"
@@ -189,6 +192,11 @@ _flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=256)
 def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
     def call(lists: tuple[Tensor, ...] | None, *tensors: Any) -> Tensor:
+        if not torch.compiler.is_compiling():  # FlexAttention would compute every score
+            raise RuntimeError(
+                "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
+                "backend must be 'eager' here"
+            )
         return fused(settings, lists, *tensors)
 
     # The recompile limit counts per code object, so that each callable needs one of its own.

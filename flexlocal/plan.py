@@ -133,6 +133,7 @@ def _made(
 
 
 def as_window(window: Window | int) -> Window:
+    """The rule; an int is the size of a window that looks one back and one forward."""
     return window if isinstance(window, Window) else Window(window)
 
 
@@ -176,6 +177,7 @@ def choice_of(
     backend: BackendName,
     kernel_options: dict[str, Any] | None,
 ) -> Choice:
+    """The path for checked arguments, and why."""
     plain = mask is None and attn_bias is None and not shared_qk and dropout == 0
     plain = plain and (rotary is None or not rotary.use_xpos)
     flash = flex.prefers_flash(q, k, v, window, plain, kernel_options)

@@ -4,6 +4,10 @@ Each call compiles a kernel for some seconds, so there are few of them. The GPU'
 feature and every gradient.
 """
 
+import os
+import subprocess
+import sys
+
 import oracle
 import pytest
 import torch
@@ -125,6 +129,39 @@ def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():
     assert torch.equal(found[0], 2 * grad)
     assert torch.equal(found[1], grad)
     assert not [event.name for event in profile.events() if "copy" in event.name]
+
+
+def test_lengths_with_xpos_and_a_mask():
+    """Its length has to be known for q's own: torch 2.13 failed on strides made of both."""
+    layers = [
+        LocalAttention(12, dim=16, use_xpos=True, dropout=0.0, autopad=True, backend=backend)
+        for backend in ("flex", "eager")
+    ]
+    for n in (62, 30, 400):
+        q, k, v = torch.randn(3, 3, 2, n, 16)
+        keep = torch.rand(6, n) > 0.3  # by head
+        with torch.no_grad():
+            found, expected = (layer(q, k, v, mask=keep) for layer in layers)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_raises_rather_than_compute_every_score():
+    q = torch.randn(1, 1, 64, 16)
+    layer = LocalAttention(8, dropout=0.0, backend="flex")
+    refused = pytest.raises(RuntimeError, match="backend must be 'eager' here")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), refused:
+        layer(q, q, q)
+
+
+def test_a_compiler_that_is_switched_off_is_no_fused_path():
+    code = "import torch; from flexlocal import flex; print(flex.unavailable(torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "switched off" in done.stdout
 
 
 def test_blocks_are_skipped():
