@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -125,6 +126,17 @@ def prepared(
     return run
 
 
+def warn_once(reason: str) -> None:
+    """Says that a call on the GPU is not fused and why, the first time for that reason."""
+    if reason not in _SAID:
+        _SAID.add(reason)
+        words = "local attention takes its eager path, which is slower"
+        warnings.warn(f"{words}: {reason}. backend='eager' asks for it by name", stacklevel=6)
+
+
+_SAID: set[str] = set()
+
+
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
@@ -187,6 +199,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)

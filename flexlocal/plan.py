@@ -114,6 +114,8 @@ def _made(
         "dropout": dropout,
     }
     if choice.backend == "eager":
+        if backend == "auto" and q.device.type == "cuda" and q.numel() and v.numel():
+            flex.warn_once(choice.reason)
         run: Callable[..., Tensor] = partial(eager.attend, **settled)
     else:
         xpos_base = None if rotary is None or rotary.xpos is None else rotary.xpos.base

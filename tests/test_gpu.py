@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from strategies import cases
 from test_eager_against_oracle import assert_within_budget, gradients, sizes
 
-from flexlocal import LocalAttention, Window, local_attention
+from flexlocal import LocalAttention, Window, flex, local_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -224,10 +224,14 @@ def test_many_layers_never_meet_the_recompile_limit():
         torch.testing.assert_close(fused.cpu().double(), truth, rtol=1e-4, atol=1e-4)
 
 
-def test_float64_goes_to_the_eager_path():
+def test_float64_goes_to_the_eager_path(monkeypatch):
+    monkeypatch.setattr(flex, "_SAID", set())
     q, k, v = torch.randn(3, 1, 2, 100, 32, device="cuda", dtype=torch.float64)
     layer = LocalAttention(20, dropout=0.0)
     choice = layer.explain(q)
     assert choice.backend == "eager"
     assert "float64" in choice.reason
-    torch.testing.assert_close(layer(q, k, v).cpu(), oracle.attend(q.cpu(), k.cpu(), v.cpu(), 20))
+    with pytest.warns(UserWarning, match="eager path.*float64"):
+        found = layer(q, k, v)
+    torch.testing.assert_close(found.cpu(), oracle.attend(q.cpu(), k.cpu(), v.cpu(), 20))
+    layer(q + 1, k, v)  # said once: a second warning would be an error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlocal import local_attention, plan
+from flexlocal import flex, local_attention, plan
 from flexlocal.rotary import Rotary
 
 Q, K, V = torch.randn(3, 2, 3, 20, 8)
@@ -69,3 +69,12 @@ def test_plans_are_bounded(monkeypatch):
 def test_options_that_cannot_be_looked_up_by_are_no_trouble():
     """A plan is made for each such call."""
     assert torch.equal(call(kernel_options={"BLOCK_M": [64]}), call())
+
+
+def test_a_reason_is_given_once(monkeypatch):
+    monkeypatch.setattr(flex, "_SAID", set())
+    with pytest.warns(UserWarning, match="eager path, which is slower: too wide. backend='eager'"):
+        flex.warn_once("too wide")
+    flex.warn_once("too wide")  # or this would be an error
+    with pytest.warns(UserWarning, match="too deep"):
+        flex.warn_once("too deep")
