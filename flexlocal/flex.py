@@ -22,17 +22,6 @@ from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Kinds of guards of torch's compiler that no key below stands for.
-_MODES = (
-    "AUTOGRAD_SAVED_TENSORS_HOOKS",
-    "DEFAULT_DEVICE",
-    "DETERMINISTIC_ALGORITHMS",
-    "GLOBAL_STATE",
-    "GRAD_MODE",
-    "SHAPE_ENV",
-    "TORCH_FUNCTION_STATE",
-)
-
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no compiled kernel can run on ``device`` at ``dtype``; None when one can."""
@@ -227,12 +216,12 @@ def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
 
 
 def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
-    """Which guards a callable keeps: what else they ask, its key has settled.
+    """Which guards a callable keeps: not those that look after settings, modules and globals.
 
-    The hundreds that look after settings and globals would cost more than the launch.
+    Its key has settled these, and asking hundreds of them would cost more than the launch.
     """
     return [
-        guard.guard_type in _MODES or guard.name.startswith(("lists", "tensors"))
+        not guard.is_global and "settings" not in guard.name and "__import__" not in guard.name
         for guard in guards
     ]
 
