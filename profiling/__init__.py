@@ -1,5 +1,5 @@
-"""Scripts that measure: ``python -m profiling.bench``, and ``trace``, ``scale``, ``compiles``.
+"""Scripts that measure: ``python -m profiling.bench``, and the others that the README lists.
 
 ``problems`` says what is computed, ``peers`` by whom, ``clock`` how it is timed and ``machine``
-where.
+where; ``results`` keeps the figures.
 """
