@@ -1,7 +1,7 @@
 """Named calls, one for each argument and for pairs that meet in the kernel.
 
 Compiling is slow, so the fused path is tried on these and on few random calls. Sequences are
-longer than a block of 128, most are no multiple of it.
+longer than a block of 128, most are no multiple of it; few queries take another kernel.
 """
 
 import dataclasses
@@ -77,6 +77,8 @@ FEATURES: dict[str, dict] = {
     "odd head": {"d": 33, "d_v": 17},
     "views": {"transposed": True, "rotary": True},
     "plain views": {"transposed": True},
+    "few queries, views": {"transposed": True, "rotary": True, "n": 60},
+    "few queries, mask by head": {"mask_batch": 6, "n": 60, "window": windows_of(16)},
     "two dimensions": {"lead": ()},
     "three dimensions": {"lead": (5,), "mask_batch": 5},
     "five dimensions": {"lead": (2, 1, 3), "transposed": True},
