@@ -55,15 +55,9 @@ def layer_of(problem: Problem, options: argparse.Namespace) -> LocalAttention:
     Raises:
         ValueError: arguments that do not fit.
     """
-    window = problem.window
+    asked = {**problem.arguments, "dropout": options.dropout}
     return LocalAttention(
-        window.size,
-        causal=window.causal,
-        look_backward=window.look_backward,
-        look_forward=window.look_forward,
-        exact_windowsize=window.exact,
-        autopad=True,
-        dropout=options.dropout,
+        **asked,
         dim=problem.d if options.rotary or options.xpos else None,
         use_xpos=options.xpos,
         backend=options.backend,
