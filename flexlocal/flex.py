@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import MOST_HEAD, Settings, block_lists, fused
+from .dropped import let_through
+from .fused import MOST_HEAD, Settings, fused
+from .kernel import lists_of
 from .masks import Rule, Window
 from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
 
@@ -109,7 +111,7 @@ def prepared(
     def run(*tensors: Any) -> Tensor:
         if device.type == "cpu":  # its kernels refuse tensors that could require a gradient
             tensors = tuple(map(_detached, tensors))
-        lists = None if masked else _lists(rule, n, tuned.block, device)
+        lists = None if masked else _lists(tuned, rule, n, device)
         return compiled(lists, *tensors)
 
     return run
@@ -191,6 +193,7 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+let_through._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
@@ -240,23 +243,23 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
-def _lists(rule: Rule, n: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
+def _lists(tuning: Tuning, rule: Rule, n: int, device: torch.device) -> tuple[Tensor, ...]:
     """The index tensors of the block mask, kept from call to call."""
     if device.type == "cpu":
-        return _kept_lists(rule, n, block, device, None)
+        return _kept_lists(tuning, rule, n, device, None)
     if torch.cuda.is_current_stream_capturing():
         # The graph that is captured must own what it reads: a kept tensor may be dropped.
-        return block_lists(rule, n, block, device)
-    return _kept_lists(rule, n, block, device, torch.cuda.current_stream(device).cuda_stream)
+        return lists_of(tuning, rule, n, device)
+    return _kept_lists(tuning, rule, n, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=256)
 def _kept_lists(
-    rule: Rule, n: int, block: int, device: torch.device, stream: int | None
+    tuning: Tuning, rule: Rule, n: int, device: torch.device, stream: int | None
 ) -> tuple[Tensor, ...]:
     # By stream: another one would have to wait for these, and for their memory to be free again.
     with torch.inference_mode(False), torch.no_grad():
-        lists = block_lists(rule, n, block, device)
+        lists = lists_of(tuning, rule, n, device)
     for x in lists:
         # Lengths share kernels from the second one on, whether or not their blocks are as many.
         torch._dynamo.maybe_mark_dynamic(x, 2)

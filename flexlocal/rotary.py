@@ -36,7 +36,8 @@ class Xpos:
         the factors stay as near to 1 as they can.
 
         Returns:
-            ``(queries, d)`` and ``(queries + (look_backward + look_forward) * size, d)``.
+            ``(queries, d / 2)`` and ``(queries + (look_backward + look_forward) * size, d / 2)``,
+            for either half of the channels.
         """
         before, after = window.look_backward * window.size, window.ahead * window.size
         origin = (queries + after - before) // 2
@@ -47,8 +48,7 @@ class Xpos:
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
         power = position.to(torch.float64)[:, None] / self.base
-        decay = (self.zeta.to(torch.float64) ** power).to(dtype)
-        return written_out(torch.cat((decay, decay), dim=-1))
+        return written_out((self.zeta.to(torch.float64) ** power).to(dtype))
 
 
 def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
@@ -59,16 +59,23 @@ def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
     return max(1, windows - window.look_backward - window.ahead)
 
 
-def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by its positions ``(n,)``, in fp32 at least, not cast back.
 
     Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
+
+    Args:
+        factor: ``(n, d / 2)``, which multiplies both halves of the result.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     angle = position.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    cos, sin = written_out(angle.cos().to(dtype)), written_out(angle.sin().to(dtype))
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    if factor is not None:
+        cos, sin = cos * factor, sin * factor
+    # The halves trade places by a look-up: to join them from parts would cost a compiler a pass.
+    traded = x.roll(x.shape[-1] // 2, -1)
+    cos, sin = written_out(torch.cat((cos, cos), -1)), written_out(torch.cat((-sin, sin), -1))
+    return traded * sin + x * cos  # in this order the result is contiguous, however x lies
 
 
 class Rotary(nn.Module):

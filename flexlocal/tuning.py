@@ -26,10 +26,14 @@ class Tuning:
     Attributes:
         block: queries, and keys, in a sparse block.
         options: ``kernel_options`` of ``flex_attention``, as sorted pairs.
+        one_list: treat full blocks as partial ones where this leaves the list of a block's
+            neighbours without gaps. To mask a full block costs less than to look the next one up,
+            unless there are many.
     """
 
     block: int
     options: tuple[tuple[str, Any], ...]
+    one_list: bool = False
 
 
 STOCK = Tuning(STOCK_BLOCK, ())
@@ -60,7 +64,7 @@ def _table() -> tuple[Entry, ...]:
             tuple(line["capability"]),
             line["head_size"],
             line["reach"],
-            Tuning(line["block"], tuple(sorted(line["options"].items()))),
+            Tuning(line["block"], tuple(sorted(line["options"].items())), line["one_list"]),
             line["flash"],
         )
         for line in lines

@@ -6,22 +6,25 @@ last key enclose it. So a row of the grid is a short band of block states, and t
 costs time and memory linear in the sequence. The transposed lists, for the backward pass, follow
 in the same way from the rule's inverse bounds.
 
+FlexAttention wants the partial and the full blocks in lists of their own. Where a list has no
+gaps its kernels need not look blocks up one by one (``lists_have_gaps``).
+
 Block masks: https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks
+from torch.nn.attention.flex_attention import BlockMask
 
 from .buffer import written_out
 from .clip import at_least, at_most
-from .keys import padding_mod
-from .rule import MaskMod, Rule, mask_mod
+from .keys import visible_mod
+from .rule import MaskMod, Rule
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -81,72 +84,94 @@ def block_mask(
         A BlockMask with forward and transposed lists, int32, of batch and heads 1 or
         ``key_mask``'s. A block that sticks out past the last query or key is partial.
     """
-    queries, keys = _sides(n_queries, n_keys, block_size)
+    lengths, sizes = (n_queries, n_keys), _pair(block_size)
+    kept = None
+    if key_mask is not None:
+        by_head = key_mask[:, None] if key_mask.dim() == 2 else key_mask
+        kept = rule.in_slots(by_head[..., None])[..., 0]
+    lists = block_lists(rule, lengths, sizes, device, kept, full_width=full_width)
+    return from_lists(lengths, lists, sizes, visible_mod(rule, kept))
+
+
+def block_lists(
+    rule: Rule,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    device: torch.device | str,
+    kept: Tensor | None = None,
+    *,
+    full_width: bool = False,
+    one_list: bool = False,
+) -> tuple[Tensor, ...]:
+    """The index tensors of ``block_mask``: counts and indices of partial and of full blocks.
+
+    Args:
+        lengths: queries and key slots.
+        kept: boolean ``(batch, heads, slots)``, the slots that a key mask keeps.
+        one_list: name full blocks as partial ones; there are no lists of full ones then.
+
+    Returns:
+        For queries and for keys, the partial and the full list, each ``(batch, heads, rows)`` and
+        ``(batch, heads, rows, width)``: eight tensors, or four with ``one_list``.
+    """
+    queries, keys = map(_Side, lengths, block_size)
     forward = _runs(queries, keys, rule.first_key, rule.last_key, device)
     backward = _runs(keys, queries, rule.first_query, rule.last_query, device)
+    if one_list:
+        forward, backward = (replace(x, last_full=x.first_full - 1) for x in (forward, backward))
     grid = keys.blocks, queries.blocks
     widths = (
         _width(queries, keys, rule.most_keys, rule),
         _width(keys, queries, rule.most_queries, rule),
     )
-    mod = mask_mod(rule)
-    if key_mask is None:
+    if kept is None:
         wide = grid if full_width else widths
         lists = [
             *_lists_of_runs(forward, keys.blocks, wide[0]),
             *_lists_of_runs(backward, queries.blocks, wide[1]),
         ]
     else:
-        if key_mask.dim() == 2:
-            key_mask = key_mask[:, None]
-        kept = rule.in_slots(key_mask[..., None])[..., 0]
         some, every = _kept(kept, keys)
         rows = _band(forward, keys.blocks, widths[0])
         rows = _with_keys(rows, some[..., rows.columns], every[..., rows.columns])
         columns = _band(backward, queries.blocks, widths[1])
         columns = _with_keys(columns, some[..., None], every[..., None])
         lists = [_listed(band, state) for band in (rows, columns) for state in (PARTIAL, FULL)]
-        mod = and_masks(mod, padding_mod(kept if kept is key_mask else written_out(kept)))
         if full_width:
             lists = [
                 (count, F.pad(indices, (0, grid[i // 2] - indices.shape[-1])))
                 for i, (count, indices) in enumerate(lists)
             ]
-    tensors = [written_out(x) for pair in lists for x in pair]
-    return from_index_tensors((n_queries, n_keys), tensors, (queries.block, keys.block), mod)
+    if one_list:
+        lists = lists[::2]
+    return tuple(written_out(x) for pair in lists for x in pair)
 
 
-def index_tensors(blocks: BlockMask) -> tuple[Tensor, ...]:
-    """The eight index tensors of ``blocks``, in the order in which ``BlockMask`` takes them."""
-    lists = []
-    for side in ("kv", "q"):
-        for full in ("", "full_"):
-            count = getattr(blocks, f"{full}{side}_num_blocks")
-            lists += [count, getattr(blocks, f"{full}{side}_indices")]
-    return tuple(lists)
+def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int, one_list: bool) -> bool:
+    """Whether a list of ``block_mask`` may name blocks that are no neighbours.
+
+    Args:
+        rule: the mask rule.
+        lengths: queries and key slots.
+        block: tokens in a sparse block.
+        one_list: as for ``block_mask``.
+    """
+    if one_list:
+        return False  # all that a block sees is one run
+    # Partial blocks lie on both sides of the full ones, unless windows begin and end with blocks.
+    return not rule.turns_at(block) or any(length % block for length in lengths)
 
 
-def from_index_tensors(
+def from_lists(
     lengths: tuple[int, int],
-    tensors: Sequence[Tensor],
+    lists: Sequence[Tensor],
     block_size: tuple[int, int],
     mod: MaskMod,
 ) -> BlockMask:
-    """The BlockMask of eight ``index_tensors`` and a mask_mod, for ``(queries, keys)`` tokens."""
-    kv_count, kv, full_kv_count, full_kv, q_count, q, full_q_count, full_q = tensors
-    return BlockMask(
-        lengths,
-        kv_count,
-        kv,
-        full_kv_count,
-        full_kv,
-        q_count,
-        q,
-        full_q_count,
-        full_q,
-        block_size,
-        mod,
-    )
+    """The BlockMask of ``block_lists`` and a mask_mod, for ``(queries, keys)`` tokens."""
+    half = len(lists) // 2
+    kv, q = ([*side, None, None][:4] for side in (lists[:half], lists[half:]))
+    return BlockMask(lengths, *kv, *q, block_size, mod)  # type: ignore[call-arg, arg-type]
 
 
 def block_runs(
@@ -157,7 +182,7 @@ def block_runs(
     A key mask would make a block empty where ``kept_blocks`` says that it keeps no key, and
     partial where it does not keep every key.
     """
-    queries, keys = _sides(n_queries, n_keys, block_size)
+    queries, keys = map(_Side, (n_queries, n_keys), _pair(block_size))
     return _runs(queries, keys, rule.first_key, rule.last_key, "cpu")
 
 
@@ -175,18 +200,15 @@ def block_mask_bytes(
     full_width: bool = False,
 ) -> int:
     """Bytes of the index tensors that ``block_mask`` makes for one batch entry and head."""
-    queries, keys = _sides(n_queries, n_keys, block_size)
+    queries, keys = map(_Side, (n_queries, n_keys), _pair(block_size))
     forward = keys.blocks if full_width else _width(queries, keys, rule.most_keys, rule)
     backward = queries.blocks if full_width else _width(keys, queries, rule.most_queries, rule)
     # Both lists hold the partial and the full blocks: a count and the indices of each row, int32.
     return 4 * 2 * (queries.blocks * (1 + forward) + keys.blocks * (1 + backward))
 
 
-def _sides(
-    n_queries: int, n_keys: int, block_size: int | tuple[int, int]
-) -> tuple["_Side", "_Side"]:
-    query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
-    return _Side(n_queries, query_block), _Side(n_keys, key_block)
+def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (block_size, block_size) if isinstance(block_size, int) else block_size
 
 
 @dataclass(frozen=True)

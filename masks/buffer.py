@@ -11,7 +11,10 @@ def written_out(x: Tensor) -> Tensor:
     transpose block lists and captured tensors, whose strides FlexAttention's kernels take for
     granted (torch 2.11: illegal memory access). ``as_strided`` makes it settle both.
     """
-    if not torch.compiler.is_compiling():
-        return x
+    return settled(x) if torch.compiler.is_compiling() else x
+
+
+def settled(x: Tensor) -> Tensor:
+    """``written_out`` for what a compiler traces without knowing that it does."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())

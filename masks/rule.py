@@ -45,6 +45,9 @@ class Rule(Protocol):
     def most_queries(self, keys: int) -> int:
         """Upper bound of the queries between the first and last one that see a block."""
 
+    def turns_at(self, block: int) -> bool:
+        """Whether windows begin and end with blocks, and bounds with them but for causality."""
+
     @property
     def size(self) -> int:
         """Tokens in a window; bounds move by multiples of it or with the query."""

@@ -24,23 +24,28 @@ def unit_keys(key: Tensor) -> Tensor:
     return F.normalize(key.to(compute), dim=-1).to(key.dtype)
 
 
+def with_margin(bias: Tensor, margin: int) -> Tensor:
+    """``bias`` with ``margin`` zeros before and after its columns, for ``window_bias``.
+
+    Kernels score whole blocks, keys outside the window too. Columns for these keep the look-up
+    inside the table and contiguous along the keys, which is several times as fast as clipping.
+    """
+    return written_out(F.pad(bias, (margin, margin)))
+
+
 def window_bias(
-    bias: Tensor, window: Window, rule: Rule, heads: int, block: int | None = None
+    bias: Tensor, window: Window, rule: Rule, heads: int, margin: int | None = None
 ) -> ScoreMod:
     """Adds ``bias[row % h, query % W, key - first key of the query's windows]``.
 
     Args:
-        bias: ``(h, W, (1 + look_backward + look_forward) * W)``.
+        bias: ``(h, W, (1 + look_backward + look_forward) * W)``, or that ``with_margin``.
         window: the window that the bias is relative to.
         rule: ``window`` itself, or its layout; says which key a slot holds.
         heads: query heads; the row of a score is ``batch * heads + head``.
-        block: tokens in a sparse block, where every query and key that a kernel scores lies in
-            blocks that see each other and slots are positions; None where that is not known.
+        margin: how far a key that is scored may lie outside of the windows; None where that is
+            not known, and columns are clipped.
     """
-    # Kernels score whole blocks, keys outside the window too. A margin around the bias keeps the
-    # look-up inside it and contiguous along the keys, which is several times as fast as clipping.
-    margin = None if block is None else window.block_margin(block)
-    table = bias if margin is None else written_out(F.pad(bias, (margin, margin)))
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         offset = rule.key_position(query, key) - window.span_start(query)
@@ -49,7 +54,7 @@ def window_bias(
         else:
             offset = offset + margin
         row = (batch * heads + head) % bias.shape[0]
-        return score + table[row, query % window.size, offset]
+        return score + bias[row, query % window.size, offset]
 
     return add_bias
 

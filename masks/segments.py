@@ -8,11 +8,12 @@ interval per query, counted in slots of that layout.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .buffer import written_out
 from .clip import at_least, at_most
 from .window import Index, Window
 
@@ -46,25 +47,29 @@ class Segments:
         """Segments in the sequence."""
         return -(-self.length // self.queries)
 
-    def lay_out(self, keys: Tensor) -> Tensor:
-        """Copies ``(..., length, d)`` to ``(..., count, slots, d)``, zero where there is no key."""
-        # Joined from slices, whose gradients are slices too; unfold's would be scattered sums.
-        rest = self.count * self.queries - self.length
-        own = F.pad(keys, (0, 0, 0, rest)).unflatten(-2, (self.count, self.queries))
+    def in_slots(self, keys: Tensor) -> Tensor:
+        """``(..., length, d)`` as ``(..., count * slots, d)``, zeros where there is no key."""
+        laid_out: Tensor = _InSlots.apply(keys, self)  # type: ignore[no-untyped-call]
+        return laid_out
+
+    def slot_positions(self, device: torch.device | str) -> Tensor:
+        """Position that each slot stands for, ``(count * slots,)``, in the sequence or beyond."""
+        slot = torch.arange(self.count * self.slots, device=device)
+        return slot - self._shift(slot // self.slots)
+
+    def slots_of_keys(self, device: torch.device | str) -> Tensor:
+        """Slots that hold each key, ``(copies, length)``; -1 for fewer of them."""
         before = self.window.look_backward * self.window.size
         after = self.window.ahead * self.window.size
-        parts = [own]
-        for step in range(1, -(-before // self.queries) + 1):
-            tail = own[..., max(0, step * self.queries - before) :, :]
-            parts.insert(0, F.pad(tail, (0, 0, 0, 0, step, 0)).narrow(-3, 0, self.count))
-        for step in range(1, -(-after // self.queries) + 1):
-            head = own[..., : after - (step - 1) * self.queries, :]
-            parts.append(F.pad(head, (0, 0, 0, 0, 0, step)).narrow(-3, step, self.count))
-        return torch.cat(parts, dim=-2)
-
-    def in_slots(self, keys: Tensor) -> Tensor:
-        """``(..., length, d)`` as ``(..., count * slots, d)``."""
-        return self.lay_out(keys).flatten(-3, -2)
+        # Its own segment, and those around whose halos may reach it.
+        steps = torch.arange(
+            -_ceil(after, self.queries), _ceil(before, self.queries) + 1, device=device
+        )
+        position = torch.arange(self.length, device=device)
+        segment = position // self.queries + steps[:, None]
+        place = position - segment * self.queries + before
+        held = (place >= 0) & (place < self.slots) & (segment >= 0) & (segment < self.count)
+        return torch.where(held, segment * self.slots + place, -1)
 
     def first_key(self, query: Index) -> Index:
         """First slot that ``query`` sees."""
@@ -104,6 +109,10 @@ class Segments:
         """Upper bound of the queries between the first and last one that see a block."""
         return self.window.most_queries(keys)
 
+    def turns_at(self, block: int) -> bool:
+        """As for the window: segments, and slots in one, are multiples of its size."""
+        return self.window.turns_at(block)
+
     @property
     def size(self) -> int:
         """Tokens in a window."""
@@ -125,3 +134,39 @@ class Segments:
 def _where_above(value: Index, limit: int, then: Index) -> Index:
     """``then`` where ``value > limit``, else 0."""
     return then * (value > limit)
+
+
+class _InSlots(torch.autograd.Function):
+    """Copies keys to the slots that hold them; the gradient of a key is the sum of its slots'.
+
+    Both are looked up by place: a compiler makes one pass of each, where it would take several
+    to join slices, and atomic additions for the gradient of a look-up.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(keys: Tensor, layout: Segments) -> Tensor:
+        position = layout.slot_positions(keys.device)
+        inside = (position >= 0) & (position < layout.length)
+        return _looked_up(keys, torch.where(inside, position, -1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Segments], output: Tensor) -> None:
+        ctx.layout = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _looked_up(grad, ctx.layout.slots_of_keys(grad.device)).sum(-3), None
+
+
+def _looked_up(x: Tensor, place: Tensor) -> Tensor:
+    """``x[..., place, :]``, and 0 where the place is negative."""
+    place = written_out(place)
+    rows = x.index_select(-2, at_least(place, 0).flatten())
+    found: Tensor = rows.unflatten(-2, place.shape)
+    return found.masked_fill((place < 0)[..., None], 0)
+
+
+def _ceil(count: int, by: int) -> int:
+    return -(-count // by)

@@ -103,6 +103,10 @@ class Window:
         """Upper bound of the queries that see one of ``keys`` keys that begin at a multiple."""
         return keys + self._slack(keys, before=self.exact or self.causal, after=self.exact)
 
+    def turns_at(self, block: int) -> bool:
+        """Whether windows begin and end with blocks, and bounds with them but for causality."""
+        return not self.exact and self.size % block == 0
+
     def block_margin(self, block: int) -> int:
         """Bound of how far a key may lie outside the ``span`` of a query whose block sees its."""
         # Another key of the block, and another query of the block, maybe in a later window.

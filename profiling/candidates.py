@@ -1,18 +1,21 @@
 """Which options of FlexAttention's Triton kernels are tried, what came of it, and which win.
 
 The two passes are swept apart, since an option of one says nothing to the other; only the sparse
-block they share. Options carry their pass as a prefix, as ``flexlocal/tuned.json`` has them.
+blocks and their lists they share. Options carry their pass as a prefix, as
+``flexlocal/tuned.json`` has them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from flexlocal.masks.blocks import lists_have_gaps
 from flexlocal.tuning import FLASH, STOCK_BLOCK, Tuning
 
 from .measure import Status
+from .problems import Problem
 
 Pass = Literal["forward", "training"]
 """What is timed: the forward pass, or it and the backward pass whose options are swept."""
@@ -21,12 +24,31 @@ Options = tuple[tuple[str, Any], ...]
 
 PASSES: tuple[Pass, ...] = ("forward", "training")
 PREFIX = {"forward": "fwd_", "training": "bwd_"}
-BLOCKS = (64, STOCK_BLOCK)
-TILES = (32, 64, 128)
-WARPS = (4, 8)
-STAGES = (2, 3)
 LEAST_TMA_HEAD = 128
 """Narrower heads are loaded without the tensor memory accelerator."""
+
+Layout = tuple[int, bool]
+"""Tokens in a sparse block, and whether there is one list of blocks for two; see ``Tuning``."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is combined: sparse blocks, tiles that divide them, warps and pipeline stages."""
+
+    blocks: tuple[int, ...] = (64, STOCK_BLOCK)
+    tiles: tuple[int, ...] = (32, 64, 128)
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (2, 3)
+
+    def layouts(self, problem: Problem) -> list[Layout]:
+        """The blocks, with one list of them as well where two would have gaps."""
+        lengths = problem.n, problem.n
+        return [
+            (block, one_list)
+            for block in self.blocks
+            for one_list in (False, True)
+            if not one_list or lists_have_gaps(problem.window, lengths, block, one_list=False)
+        ]
 
 
 @dataclass(frozen=True)
@@ -34,12 +56,12 @@ class Candidate:
     """Options for one pass.
 
     Attributes:
-        block: queries, and keys, in a sparse block.
+        layout: the sparse blocks.
         options: ``kernel_options``; empty for FlexAttention's own.
     """
 
     kind: Pass
-    block: int
+    layout: Layout
     options: Options
 
     @property
@@ -55,43 +77,51 @@ class Candidate:
 
     def tuning(self, forward: Options = ()) -> Tuning:
         """For a call; a candidate for training needs ``forward`` for the pass before it."""
-        return Tuning(self.block, tuple(sorted(self.options + forward)))
+        block, one_list = self.layout
+        return Tuning(block, tuple(sorted(self.options + forward)), one_list)
+
+
+def layout_words(layout: Layout) -> str:
+    """For a message."""
+    block, one_list = layout
+    return f"blocks of {block}" + (" in one list" if one_list else "")
 
 
 def stock(kind: Pass) -> Candidate:
     """FlexAttention's own options, to compare with."""
-    return Candidate(kind, STOCK_BLOCK, ())
+    return Candidate(kind, (STOCK_BLOCK, False), ())
 
 
 def flash(kind: Pass) -> Candidate:
     """FlashAttention 4's kernel."""
-    return Candidate(kind, FLASH.block, FLASH.options)
+    return Candidate(kind, (FLASH.block, False), FLASH.options)
 
 
-def candidates(kind: Pass, head_size: int, limit: int | None = None) -> list[Candidate]:
-    """All that the kernels of a pass can run, or ``limit`` of them evenly spread."""
+def candidates(
+    kind: Pass, problem: Problem, space: Space, limit: int | None = None
+) -> list[Candidate]:
+    """All of the space that the kernels of a pass can run, or ``limit`` of them evenly spread."""
     tiles = _forward_tiles if kind == "forward" else _backward_tiles
     tma: tuple[Options, ...] = ((),)
-    if head_size >= LEAST_TMA_HEAD:
+    if problem.d >= LEAST_TMA_HEAD:
         tma = ((), (("USE_TMA", True),))
     found = []
-    for block in BLOCKS:
-        for one, warps, stages, more in product(tiles(block), WARPS, STAGES, tma):
+    for layout in space.layouts(problem):
+        sizes = [size for size in space.tiles if layout[0] % size == 0]
+        for one, warps, stages, more in product(tiles(sizes), space.warps, space.stages, tma):
             options = (*one, ("num_warps", warps), ("num_stages", stages), *more)
             prefixed = tuple((PREFIX[kind] + name, value) for name, value in options)
-            found.append(Candidate(kind, block, prefixed))
+            found.append(Candidate(kind, layout, prefixed))
     return spread(found, limit)
 
 
-def _forward_tiles(block: int) -> Iterator[Options]:
-    sizes = [size for size in TILES if block % size == 0]
+def _forward_tiles(sizes: Sequence[int]) -> Iterator[Options]:
     for m, n in product(sizes, repeat=2):
         yield ("BLOCK_M", m), ("BLOCK_N", n)
 
 
-def _backward_tiles(block: int) -> Iterator[Options]:
+def _backward_tiles(sizes: Sequence[int]) -> Iterator[Options]:
     """M1 and N1 make the gradients of key and value, M2 and N2 that of the query."""
-    sizes = [size for size in TILES if block % size == 0]
     for m1, n1, m2, n2 in product(sizes, repeat=4):
         if n1 % m1 == 0 and m2 % n2 == 0:
             yield ("BLOCK_M1", m1), ("BLOCK_N1", n1), ("BLOCK_M2", m2), ("BLOCK_N2", n2)
@@ -112,7 +142,7 @@ class Outcome:
 
     Attributes:
         error: the largest of the output and the gradients.
-        ms: of a call; training with the fastest forward options of the candidate's block.
+        ms: of a call; training with the fastest forward options of the candidate's layout.
         first_s: of the first call, which compiles.
     """
 
@@ -124,15 +154,15 @@ class Outcome:
     first_s: float | None = None
 
 
-def ranked(outcomes: Sequence[Outcome], kind: Pass, block: int | None = None) -> list[Outcome]:
-    """The swept candidates of a pass that were right, fastest first; of one block if given."""
+def ranked(outcomes: Sequence[Outcome], kind: Pass, layout: Layout | None = None) -> list[Outcome]:
+    """The swept candidates of a pass that were right, fastest first; of one layout if given."""
     timed = [
         o
         for o in outcomes
         if o.status == "measured"
         and o.candidate.swept
         and o.candidate.kind == kind
-        and block in (None, o.candidate.block)
+        and layout in (None, o.candidate.layout)
     ]
     return sorted(timed, key=_ms)
 
@@ -146,23 +176,25 @@ def milliseconds(outcomes: Sequence[Outcome], candidate: Candidate) -> float | N
 class Winner:
     """The fastest options of both passes, in milliseconds of each as ``Outcome`` has them."""
 
-    block: int
+    layout: Layout
     options: Options
     forward_ms: float
     training_ms: float
 
 
-def winner_of(outcomes: Sequence[Outcome], blocks: Sequence[int] = BLOCKS) -> Winner | None:
+def winner_of(
+    outcomes: Sequence[Outcome], layouts: Collection[Layout] | None = None
+) -> Winner | None:
     """The pair with the least sum of both passes, which is the time of training.
 
-    None where no block has a right candidate for each.
+    None where no layout, or none of the given ones, has a right candidate for each.
     """
     pairs = []
-    for block in blocks:
-        forward, training = (ranked(outcomes, kind, block)[:1] for kind in PASSES)
+    for layout in layouts or dict.fromkeys(o.candidate.layout for o in outcomes):
+        forward, training = (ranked(outcomes, kind, layout)[:1] for kind in PASSES)
         if forward and training:
             options = forward[0].candidate.options + training[0].candidate.options
-            pairs.append(Winner(block, options, _ms(forward[0]), _ms(training[0])))
+            pairs.append(Winner(layout, options, _ms(forward[0]), _ms(training[0])))
     return min(pairs, key=lambda pair: pair.training_ms, default=None)
 
 

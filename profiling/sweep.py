@@ -10,7 +10,18 @@ from pathlib import Path
 import torch
 
 from .bench import Progress
-from .candidates import PASSES, Candidate, Outcome, Pass, candidates, flash, ranked, stock
+from .candidates import (
+    PASSES,
+    Candidate,
+    Layout,
+    Outcome,
+    Pass,
+    candidates,
+    flash,
+    layout_words,
+    ranked,
+    stock,
+)
 from .options import DTYPES
 from .peers import PEERS
 from .problems import Problem
@@ -29,17 +40,17 @@ def sweep(
 ) -> Generator[Outcome, None, None]:
     """Every candidate's outcome, as they come; close it where it is left early."""
     dtype = DTYPES[options.dtype]
-    forward: dict[int, Outcome] = {}
+    forward: dict[Layout, Outcome] = {}
     for kind in PASSES:
         trials = []
         for candidate in _tried(kind, problem, options):
             trial = Trial(candidate, problem, dtype, options.seconds, lock)
             if kind == "training" and candidate.swept:
-                if candidate.block not in forward:
-                    words = f"no forward options run with blocks of {candidate.block}"
+                if candidate.layout not in forward:
+                    words = f"no forward options run with {layout_words(candidate.layout)}"
                     yield Outcome(candidate, "failed", words)
                     continue
-                trial = replace(trial, forward=forward[candidate.block].candidate.options)
+                trial = replace(trial, forward=forward[candidate.layout].candidate.options)
             trials.append(trial)
         progress, found = Progress(len(trials)), []
         progress.show(f"{problem.name}: {kind}")
@@ -50,7 +61,7 @@ def sweep(
             yield outcome
         progress.clear()
         if kind == "forward":
-            forward = {o.candidate.block: o for o in reversed(ranked(found, kind))}
+            forward = {o.candidate.layout: o for o in reversed(ranked(found, kind))}
 
 
 def _tried(kind: Pass, problem: Problem, options: argparse.Namespace) -> list[Candidate]:
@@ -58,7 +69,7 @@ def _tried(kind: Pass, problem: Problem, options: argparse.Namespace) -> list[Ca
     beside = [stock(kind)]
     if flash_runs(problem, options):
         beside.append(flash(kind))
-    return beside + candidates(kind, problem.d, options.limit)
+    return beside + candidates(kind, problem, options.space, options.limit)
 
 
 def flash_runs(problem: Problem, options: argparse.Namespace) -> bool:

@@ -2,6 +2,7 @@
 
     python -m profiling.tune --problem slide256 slide1k --ship     # into flexlocal's own table
     python -m profiling.tune --shape 2 8 8192 64 --window 128 --causal --exact --json sweep.json
+    python -m profiling.tune --blocks 64 --warps 4 --stages 1 2 3 4   # part of the usual, and more
     python -m profiling.tune --list                                # what would be tried; anywhere
 
 Each candidate runs through flexlocal's fused path, is compared with the eager path and then
@@ -29,11 +30,14 @@ from flexlocal.tuning import FLASH, STOCK_BLOCK
 from . import machine
 from .candidates import (
     PASSES,
+    Layout,
     Outcome,
+    Space,
     Winner,
     candidates,
     counted,
     flash_is_faster,
+    layout_words,
     milliseconds,
     ranked,
     stock,
@@ -47,6 +51,13 @@ from .tuned_table import SHIPPED, Entry, merged, old_flash, read_table, text_of
 
 CUDA = torch.device("cuda")
 SHOWN = 10
+SPACE = {
+    "blocks": "tokens in a sparse block",
+    "tiles": "rows and columns of a tile, where they divide a block",
+    "warps": "warps of a program",
+    "stages": "stages of its pipeline",
+}
+"""Options that change what is combined."""
 HINT = "--ship has every call of this head size and reach take the fastest"
 
 
@@ -73,6 +84,16 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=_count, metavar="N", help="candidates of each pass, evenly spread"
     )
+    for name, words in SPACE.items():
+        usual = getattr(Space(), name)
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=_count,
+            metavar="N",
+            default=usual,
+            help=f"{words} ({' '.join(map(str, usual))})",
+        )
     parser.add_argument("--seconds", type=float, default=0.1, help="of timed calls, each (0.1)")
     workers = max(1, min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument(
@@ -89,6 +110,10 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --dtype: the table serves 16-bit tensors, got fp32")
     if options.table and not options.table.absolute().parent.is_dir():
         parser.error(f"argument --table: there is no folder {options.table.parent}")
+    wrong = [block for block in options.blocks if STOCK_BLOCK % block]
+    if wrong:
+        parser.error(f"argument --blocks: must divide {STOCK_BLOCK}, got {wrong[0]}")
+    options.space = Space(**{name: tuple(getattr(options, name)) for name in SPACE})
     try:
         options.problems = [_problem(options, name) for name in options.problem]
     except ValueError as reason:
@@ -113,13 +138,13 @@ def _problem(options: argparse.Namespace, name: str) -> Problem:
     return problem
 
 
-def listing(problem: Problem, limit: int | None) -> str:
+def listing(problem: Problem, space: Space, limit: int | None) -> str:
     """The candidates and their number."""
     lines = [problem.label]
     for kind in PASSES:
-        found = candidates(kind, problem.d, limit)
+        found = candidates(kind, problem, space, limit)
         lines.append(f"{kind}: {len(found)} candidates")
-        lines += [f"  block={each.block} {each.words}" for each in found]
+        lines += [f"  {layout_words(each.layout)}: {each.words}" for each in found]
     return "\n".join(lines)
 
 
@@ -130,19 +155,21 @@ def report(outcomes: Sequence[Outcome], winner: Winner | None) -> str:
         of_kind = [o for o in outcomes if o.candidate.kind == kind]
         own = milliseconds(outcomes, stock(kind))
         lines.append(f"{kind}: {counted(of_kind)}")
-        lines.append(f"{'ms':>9}  own/it  block  options")
+        lines.append(f"{'ms':>9}  own/it  {'':24}  options")
         beside = [o for o in of_kind if o.ms is not None and not o.candidate.swept]
         for outcome in [*beside, *ranked(outcomes, kind)[:SHOWN]]:
             ms, candidate = outcome.ms, outcome.candidate
-            times = f"{number(ms):>9}  {ratio(own, ms):>6}  {candidate.block:>5}"
+            times = f"{number(ms):>9}  {ratio(own, ms):>6}  {layout_words(candidate.layout):24}"
             lines.append(f"{times}  {candidate.words}")
     if winner is None:
         return "\n".join([*lines, "no options were right for both passes: there is no winner"])
-    lines.append(f"fastest: blocks of {winner.block}, {_words(outcomes, winner)}")
+    lines.append(f"fastest: {layout_words(winner.layout)}, {_words(outcomes, winner)}")
     lines.append(f"  {dict(winner.options)}")
     if flash_is_faster(outcomes, winner):
         lines.append(f"FlashAttention 4 is faster still: kernel_options={dict(FLASH.options)}")
-    passed = winner_of(outcomes, [STOCK_BLOCK])  # what a caller passes means blocks of this size
+    passed = winner_of(
+        outcomes, [(STOCK_BLOCK, False)]
+    )  # what a caller passes means blocks of this size
     if passed is not None:
         lines.append(f"to pass, in blocks of {STOCK_BLOCK}, {_words(outcomes, passed)}:")
         lines.append(f"  kernel_options={dict(passed.options)}")
@@ -168,7 +195,7 @@ def entry_of(
         "dtype": dtype,
         "head_size": problem.d,
         "reach": problem.window.most_seen,
-        "block": winner.block,
+        **_plain_layout(winner.layout),
         "flash": flash,
         "device": machine.device_name(device),
         "torch": torch.__version__,
@@ -196,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Sweeps, prints and writes; returns the exit status, 1 where a problem has no winner."""
     options = read(arguments)
     if options.list:
-        print("\n\n".join(listing(problem, options.limit) for problem in options.problems))
+        listed = (listing(each, options.space, options.limit) for each in options.problems)
+        print("\n\n".join(listed))
         return 0
     if not torch.cuda.is_available():
         print(
@@ -222,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     _write(record, options.json)  # a later one may take the machine with it
             winner = winner_of(outcomes)
             if winner is not None:
-                part["winner"] = {**asdict(winner), "options": dict(winner.options)}
+                part["winner"] = _plain_pair(winner)
                 part["flash_is_faster"] = flash_is_faster(outcomes, winner)
             _write(record, options.json)
             print(f"\n{problem.label}\n{report(outcomes, winner)}", flush=True)
@@ -236,7 +264,18 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     candidate, fields = outcome.candidate, asdict(outcome)
     del fields["candidate"]
     options = dict(candidate.options)
-    return {"kind": candidate.kind, "block": candidate.block, "options": options, **fields}
+    return {"kind": candidate.kind, **_plain_layout(candidate.layout), "options": options, **fields}
+
+
+def _plain_pair(winner: Winner) -> dict[str, Any]:
+    fields = {**asdict(winner), "options": dict(winner.options)}
+    del fields["layout"]
+    return {**_plain_layout(winner.layout), **fields}
+
+
+def _plain_layout(layout: Layout) -> dict[str, Any]:
+    block, one_list = layout
+    return {"block": block, "one_list": one_list}
 
 
 def _write(record: dict[str, Any], file: Path | None) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexlocal.masks import Window, block_mask, mask_mod
+from flexlocal.masks import Segments, Window, block_mask, mask_mod
+from flexlocal.masks.blocks import block_lists, lists_have_gaps
 
 LISTS = [
     "kv_num_blocks",
@@ -193,3 +194,59 @@ def test_a_million_tokens_are_cheap(causal):
 def test_device_is_the_one_asked_for():
     found = block_mask(Window(8), 32, 32, block_size=16, device="meta")
     assert {getattr(found, name).device.type for name in LISTS} == {"meta"}
+
+
+def laid_out(rule, n, windows_each):
+    """The window itself, or xpos's layout of it, with its number of key slots."""
+    window = Window(**asdict(rule))
+    if windows_each is None:
+        return window, n
+    layout = Segments(window, windows_each, n)
+    return layout, layout.count * layout.slots
+
+
+@settings(max_examples=6 * EXAMPLES)
+@given(
+    windows(), st.integers(1, 90), st.none() | st.integers(1, 5), st.integers(1, 8), st.booleans()
+)
+def test_lists_without_gaps(rule, n, windows_each, block, one_list):
+    """Kernels that are told so take each block's neighbour for the next one of the list."""
+    layout, slots = laid_out(rule, n, windows_each)
+    lists = block_lists(layout, (n, slots), (block, block), "cpu", one_list=one_list)
+    assert len(lists) == (4 if one_list else 8)
+    gaps = False
+    for counts, indices in zip(lists[::2], lists[1::2], strict=True):
+        for count, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True):
+            gaps |= bool((row[:count].diff() != 1).any())
+    assert not gaps or lists_have_gaps(layout, (n, slots), block, one_list)
+
+
+@pytest.mark.parametrize("size", [128, 256, 96])
+@pytest.mark.parametrize("n", [1024, 1000])
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_lists_have_no_gaps(size, n, exact):
+    """It would be safe to say that there are always some, and slow."""
+    window = Window(size, causal=True, exact=exact)
+    whole = n % 128 == 0 and size % 128 == 0 and not exact
+    assert lists_have_gaps(window, (n, n), 128, one_list=False) is not whole
+    assert not lists_have_gaps(window, (n, n), 128, one_list=True)
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(windows(), st.integers(1, 60), block_sizes, st.booleans())
+def test_one_list_names_what_two_name(rule, n, block, masked):
+    window = Window(**asdict(rule))
+    kept = torch.arange(n)[None, None] % 7 < 3 if masked else None
+    two = block_lists(window, (n, n), (block, block), "cpu", kept)
+    one = block_lists(window, (n, n), (block, block), "cpu", kept, one_list=True)
+    rows = -(-n // block)
+    for side in range(2):
+        partial, full, every = (
+            listed(count[0, 0], indices[0, 0], rows, rows)
+            for count, indices in (
+                two[4 * side : 4 * side + 2],
+                two[4 * side + 2 : 4 * side + 4],
+                one[2 * side : 2 * side + 2],
+            )
+        )
+        assert torch.equal(partial | full, every)

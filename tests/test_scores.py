@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import windows
 
 from flexlocal.masks import Window, window_bias
+from flexlocal.masks.scores import with_margin
 
 
 def scored(rule, n, block):
@@ -26,7 +27,9 @@ def test_bias_of_all_pairs_that_a_kernel_scores(rule, block, blocks, margin):
     bias = torch.arange(2 * rule.size * window.span, dtype=torch.float64) + 1
     bias = bias.view(2, rule.size, window.span)
     (query, key), visible = scored(rule, n, block)
-    add = window_bias(bias, window, window, 3, block if margin else None)
+    wide = window.block_margin(block) if margin else None
+    table = with_margin(bias, wide) if wide is not None else bias
+    add = window_bias(table, window, window, 3, wide)
     for head in range(3):
         batch = torch.tensor(1)
         # Beyond the table this raises; in a negative place it would read another row unseen.

@@ -61,7 +61,7 @@ def test_own_times_are_told_by_phase_and_part(traced):
     assert "aten::bmm" in names(traced.rows, phase="backward", part="attention backward")
     assert "aten::cos" in names(traced.rows, phase="forward", part="rotary")
     assert "aten::cat" in names(traced.rows, phase="forward", part="rotary")
-    assert "CatBackward0" in names(traced.rows, phase="backward", part="rotary backward")
+    assert "RollBackward0" in names(traced.rows, phase="backward", part="rotary backward")
     assert "_TiledBackward" in names(traced.rows, phase="backward", part="attention backward")
     assert not names(traced.rows, part="dropout backward")  # its numbers have no gradient
     assert "aten::addmm" in names(traced.rows, phase="forward", part="linear")

@@ -17,10 +17,10 @@ from flexlocal import Window, tuning
 from flexlocal.tuning import FLASH, STOCK_BLOCK, TABLE
 from profiling import conditions, sweep, trial, tune
 from profiling.candidates import (
-    BLOCKS,
     PASSES,
     Candidate,
     Outcome,
+    Space,
     candidates,
     counted,
     flash,
@@ -40,6 +40,8 @@ from profiling.workers import Workers
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SMALL = Problem("small", 3, 4, 256, 16, Window(64, causal=True))
+BLOCKS = Space().blocks
+SLIDING, STANDING = Window(256, causal=True, exact=True), Window(256, causal=True)
 KINDS = pytest.mark.parametrize("kind", PASSES)
 HEADS = pytest.mark.parametrize("head_size", [16, 64, 128, 256])
 
@@ -47,19 +49,25 @@ HEADS = pytest.mark.parametrize("head_size", [16, 64, 128, 256])
 # Which candidates there are.
 
 
+def usual(kind, head_size=64, window=SLIDING, **space):
+    problem = Problem("some", 1, 2, 1024, head_size, window)
+    return candidates(kind, problem, Space(**space))
+
+
 @KINDS
 @HEADS
 def test_candidates_fulfil_the_conditions_of_the_kernels(kind, head_size):
     prefix = {"forward": "fwd_", "training": "bwd_"}[kind]
-    for candidate in candidates(kind, head_size):
+    for candidate in usual(kind, head_size):
         options = dict(candidate.options)
         assert len(options) == len(candidate.options)
         assert all(name.startswith(prefix) for name in options)
         own = {name.removeprefix(prefix): value for name, value in options.items()}
         tiles = {name: own.pop(name) for name in list(own) if name.startswith("BLOCK_")}
         assert set(tiles) == ({"BLOCK_M", "BLOCK_N"} if kind == "forward" else BACKWARD_TILES)
-        assert STOCK_BLOCK % candidate.block == 0
-        assert all(candidate.block % size == 0 for size in tiles.values())
+        block, _ = candidate.layout
+        assert STOCK_BLOCK % block == 0
+        assert all(block % size == 0 for size in tiles.values())
         if kind == "training":
             assert tiles["BLOCK_N1"] % tiles["BLOCK_M1"] == 0
             assert tiles["BLOCK_M2"] % tiles["BLOCK_N2"] == 0
@@ -74,18 +82,30 @@ BACKWARD_TILES = {"BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"}
 
 @KINDS
 @HEADS
-def test_no_candidate_comes_twice_and_both_blocks_come(kind, head_size):
-    found = candidates(kind, head_size)
-    assert len({(c.block, frozenset(c.options)) for c in found}) == len(found)
-    assert {c.block for c in found} == {64, 128}
+def test_no_candidate_comes_twice_and_all_layouts_come(kind, head_size):
+    found = usual(kind, head_size)
+    assert len({(c.layout, frozenset(c.options)) for c in found}) == len(found)
+    assert {c.layout for c in found} == {(64, False), (64, True), (128, False), (128, True)}
+
+
+@KINDS
+def test_one_list_is_tried_where_two_have_gaps(kind):
+    """Windows of whole blocks leave none, on a sequence of whole blocks."""
+    assert {c.layout for c in usual(kind, window=STANDING)} == {(64, False), (128, False)}
+    uneven = usual(kind, window=Window(64, causal=True))
+    assert {c.layout for c in uneven} == {(64, False), (128, False), (128, True)}
+    ragged = candidates(kind, Problem("some", 1, 2, 1000, 64, STANDING), Space())
+    assert (64, True) in {c.layout for c in ragged}
 
 
 def test_how_many_there_are():
     # Tiles in blocks of 64 and 128, by warps and stages: 2 ** 2 + 3 ** 2, and pairs in order.
-    assert len(candidates("forward", 64)) == 4 * (4 + 9)
-    assert len(candidates("training", 64)) == 4 * (3**2 + 6**2)
+    assert len(usual("forward", window=STANDING)) == 4 * (4 + 9)
+    assert len(usual("training", window=STANDING)) == 4 * (3**2 + 6**2)
     for kind in PASSES:
-        assert len(candidates(kind, 128)) == 2 * len(candidates(kind, 64))
+        assert len(usual(kind)) == 2 * len(usual(kind, window=STANDING))
+        assert len(usual(kind, 128)) == 2 * len(usual(kind))
+    assert len(usual("forward", blocks=(64,), tiles=(64,), warps=(2,), stages=(1, 5))) == 4
 
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.head_size}-{e.reach}")
@@ -93,8 +113,9 @@ def test_how_many_there_are():
 def test_what_is_shipped_is_among_them(entry, kind):
     prefix = {"forward": "fwd_", "training": "bwd_"}[kind]
     options = {pair for pair in entry.tuning.options if pair[0].startswith(prefix)}
-    found = candidates(kind, entry.head_size)
-    assert (entry.tuning.block, options) in [(c.block, set(c.options)) for c in found]
+    found = usual(kind, entry.head_size, stages=(1, 2, 3, 4))
+    layout = entry.tuning.block, entry.tuning.one_list
+    assert (layout, options) in [(c.layout, set(c.options)) for c in found]
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 52])
@@ -111,10 +132,10 @@ def test_a_limit_spreads(count, limit):
 
 def test_a_call_gets_sorted_options():
     """As ``flexlocal.tuning`` keeps them, so that equal ones share a kernel."""
-    backward = candidates("training", 64)[0]
-    forward = candidates("forward", 64)[0].options
+    backward = usual("training", blocks=(64,))[-1]
+    forward = usual("forward")[0].options
     made = backward.tuning(forward)
-    assert made.block == 64
+    assert (made.block, made.one_list) == (64, True)
     assert list(made.options) == sorted({*backward.options, *forward})
     assert flash("training").tuning() == FLASH
     assert stock("forward").tuning() == tuning.STOCK
@@ -125,7 +146,7 @@ def test_a_call_gets_sorted_options():
 
 def candidate(kind, block, warps):
     prefix = {"forward": "fwd_", "training": "bwd_"}[kind]
-    return Candidate(kind, block, ((f"{prefix}num_warps", warps),))
+    return Candidate(kind, (block, False), ((f"{prefix}num_warps", warps),))
 
 
 def measured(kind, block, ms, warps=4):
@@ -145,11 +166,11 @@ def test_the_least_sum_over_a_block_wins():
     for _ in range(5):
         random.shuffle(outcomes)
         winner = winner_of(outcomes)
-        assert winner.block == 64
+        assert winner.layout == (64, False)
         assert dict(winner.options) == {"fwd_num_warps": 8, "bwd_num_warps": 4}
         assert (winner.forward_ms, winner.training_ms) == (1.5, 4.0)
-    other = winner_of(outcomes, [128])
-    assert (other.block, other.forward_ms, other.training_ms) == (128, 1.0, 4.5)
+    other = winner_of(outcomes, [(128, False)])
+    assert (other.layout[0], other.forward_ms, other.training_ms) == (128, 1.0, 4.5)
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed", "out of memory"])
@@ -160,7 +181,7 @@ def test_the_wrong_and_the_failed_never_win(status):
     assert winner_of(bad) is None
     good = [measured("forward", 128, 2.0), measured("training", 128, 5.0)]
     winner = winner_of(bad + good)
-    assert (winner.block, winner.forward_ms, winner.training_ms) == (128, 2.0, 5.0)
+    assert (winner.layout[0], winner.forward_ms, winner.training_ms) == (128, 2.0, 5.0)
     assert all(o.status == "measured" for kind in PASSES for o in ranked(bad + good, kind))
 
 
@@ -215,8 +236,8 @@ def test_a_candidate_takes_the_forward_options_given_to_it(monkeypatch, tmp_path
     backward, forward = candidate("training", 64, 4), candidate("forward", 64, 8)
     one = Trial(backward, SMALL, torch.float32, 0.001, tmp_path / "lock", forward.options, CPU)
     assert attempt(one).status == "measured"
-    assert [(t.block, dict(t.options)) for t in seen] == [
-        (64, {"fwd_num_warps": 8, "bwd_num_warps": 4})
+    assert [(t.block, t.one_list, dict(t.options)) for t in seen] == [
+        (64, False, {"fwd_num_warps": 8, "bwd_num_warps": 4})
     ]
 
 
@@ -340,43 +361,49 @@ def swept(outcome_of, *arguments):
     return found, workers.tried
 
 
-def made_best(kind, block):
+def made_best(kind, layout):
     """The candidate that ``timed`` makes the fastest: the second of 64, the third of 128."""
-    return [c for c in candidates(kind, 64) if c.block == block][block // 64]
+    return [c for c in usual(kind) if c.layout == layout][layout[0] // 64]
 
 
 def timed(one):
-    """64 beats 128; what is not swept takes longer than either."""
-    each = one.candidate
-    best = each.swept and each == made_best(each.kind, each.block)
-    ms = each.block / 64 + (each.kind == "training") + (0 if best else 1)
+    """64 beats 128, one list two; what is not swept takes longer than either."""
+    each, (block, one_list) = one.candidate, one.candidate.layout
+    best = each.swept and each == made_best(each.kind, each.layout)
+    ms = block / 64 + (each.kind == "training") + (0 if best else 1) + (0 if one_list else 0.5)
     return Outcome(each, "measured", error=0.0, ms=ms if each.swept else 9.0)
 
 
-def test_training_takes_the_fastest_forward_options_of_its_block():
+LAYOUTS = [(64, False), (64, True), (128, False), (128, True)]
+
+
+def test_training_takes_the_fastest_forward_options_of_its_layout():
     found, tried = swept(timed)
-    assert len(found) == len(tried) == 52 + 180 + 2
+    assert len(found) == len(tried) == 2 * (52 + 180) + 2
     assert {(t.problem, t.dtype, t.seconds) for t in tried} == {
         (PROBLEMS["slide256"], torch.bfloat16, 0.1)
     }
-    forward = {block: made_best("forward", block).options for block in BLOCKS}
+    forward = {layout: made_best("forward", layout).options for layout in LAYOUTS}
     for one in tried:
         trains = one.candidate.kind == "training" and one.candidate.swept
-        assert one.forward == (forward[one.candidate.block] if trains else ())
-    assert dict(winner_of(found).options).items() >= dict(forward[64]).items()
+        assert one.forward == (forward[one.candidate.layout] if trains else ())
+    assert winner_of(found).layout == (64, True)
+    assert dict(winner_of(found).options).items() >= dict(forward[64, True]).items()
 
 
-def test_without_forward_options_a_block_is_not_trained():
+def test_without_forward_options_a_layout_is_not_trained():
     def outcome_of(one):
-        small = one.candidate.kind == "forward" and one.candidate.block == 64
+        small = one.candidate.kind == "forward" and one.candidate.layout == (64, True)
         return Outcome(one.candidate, "failed", "no") if small else timed(one)
 
     found, tried = swept(outcome_of)
-    assert not [t for t in tried if t.candidate.kind == "training" and t.candidate.block == 64]
-    left = [o for o in found if o.candidate.kind == "training" and o.candidate.block == 64]
+    trained = {t.candidate.layout for t in tried if t.candidate.kind == "training"}
+    assert trained == {*LAYOUTS} - {(64, True)}
+    kind, layout = "training", (64, True)
+    left = [o for o in found if (o.candidate.kind, o.candidate.layout) == (kind, layout)]
     assert len(left) == 36 and {o.status for o in left} == {"failed"}
-    assert left[0].reason == "no forward options run with blocks of 64"
-    assert winner_of(found).block == 128
+    assert left[0].reason == "no forward options run with blocks of 64 in one list"
+    assert winner_of(found).layout == (64, False)
 
 
 @pytest.mark.parametrize("missing", [None, "it is not installed"])
@@ -421,6 +448,7 @@ def entry(reach=257, flash=False, capability=(9, 0), head_size=64, **more):
         "problem": "p",
         **numbers,
         "block": 64,
+        "one_list": True,
         "flash": flash,
         **where,
         "options": options,
@@ -448,7 +476,7 @@ def test_a_table_is_read_by_flexlocal(tmp_path, monkeypatch):
     *others, last = tuning._table()
     assert tuple(others) == TABLE
     assert (last.capability, last.head_size, last.reach, last.flash) == ((10, 3), 64, 999, True)
-    assert last.tuning.block == 64
+    assert (last.tuning.block, last.tuning.one_list) == (64, True)
     assert last.tuning.options == (("bwd_USE_TMA", True), ("bwd_num_warps", 4), ("fwd_BLOCK_M", 64))
 
 
@@ -498,31 +526,33 @@ def test_the_fastest_is_printed_recorded_and_merged(tmp_path, gpu, capsys):
     assert tune.main(asked) == 0
 
     options, at_128 = (
-        dict(made_best("forward", block).options + made_best("training", block).options)
-        for block in BLOCKS
+        dict(made_best("forward", layout).options + made_best("training", layout).options)
+        for layout in ((64, True), (128, False))
     )
     assert options != at_128
     (new,) = json.loads(table.read_text())["entries"]
     assert new["problem"] == "slide256" and new["dtype"] == "bfloat16"
     assert (new["capability"], new["head_size"], new["reach"]) == ([9, 0], 64, 257)
-    assert new["block"] == 64 and new["options"] == options
+    assert (new["block"], new["one_list"], new["options"]) == (64, True, options)
     assert new["torch"] == torch.__version__ and new["device"] == "a GPU"
     if PEERS["FlashAttention 4"].missing() is not None:
         assert new["flash"] is True  # as it was
 
     (part,) = json.loads(record.read_text())["problems"]
-    assert len(part["outcomes"]) >= 52 + 180 + 2
+    assert len(part["outcomes"]) >= 2 * (52 + 180) + 2
+    assert (part["winner"]["block"], part["winner"]["one_list"]) == (64, True)
     assert part["winner"]["options"] == options
     assert part["winner"]["forward_ms"] == 1.0 and part["winner"]["training_ms"] == 2.0
     shown = {(o["kind"], o["block"], len(o["options"])) for o in part["outcomes"]}
     assert ("forward", 64, 4) in shown and ("training", 128, 6) in shown
 
     printed = capsys.readouterr().out
-    assert "fastest: blocks of 64, forward 1.00 ms (9.00x), training 2.00 ms (4.50x)" in printed
+    fastest = "blocks of 64 in one list, forward 1.00 ms (9.00x), training 2.00 ms (4.50x)"
+    assert f"fastest: {fastest}" in printed
     assert str(options) in printed
-    assert "to pass, in blocks of 128, forward 2.00 ms (4.50x), training 3.00 ms" in printed
+    assert "to pass, in blocks of 128, forward 2.50 ms (3.60x), training 3.50 ms" in printed
     assert f"kernel_options={at_128}" in printed
-    assert printed.count("   64  BLOCK_M=") + printed.count("  128  BLOCK_M=") == 10
+    assert printed.count("  BLOCK_M=") == 10
     assert f"written to {table}" in printed
 
 
@@ -551,16 +581,21 @@ def test_the_list_says_how_many_and_which(capsys):
     assert tune.main(["--list", "--problem", "slide256", "slide1k"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "candidates" in line] == [
-        "forward: 52 candidates",
-        "training: 180 candidates",
         "forward: 104 candidates",
         "training: 360 candidates",
+        "forward: 208 candidates",
+        "training: 720 candidates",
     ]
     assert lines[0] == PROBLEMS["slide256"].label
-    assert "  block=64 BLOCK_M=32 BLOCK_N=64 num_warps=8 num_stages=3" in lines
-    assert sum(line.startswith("  block=") for line in lines) == 52 + 180 + 104 + 360
+    assert "  blocks of 64: BLOCK_M=32 BLOCK_N=64 num_warps=8 num_stages=3" in lines
+    assert sum(line.startswith("  blocks of ") for line in lines) == 2 * (52 + 180 + 104 + 360)
     assert tune.main(["--list", "--limit", "3"]) == 0
-    assert capsys.readouterr().out.count("\n  block=") == 6
+    assert capsys.readouterr().out.count("\n  blocks of ") == 6
+    part = ["--blocks", "64", "--tiles", "16", "64", "--warps", "2", "--stages", "1", "4"]
+    assert tune.main(["--list", "--problem", "doc256", *part]) == 0
+    listed = capsys.readouterr().out
+    assert "forward: 8 candidates" in listed and "training: 18 candidates" in listed
+    assert "  blocks of 64: BLOCK_M=16 BLOCK_N=64 num_warps=2 num_stages=4" in listed
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(monkeypatch, capsys):
@@ -575,6 +610,8 @@ def test_without_a_gpu_there_is_nothing_to_tune(monkeypatch, capsys):
     [
         (["--problem", "nothing"], "invalid choice: 'nothing'"),
         (["--limit", "0"], "must be 1 or more, got 0"),
+        (["--stages", "2", "0"], "must be 1 or more, got 0"),
+        (["--blocks", "64", "96"], "must divide 128, got 96"),
         (["--shape", "1", "2", "100", "64"], "N must be 128 or more"),
         (["--window", "0"], "window_size must be"),
         (["--dtype", "fp32", "--ship"], "16-bit tensors, got fp32"),

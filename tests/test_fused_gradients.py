@@ -1,0 +1,95 @@
+"""Gradients of the fused path without a GPU: what is compiled, on FlexAttention's dense operators.
+
+They compute every score, heed no block list and take no option, but all that surrounds them is
+the fused path's own: rotary, xpos's layout, the scores and masks, and dropout's backward pass.
+"""
+
+import pytest
+import torch
+from features import FEATURES, feature
+from hypothesis import Phase, given, settings
+from strategies import cases
+from test_eager_against_oracle import assert_within_budget, gradients, sizes
+from torch.nn.attention import flex_attention
+
+from flexlocal import LocalAttention, flex
+
+
+@pytest.fixture(autouse=True)
+def dense_on_the_cpu(monkeypatch):
+    # Kernels of the CPU have no backward pass; these operators have one.
+    monkeypatch.setattr(flex, "refusal", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+
+
+def compiled(case, **more):
+    layer = LocalAttention(**{**case.arguments(), **more}, backend="flex")
+    return torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+
+
+def check_case(case):
+    call, exact = case.tensors(torch.float32), case.tensors(torch.float64)
+    plain = call.to(torch.float32)
+    out = case.run(compiled(case), call)
+    out_exact, out_plain = case.truth(exact), case.truth(plain, torch.float32)
+    assert_within_budget(out, out_plain, out_exact, torch.float32, "the output")
+    found = gradients(out, call)
+    truth, rough = gradients(out_exact, exact), gradients(out_plain, plain)
+    size = sizes(case, exact)
+    for name in found:
+        what = f"the gradient of {name}"
+        assert_within_budget(found[name], rough[name], truth[name], torch.float32, what, size[name])
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_arguments(name):
+    check_case(feature(name))
+
+
+@settings(max_examples=8, phases=[Phase.generate])
+@given(cases())
+def test_random_calls(case):
+    torch._dynamo.reset()
+    check_case(case)
+
+
+DROPPED = [
+    "plain",
+    "far looks",
+    "mask, a row hidden",
+    "grouped, mask by head",
+    "bias over rows",
+    "shared",
+    "window of one",
+    "narrow values",
+    "xpos, mask, bias, shared",
+]
+
+
+def check_dropout(case):
+    """Against the eager path, which drops the same weights and differentiates them one by one."""
+    found = []
+    for run in (
+        compiled(case, dropout=0.3),
+        LocalAttention(**{**case.arguments(), "dropout": 0.3}, backend="eager"),
+    ):
+        call = case.tensors(torch.float32)
+        named = {"mask": call.mask, "attn_bias": call.bias, "window_size": case.override}
+        out = run(call.q, call.k, call.v, dropout_seed=torch.tensor(5), **named)
+        found.append([out, *gradients(out, call).values()])
+    for fused, eager in zip(*found, strict=True):
+        size = max(1.0, eager.abs().max().item())
+        torch.testing.assert_close(fused, eager, rtol=0, atol=2e-5 * size)
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout(name):
+    check_dropout(feature(name, n=301))
+
+
+@settings(max_examples=8, phases=[Phase.generate])
+@given(cases())
+def test_dropout_of_random_calls(case):
+    torch._dynamo.reset()
+    check_dropout(case)
