@@ -15,8 +15,9 @@ score function ``f`` whose gradient is ``f'``, and log-sum-exps ``l`` with gradi
 
     w = exp(f(s) - l)     grad_v_j = sum_i w_ij grad_i     grad_s = f'(w (v_j . grad_i - D_i + l'))
 
-and is given ``f(s) = s - L - log(1 - p)``, or -inf where dropped, ``l = 0`` and ``l' = p D``.
-What is left is the gradient of dropped scores, ``-P D``, where ``w`` is 0: ``f'`` says it.
+and is given ``f(s) = s - T`` with ``T = L + log(1 - p)``, or -inf where dropped, ``l = 0`` and
+``l' = p D``. What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it,
+``-exp(s - T) E`` with ``E = (1 - p) D``.
 """
 
 import math
@@ -31,8 +32,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from .kernel import Kernel
 from .masks.buffer import settled
 from .masks.dropout import kept
-from .masks.keys import visible_mod
-from .masks.scores import SELF_SCORE, drop_scores, in_turn
+from .masks.scores import drop_scores, in_turn
+
+_LOG2_E = 1 / math.log(2)
 
 _THIN = 16
 """Channels of the values for the log-sum-exp alone: the fewest that kernels take."""
@@ -54,48 +56,34 @@ def attend_dropped(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    query_draw: Tensor,
-    key_draw: Tensor,
-    kept_slots: Tensor | None,
+    draws: tuple[Tensor, Tensor],
     lists: tuple[Tensor, ...],
+    hiding: tuple[Tensor, ...],
 ) -> Tensor:
     """Local attention with dropout.
 
     Args:
-        query_draw: int32 ``(rows, n)``; see ``masks.dropout``.
-        key_draw: int32 ``(rows, slots)``.
-        kept_slots: boolean ``(batch, heads or 1, slots)``, for a key mask.
+        draws: int32 ``(rows, n)`` of queries and ``(rows, slots)`` of keys; see ``masks.dropout``.
         lists: the index tensors of the block mask.
+        hiding: what the mask looks up, see ``Kernel``.
 
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
     let_through()
-    drop = drop_scores(query_draw, key_draw, kernel.heads, dropout)
-    mods = kernel.score_mods(None if bias is None else bias.detach())
-    common: dict[str, Any] = {
-        "block_mask": kernel.block_mask(lists, visible_mod(kernel.rule, kept_slots)),
-        "scale": kernel.scale,
-        "enable_gqa": kernel.grouped,
-        "kernel_options": kernel.options,
-        "return_aux": AuxRequest(lse=True),
-    }
-    fixed = q.detach(), k.detach(), v.detach()
-    out, some = flex_attention(*fixed, score_mod=in_turn(*mods, drop), **common)
-    thin = *fixed[:2], fixed[2][..., :_THIN]
-    _, every = flex_attention(*thin, score_mod=in_turn(*mods), **common)
-    total = every.lse
-    blind = total == -torch.inf
-    share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, total)).exp()
-    if kernel.shared_qk:
-        # A token that sees itself alone keeps all or nothing; its log-sum-exps are too far from 0
-        # for a difference of two to tell.
-        alone = total < SELF_SCORE / 2
-        share, total = torch.where(alone, 1.0, share), torch.where(alone, SELF_SCORE, total)
-    share = share / (1 - dropout)
-    return _attach(
-        kernel, dropout, q, k, v, bias, out, share, total, query_draw, key_draw, kept_slots, lists
-    )
+    common = kernel.arguments(lists, hiding)
+    aux = AuxRequest(lse=True)
+    query, key, value = q.detach(), k.detach(), v.detach()
+    score = kernel.bias_mod(None if bias is None else bias.detach())
+    drop = drop_scores(*draws, kernel.heads, dropout)
+    remaining = drop if score is None else in_turn(score, drop)
+    out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
+    thin = value[..., :_THIN]
+    _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
+    blind = every.lse == -torch.inf
+    share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, every.lse)).exp()
+    share, top = share / (1 - dropout), every.lse + math.log1p(-dropout)
+    return _attach(kernel, dropout, q, k, v, bias, out, share, top, draws, lists, hiding)
 
 
 def let_through() -> None:
@@ -104,8 +92,8 @@ def let_through() -> None:
 
 
 def _attach(*arguments: Any) -> Tensor:
-    *others, lists = arguments
-    out: Tensor = _Dropped.apply(*others, *lists)  # type: ignore[no-untyped-call]
+    *others, draws, lists, hiding = arguments
+    out: Tensor = _Dropped.apply(*others, *draws, *lists, *hiding)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -123,49 +111,50 @@ class _Dropped(torch.autograd.Function):
         bias: Tensor | None,
         out: Tensor,
         share: Tensor,
-        total: Tensor,
-        query_draw: Tensor,
-        key_draw: Tensor,
-        kept_slots: Tensor | None,
-        *lists: Tensor,
+        top: Tensor,
+        *looked_up: Tensor,
     ) -> Tensor:
         out = (out * share[..., None]).to(q.dtype)
         ctx.kernel, ctx.dropout = kernel, dropout
-        ctx.save_for_backward(q, k, v, bias, out, total, query_draw, key_draw, kept_slots, *lists)
+        ctx.save_for_backward(q, k, v, bias, out, top, *looked_up)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, total, query_draw, key_draw, kept_slots, *lists = ctx.saved_tensors
-        kernel, dropout = ctx.kernel, ctx.dropout
-        along = settled((out.float() * grad.float()).sum(-1))
-        scores = _Scores(kernel, dropout, ctx.needs_input_grad[5])
-        slots = () if kept_slots is None else (kept_slots,)
+        q, k, v, bias, out, top, *looked_up = ctx.saved_tensors
+        kernel: Kernel = ctx.kernel
+        draws, rest = looked_up[:2], looked_up[2:]
+        count = 4 if kernel.blocks.one_list else 8
+        lists, hiding = tuple(rest[:count]), tuple(rest[count:])
+        along = (out.float() * grad.float()).sum(-1)
+        known = settled(top), settled((1 - ctx.dropout) * along)
+        scores = _Scores(kernel, ctx.dropout, ctx.needs_input_grad[5])
         *grads, captured = torch.ops.higher_order.flex_attention_backward(
             q,
             k,
             v,
             out,
-            settled(torch.zeros_like(total)),
+            settled(torch.zeros_like(top)),
             grad,
-            along * (dropout * math.log(2)),  # log-sum-exps have base 2 there
+            along * (ctx.dropout / _LOG2_E),  # log-sum-exps have base 2 there
             scores.shifted,
             scores.pulled_back,
-            kernel.block_mask(tuple(lists), scores.visible).as_tuple(),
+            kernel.blocks.mask(lists, scores.visible).as_tuple(),
             kernel.scale,
             {**_DEFAULTS, **kernel.options},
-            (query_draw, key_draw, total, along, *(() if bias is None else (bias,)), *slots),
-            slots,
+            (*draws, *known, *(() if bias is None else (bias,)), *hiding),
+            hiding,
         )
         grad_bias = captured[4] if ctx.needs_input_grad[5] else None
-        return (None, None, *grads, grad_bias, *[None] * (6 + len(lists)))
+        return (None, None, *grads, grad_bias, *[None] * (3 + len(looked_up)))
 
 
 @dataclass(frozen=True)
 class _Scores:
     """``f`` and ``f'`` of the docstring, and the mask, which take their tensors as arguments.
 
-    A place is the batch entry, the head, the query and the key slot of a score.
+    The first of them is a place: batch entry, head, query and key slot of a score. Others follow
+    as the backward pass gives them: draws, ``T``, ``E``, a bias, what the mask looks up.
 
     Attributes:
         learned: the bias wants a gradient.
@@ -176,43 +165,41 @@ class _Scores:
     learned: bool
 
     def visible(self, *arguments: Tensor) -> Tensor:
-        """The mask_mod: of a place, and the kept slots where a key mask says them."""
-        place, kept_slots = arguments[:4], arguments[4:]
-        return visible_mod(self.kernel.rule, kept_slots[0] if kept_slots else None)(*place)
+        """The mask_mod."""
+        return self.kernel.mask_mod(*arguments[4:])(*arguments[:4])
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
-        """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
-        place, (query_draw, key_draw, total) = arguments[:4], arguments[4:7]
+        """``f``: the score less its query's ``T``, hidden where it is dropped."""
+        place, top = arguments[:4], arguments[6]
         bias, _ = self._parted(arguments[8:])
-        weight = self._final(score, place, bias) - total[place[:3]]
-        kept = self._kept(place, query_draw, key_draw)
-        return torch.where(kept, weight - math.log1p(-self.dropout), -torch.inf)
+        below = self._final(score, place, bias) - top[place[:3]]
+        return torch.where(self._kept(place, *arguments[4:6]), below, -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
-        place, grad = arguments[:4], arguments[4]
-        query_draw, key_draw, total, along = arguments[5:9]
-        bias, kept_slots = self._parted(arguments[9:])
+        place, grad, top, rest = arguments[:4], arguments[4], arguments[7], arguments[8]
+        bias, hiding = self._parted(arguments[9:])
         final, pull = torch.func.vjp(  # type: ignore[misc]
             lambda score, *bias: self._final(score, place, bias), score, *bias
         )
-        dropped = -(final - total[place[:3]]).exp() * along[place[:3]]
+        weight = ((final - top[place[:3]]) * _LOG2_E).exp2()  # half the instructions of exp
+        dropped = -weight * rest[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
-            dropped = torch.where(self.visible(*place, *kept_slots), dropped, 0.0)
-        through = torch.where(self._kept(place, query_draw, key_draw), grad, dropped)
+            dropped = torch.where(self.visible(*place, *hiding), dropped, 0.0)
+        through = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
         grad_score, *grad_bias = pull(through.to(final.dtype))
         of_bias = grad_bias if self.learned else [None] * len(bias)
-        return [grad_score, *[None] * 8, *of_bias, *[None] * len(kept_slots)]
+        return [grad_score, *[None] * 8, *of_bias, *[None] * len(hiding)]
 
     def _parted(self, more: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The bias and the kept slots, where there are such."""
-        count = len(more) - self.kernel.masked
+        """The bias and what the mask looks up, where there are such."""
+        blocks = self.kernel.blocks
+        count = len(more) - (blocks.masked + blocks.shared_qk if blocks.masked else 0)
         return more[:count], more[count:]
 
     def _final(self, score: Tensor, place: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
-        for mod in self.kernel.score_mods(bias[0] if bias else None):
-            score = mod(score, *place)
-        return score
+        mod = self.kernel.bias_mod(bias[0] if bias else None)
+        return score if mod is None else mod(score, *place)
 
     def _kept(self, place: Sequence[Tensor], query_draw: Tensor, key_draw: Tensor) -> Tensor:
         batch, head, query, key = place

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .dropped import let_through
 from .fused import MOST_HEAD, Settings, fused
-from .kernel import lists_of
-from .masks import Rule, Window
+from .kernel import Blocks
+from .masks import Window
 from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,13 +105,12 @@ def prepared(
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
     given = masked, biased, rotated
     compiled = _compiled(settings, *kind, q.shape[1], k.shape[1], *given, torch.is_grad_enabled())
-    n, device = q.shape[-2], q.device
-    rule = settings.rule(n, q.dtype)
+    device, blocks = q.device, settings.blocks(q.shape[-2], q.dtype, masked)
 
     def run(*tensors: Any) -> Tensor:
         if device.type == "cpu":  # its kernels refuse tensors that could require a gradient
             tensors = tuple(map(_detached, tensors))
-        lists = None if masked else _lists(tuned, rule, n, device)
+        lists = None if masked else _lists(blocks, device)
         return compiled(lists, *tensors)
 
     return run
@@ -243,23 +242,21 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
-def _lists(tuning: Tuning, rule: Rule, n: int, device: torch.device) -> tuple[Tensor, ...]:
+def _lists(blocks: Blocks, device: torch.device) -> tuple[Tensor, ...]:
     """The index tensors of the block mask, kept from call to call."""
     if device.type == "cpu":
-        return _kept_lists(tuning, rule, n, device, None)
+        return _kept_lists(blocks, device, None)
     if torch.cuda.is_current_stream_capturing():
         # The graph that is captured must own what it reads: a kept tensor may be dropped.
-        return lists_of(tuning, rule, n, device)
-    return _kept_lists(tuning, rule, n, device, torch.cuda.current_stream(device).cuda_stream)
+        return blocks.lists(device)
+    return _kept_lists(blocks, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=256)
-def _kept_lists(
-    tuning: Tuning, rule: Rule, n: int, device: torch.device, stream: int | None
-) -> tuple[Tensor, ...]:
+def _kept_lists(blocks: Blocks, device: torch.device, stream: int | None) -> tuple[Tensor, ...]:
     # By stream: another one would have to wait for these, and for their memory to be free again.
     with torch.inference_mode(False), torch.no_grad():
-        lists = lists_of(tuning, rule, n, device)
+        lists = blocks.lists(device)
     for x in lists:
         # Lengths share kernels from the second one on, whether or not their blocks are as many.
         torch._dynamo.maybe_mark_dynamic(x, 2)

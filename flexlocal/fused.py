@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from .dropped import attend_dropped
-from .kernel import Kernel, lists_of
-from .masks import Rule, Segments, Window, in_turn
+from .kernel import Blocks, Kernel
+from .masks import Rule, Segments, Window
 from .masks.buffer import written_out
 from .masks.dropout import key_draws, query_draws
-from .masks.keys import visible_mod, without_padding
+from .masks.itself import alone
+from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
 from .tuning import STOCK_BLOCK, Tuning
@@ -47,6 +48,11 @@ class Settings:
             return self.window  # one origin serves all
         return Segments(self.window, windows, n)
 
+    def blocks(self, n: int, dtype: torch.dtype, masked: bool) -> Blocks:
+        """The sparse blocks for ``n`` tokens of ``dtype``."""
+        rule = self.rule(n, dtype)
+        return Blocks(self.window, rule, n, masked, self.shared_qk, self.tuning)
+
 
 def fused(
     settings: Settings,
@@ -63,7 +69,7 @@ def fused(
     """Local attention; tensors and result as ``eager.attend``.
 
     Args:
-        lists: the index tensors of the block mask, where they are ready; see ``lists_of``.
+        lists: the index tensors of the block mask, where they are ready; see ``Blocks.lists``.
     """
     window, dtype = settings.window, q.dtype
     b, h, n, _ = q.shape
@@ -88,29 +94,22 @@ def fused(
         k = rotate(k, position, inv_freq, k_factor)
     q, k = q.to(dtype), k.to(dtype)
 
-    kept_slots, ready = key_mask, lists is not None
-    if kept_slots is not None and rule is not window:
-        kept_slots = written_out(rule.in_slots(kept_slots[..., None])[..., 0])
+    hiding: tuple[Tensor, ...] = ()
+    if key_mask is not None:
+        kept = key_mask
+        if rule is not window:
+            kept = written_out(rule.in_slots(key_mask[..., None])[..., 0])
+        hiding = (kept,)
+        if settings.shared_qk:
+            queries = torch.arange(n, device=q.device)
+            hiding = kept, written_out(alone(window, key_mask, queries))
     margin, on_gpu = None, q.device.type == "cuda"
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if bias is not None and on_gpu and rule is window and n % STOCK_BLOCK == 0:
         margin = window.block_margin(settings.tuning.block)
         bias = with_margin(bias, margin)
-    kernel = Kernel(
-        window,
-        rule,
-        n,
-        h,
-        k.shape[1] != h,
-        settings.scale,
-        settings.shared_qk,
-        margin,
-        key_mask is not None,
-        on_gpu,
-        settings.tuning,
-    )
-    if lists is None:
-        lists = lists_of(settings.tuning, rule, n, q.device, kept_slots)
+    blocks = settings.blocks(n, dtype, key_mask is not None)
+    kernel = Kernel(blocks, h, k.shape[1] != h, settings.scale, margin, on_gpu)
     d_v = v.shape[-1]
     if on_gpu:
         q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
@@ -118,27 +117,21 @@ def fused(
             # torch 2.11 asks for the strides of a query before they are settled, in the decoding
             # kernel that few queries go to: one computed from a transposed view was read wrongly.
             q = written_out(q)
-    elif not ready:  # part of a user's graph, perhaps
+    elif lists is None:  # part of a user's graph, perhaps
         q, k, v = _made_anew(q), _made_anew(k), _made_anew(v)
+    if lists is None:
+        lists = blocks.lists(q.device, *hiding[:1])
     if settings.dropout == 0:
         out: Tensor = flex_attention(
-            q,
-            k,
-            v,
-            score_mod=in_turn(*kernel.score_mods(bias)),
-            block_mask=kernel.block_mask(lists, visible_mod(rule, kept_slots)),
-            scale=kernel.scale,
-            enable_gqa=kernel.grouped,
-            kernel_options=kernel.options or None,  # type: ignore[arg-type]
+            q, k, v, score_mod=kernel.bias_mod(bias), **kernel.arguments(lists, hiding)
         )
         return _narrowed(out, d_v)
     assert seed is not None
     query_draw, key_draw = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
     if rule is not window:
         key_draw = written_out(rule.in_slots(key_draw[..., None])[..., 0])
-    out = attend_dropped(
-        kernel, settings.dropout, q, k, v, bias, query_draw, key_draw, kept_slots, lists
-    )
+    draws = query_draw, key_draw
+    out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, hiding)
     return _narrowed(out, d_v)
 
 

@@ -1,13 +1,13 @@
-"""What FlexAttention is told of a call beside its tensors: the mask, the scores, the options."""
+"""What FlexAttention is told of a call beside its tensors: the mask, the bias, the options."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from .masks import Rule, Segments, Window, self_token, window_bias
+from .masks import Rule, Segments, Window, but_itself_mod, mask_mod, padding_mod, window_bias
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
 from .masks.scores import ScoreMod
@@ -15,91 +15,130 @@ from .tuning import STOCK_BLOCK, Tuning
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel's mask, scores and options; all hashable and without tensors.
+class Blocks:
+    """The sparse blocks of a kernel's mask, and how they are listed.
 
     Attributes:
-        window: what a bias is relative to.
-        rule: ``window``, or the layout of its keys.
-        length: tokens.
-        heads: query heads.
-        grouped: there are fewer key heads.
-        scale: of the products of queries and keys.
-        shared_qk: a token attends to itself only when it sees nothing else.
-        margin: columns that a bias has beyond the window's; None where places are clipped.
+        window: the window.
+        rule: it, or the layout of its keys.
+        n: tokens.
         masked: a key mask hides keys.
-        on_gpu: Triton makes it.
+        shared_qk: a token attends to itself only when it sees nothing else.
         tuning: blocks and options.
     """
 
     window: Window
     rule: Rule
-    length: int
-    heads: int
-    grouped: bool
-    scale: float
-    shared_qk: bool
-    margin: int | None
+    n: int
     masked: bool
-    on_gpu: bool
+    shared_qk: bool
     tuning: Tuning
 
-    def score_mods(self, bias: Tensor | None) -> list[ScoreMod]:
-        """What is done to a score, in turn."""
-        found = []
-        if bias is not None:
-            found.append(window_bias(bias, self.window, self.rule, self.heads, self.margin))
-        if self.shared_qk:
-            found.append(self_token(self.rule))
-        return found
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Queries and key slots."""
+        rule = self.rule
+        return self.n, rule.count * rule.slots if isinstance(rule, Segments) else self.n
 
-    def block_mask(self, lists: tuple[Tensor, ...], mod: MaskMod) -> BlockMask:
-        """The block mask of ``lists_of``, labelled with FlexAttention's own block size.
+    @property
+    def one_list(self) -> bool:
+        """Whether full blocks are listed as partial ones."""
+        if self.masked or (self.shared_qk and not self.window.causal):
+            return True  # full ones would not be asked for hidden keys, nor for the query's own
+        return self.tuning.one_list and self._have_gaps(one_list=False)
+
+    @property
+    def have_gaps(self) -> bool:
+        """Whether a list may name blocks that are no neighbours."""
+        return self._have_gaps(self.one_list)
+
+    def lists(self, device: torch.device, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The index tensors of the block mask.
+
+        Args:
+            kept: boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps.
+        """
+        return block_lists(
+            self.rule,
+            self.lengths,
+            (self.tuning.block, self.tuning.block),
+            device,
+            kept,
+            full_width=device.type == "cpu",
+            one_list=self.one_list,
+        )
+
+    def mask(self, lists: tuple[Tensor, ...], mod: MaskMod) -> BlockMask:
+        """The block mask of ``lists``, labelled with FlexAttention's own block size.
 
         The lowering drops every candidate of the backward pass whose tiles do not divide the
         blocks of the mask, before it heeds the options: smaller blocks would leave it none. So
         the options say the true size.
         """
-        lengths = lengths_of(self.rule, self.length)
-        return from_lists(lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
+        return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
+
+    def _have_gaps(self, one_list: bool) -> bool:
+        return lists_have_gaps(self.rule, self.lengths, self.tuning.block, one_list)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's mask, bias and options; without tensors, which the methods are given.
+
+    ``hiding`` stands for what the mask looks up: with a key mask the key slots that it keeps,
+    boolean ``(batch, heads or 1, slots)``, and with ``shared_qk`` on top of it the queries that
+    see no other key, ``(batch, heads or 1, n)``.
+
+    Attributes:
+        blocks: the sparse blocks.
+        heads: query heads.
+        grouped: there are fewer key heads.
+        scale: of the products of queries and keys.
+        margin: columns that a bias has beyond the window's; None where places are clipped.
+        on_gpu: Triton makes it.
+    """
+
+    blocks: Blocks
+    heads: int
+    grouped: bool
+    scale: float
+    margin: int | None
+    on_gpu: bool
+
+    def mask_mod(self, *hiding: Tensor) -> MaskMod:
+        """Which key slots a query sees."""
+        blocks = self.blocks
+        mods = [mask_mod(blocks.rule)]
+        if blocks.masked:
+            mods.append(padding_mod(hiding[0]))
+        if blocks.shared_qk:
+            lonely = hiding[1] if blocks.masked else None
+            mods.append(but_itself_mod(blocks.rule, blocks.window, blocks.n, lonely))
+        return and_masks(*mods) if len(mods) > 1 else mods[0]
+
+    def bias_mod(self, bias: Tensor | None) -> ScoreMod | None:
+        """What adds a bias."""
+        if bias is None:
+            return None
+        return window_bias(bias, self.blocks.window, self.blocks.rule, self.heads, self.margin)
+
+    def arguments(self, lists: tuple[Tensor, ...], hiding: tuple[Tensor, ...]) -> dict[str, Any]:
+        """Arguments of ``flex_attention``: all but the tensors and the score_mod."""
+        return {
+            "block_mask": self.blocks.mask(lists, self.mask_mod(*hiding)),
+            "scale": self.scale,
+            "enable_gqa": self.grouped,
+            "kernel_options": self.options or None,
+        }
 
     @property
     def options(self) -> dict[str, Any]:
         """``kernel_options`` of ``flex_attention``."""
-        block, options = self.tuning.block, dict(self.tuning.options)
-        if block != STOCK_BLOCK:
-            options |= {"SPARSE_Q_BLOCK_SIZE": block, "SPARSE_KV_BLOCK_SIZE": block}
+        tuning = self.blocks.tuning
+        options = dict(tuning.options)
+        if tuning.block != STOCK_BLOCK:
+            options |= {"SPARSE_Q_BLOCK_SIZE": tuning.block, "SPARSE_KV_BLOCK_SIZE": tuning.block}
         # Few queries go to a decoding kernel, which walks through the lists in another way.
-        if self.on_gpu and not self.masked and self.length >= STOCK_BLOCK:
-            one_list = _one_list(self.tuning, self.rule, self.length)
-            if not _have_gaps(self.tuning, self.rule, self.length, one_list):
-                options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
+        if self.on_gpu and self.blocks.n >= STOCK_BLOCK and not self.blocks.have_gaps:
+            options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
         return options
-
-
-def lists_of(
-    tuning: Tuning, rule: Rule, n: int, device: torch.device, kept: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The index tensors of a kernel's block mask for ``n`` queries.
-
-    Args:
-        kept: boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps.
-    """
-    one_list = kept is None and _one_list(tuning, rule, n)
-    blocks, on_cpu = (tuning.block, tuning.block), device.type == "cpu"
-    return block_lists(
-        rule, lengths_of(rule, n), blocks, device, kept, full_width=on_cpu, one_list=one_list
-    )
-
-
-def lengths_of(rule: Rule, n: int) -> tuple[int, int]:
-    """Queries and key slots of ``n`` tokens."""
-    return n, rule.count * rule.slots if isinstance(rule, Segments) else n
-
-
-def _one_list(tuning: Tuning, rule: Rule, n: int) -> bool:
-    return tuning.one_list and _have_gaps(tuning, rule, n, one_list=False)
-
-
-def _have_gaps(tuning: Tuning, rule: Rule, n: int, one_list: bool) -> bool:
-    return lists_have_gaps(rule, lengths_of(rule, n), tuning.block, one_list)

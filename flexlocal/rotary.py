@@ -72,10 +72,14 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None 
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    # The halves trade places by a look-up: to join them from parts would cost a compiler a pass.
-    traded = x.roll(x.shape[-1] // 2, -1)
-    cos, sin = written_out(torch.cat((cos, cos), -1)), written_out(torch.cat((-sin, sin), -1))
-    return traded * sin + x * cos  # in this order the result is contiguous, however x lies
+    cos, sin = written_out(cos), written_out(sin)
+    # The halves trade places by look-up, and find their half of the tables by look-up too: to join
+    # them from parts would cost a compiler a pass, and wider tables as much as the tokens.
+    d = x.shape[-1]
+    channel = torch.arange(d, device=x.device)
+    cos, sin = (table.index_select(-1, channel % (d // 2)) for table in (cos, sin))
+    sin = torch.where(channel < d // 2, -sin, sin)
+    return x.roll(d // 2, -1) * sin + x * cos  # in this order contiguous, however x lies
 
 
 class Rotary(nn.Module):

@@ -2,20 +2,21 @@
 
 They import torch and nothing of the layer. ``window`` holds the arithmetic; ``rule`` says what
 every rule offers and makes its mask_mod; ``blocks`` makes its BlockMask; ``segments`` lays keys
-out for xpos; ``keys``, ``scores`` and ``dropout`` hold the rules beside the window. ``picture``
-shows a rule as text, PNG, HTML and numbers, ``block_map`` its blocks, ``presets`` the windows of
-real models.
+out for xpos; ``keys``, ``itself``, ``scores`` and ``dropout`` hold the rules beside the window.
+``picture`` shows a rule as text, PNG, HTML and numbers, ``block_map`` its blocks, ``presets`` the
+windows of real models.
 """
 
 from .block_map import BlockMap
 from .blocks import EMPTY, FULL, PARTIAL, block_mask
 from .description import Description
 from .heat import bias_map, heat_map
+from .itself import but_itself_mod
 from .keys import padding_mod
 from .picture import MaskPicture, inspect
 from .presets import PRESETS, Preset, preset
 from .rule import Rule, mask_mod
-from .scores import drop_scores, in_turn, self_token, window_bias
+from .scores import drop_scores, in_turn, window_bias
 from .segments import Segments
 from .window import Window
 
@@ -33,6 +34,7 @@ __all__ = [
     "Window",
     "bias_map",
     "block_mask",
+    "but_itself_mod",
     "drop_scores",
     "heat_map",
     "in_turn",
@@ -40,6 +42,5 @@ __all__ = [
     "mask_mod",
     "padding_mod",
     "preset",
-    "self_token",
     "window_bias",
 ]

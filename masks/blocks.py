@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from .buffer import written_out
 from .clip import at_least, at_most
-from .keys import visible_mod
-from .rule import MaskMod, Rule
+from .keys import padding_mod
+from .rule import MaskMod, Rule, mask_mod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -36,7 +36,8 @@ _ALWAYS_HELD = 64
 class Runs:
     """The key blocks that each block of queries sees, one run of them, and the full ones in it.
 
-    All integer ``(rows,)``, ends included; a run is empty where its last is below its first.
+    All integer ``(rows,)``, the ends of a run ``(batch, heads, rows)`` where a key mask decides
+    them; ends included. A run is empty where its last is below its first.
     """
 
     first: Tensor
@@ -85,12 +86,13 @@ def block_mask(
         ``key_mask``'s. A block that sticks out past the last query or key is partial.
     """
     lengths, sizes = (n_queries, n_keys), _pair(block_size)
-    kept = None
+    kept, mod = None, mask_mod(rule)
     if key_mask is not None:
         by_head = key_mask[:, None] if key_mask.dim() == 2 else key_mask
         kept = rule.in_slots(by_head[..., None])[..., 0]
+        mod = and_masks(mod, padding_mod(kept))
     lists = block_lists(rule, lengths, sizes, device, kept, full_width=full_width)
-    return from_lists(lengths, lists, sizes, visible_mod(rule, kept))
+    return from_lists(lengths, lists, sizes, mod)
 
 
 def block_lists(
@@ -108,7 +110,8 @@ def block_lists(
     Args:
         lengths: queries and key slots.
         kept: boolean ``(batch, heads, slots)``, the slots that a key mask keeps.
-        one_list: name full blocks as partial ones; there are no lists of full ones then.
+        one_list: name full blocks as partial ones; there are no lists of full ones then. With a
+            key mask, a row's blocks go from the first to the last that keep a key.
 
     Returns:
         For queries and for keys, the partial and the full list, each ``(batch, heads, rows)`` and
@@ -117,14 +120,16 @@ def block_lists(
     queries, keys = map(_Side, lengths, block_size)
     forward = _runs(queries, keys, rule.first_key, rule.last_key, device)
     backward = _runs(keys, queries, rule.first_query, rule.last_query, device)
-    if one_list:
-        forward, backward = (replace(x, last_full=x.first_full - 1) for x in (forward, backward))
     grid = keys.blocks, queries.blocks
     widths = (
         _width(queries, keys, rule.most_keys, rule),
         _width(keys, queries, rule.most_queries, rule),
     )
-    if kept is None:
+    if one_list:
+        forward, backward = (replace(x, last_full=x.first_full - 1) for x in (forward, backward))
+        if kept is not None:
+            forward, backward = _trimmed(forward, backward, _kept(kept, keys)[0], widths[0])
+    if kept is None or one_list:
         wide = grid if full_width else widths
         lists = [
             *_lists_of_runs(forward, keys.blocks, wide[0]),
@@ -245,21 +250,42 @@ def _runs(
     )
 
 
+def _trimmed(forward: Runs, backward: Runs, some: Tensor, width: int) -> tuple[Runs, Runs]:
+    """Runs of query blocks from the first to the last block that keeps ``some`` key.
+
+    Runs of key blocks are empty where a block keeps none. Both get ``some``'s leading sizes.
+    """
+    place = torch.arange(width, device=some.device)
+    column = forward.first[:, None] + place
+    inside = (column <= forward.last[:, None]) & some[..., at_most(column, some.shape[-1] - 1)]
+    first = torch.where(inside, column, some.shape[-1]).amin(-1)
+    last = torch.where(inside, column, -1).amax(-1)
+    rows = replace(forward, first=first, last=last)
+    columns = replace(backward, last=torch.where(some, backward.last, -1))
+    return rows, columns
+
+
 def _lists_of_runs(runs: Runs, blocks: int, width: int) -> list[tuple[Tensor, Tensor]]:
-    """The partial and the full blocks of each row: counts ``(1, 1, rows)`` and indices.
+    """The partial and the full blocks of each row: counts ``(batch, heads, rows)`` and indices.
 
     By formula: to compile the sort that ``_listed`` would need takes longer than the kernel.
     """
-    first_full = torch.maximum(runs.first, runs.first_full)[:, None]
-    full_count = at_least(torch.minimum(runs.last, runs.last_full)[:, None] - first_full + 1, 0)
-    count = at_least(runs.last - runs.first + 1, 0)[:, None] - full_count
+    first_full = torch.maximum(runs.first, runs.first_full)[..., None]
+    full_count = at_least(torch.minimum(runs.last, runs.last_full)[..., None] - first_full + 1, 0)
+    count = at_least(runs.last - runs.first + 1, 0)[..., None] - full_count
     place = torch.arange(width, device=runs.first.device)
-    partial = runs.first[:, None] + place
+    partial = runs.first[..., None] + place
     partial = partial + torch.where(partial < first_full, 0, full_count)  # those after the run
     return [
-        (counts[None, None, :, 0].to(torch.int32), at_most(indices, blocks - 1)[None, None].int())
+        (_by_head(counts[..., 0], 3), _by_head(at_most(indices, blocks - 1), 4))
         for counts, indices in ((count, partial), (full_count, first_full + place))
     ]
+
+
+def _by_head(x: Tensor, dimensions: int) -> Tensor:
+    """int32, with sizes of 1 for batch and heads where there are none."""
+    x = x.to(torch.int32)
+    return x if x.dim() == dimensions else x[None, None]
 
 
 def _band(runs: Runs, blocks: int, width: int) -> Band:

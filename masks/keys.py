@@ -1,12 +1,11 @@
-"""Rules on keys alone: padding that no query sees, and how it joins a mask rule."""
+"""Rules on keys alone: padding that no query sees."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import and_masks
 
-from .rule import MaskMod, Rule, mask_mod
+from .rule import MaskMod
 
 
 def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
@@ -30,11 +29,6 @@ def padding_mod(kept: Tensor) -> MaskMod:
 
     keeps.__name__ = "key_padding"
     return keeps
-
-
-def visible_mod(rule: Rule, kept: Tensor | None) -> MaskMod:
-    """The mask_mod of ``rule``, and of the slots ``(batch, heads or 1, slots)`` that are kept."""
-    return mask_mod(rule) if kept is None else and_masks(mask_mod(rule), padding_mod(kept))
 
 
 def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:

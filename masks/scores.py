@@ -59,15 +59,6 @@ def window_bias(
     return add_bias
 
 
-def self_token(rule: Rule) -> ScoreMod:
-    """Sets the score of a token with itself to ``SELF_SCORE``."""
-
-    def demote(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.where(rule.key_position(query, key) == query, SELF_SCORE, score)
-
-    return demote
-
-
 def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
     """Hides the scores that dropout drops.
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flexlocal.fused import Settings, fused
-from flexlocal.kernel import lists_of
 from flexlocal.tuning import Tuning
 
 from .candidates import Candidate, Options, Outcome
@@ -71,7 +70,7 @@ def attempt(trial: Trial) -> Outcome:
 def attention(problem: Problem, tuning: Tuning, device: torch.device) -> Attend:
     """flexlocal's fused path as a call of ``tuning`` takes it, for calls of one kind."""
     settings = Settings(problem.window, problem.d**-0.5, False, 0.0, None, tuning)
-    lists = lists_of(tuning, problem.window, problem.n, device)
+    lists = settings.blocks(problem.n, torch.float32, masked=False).lists(device)
 
     def call(lists: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused(settings, lists, q, k, v, None, None, None, None, None)

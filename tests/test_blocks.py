@@ -249,4 +249,7 @@ def test_one_list_names_what_two_name(rule, n, block, masked):
                 one[2 * side : 2 * side + 2],
             )
         )
-        assert torch.equal(partial | full, every)
+        expected = partial | full
+        if masked and side == 0:  # a row goes on from its first kept block to its last
+            expected = (expected.cumsum(1) > 0) & (expected.flip(1).cumsum(1).flip(1) > 0)
+        assert torch.equal(expected, every)
