@@ -179,17 +179,17 @@ class _Scores:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
         place, grad, top, rest = arguments[:4], arguments[4], arguments[7], arguments[8]
         bias, hiding = self._parted(arguments[9:])
-        final, pull = torch.func.vjp(  # type: ignore[misc]
-            lambda score, *bias: self._final(score, place, bias), score, *bias
-        )
+        final = self._final(score, place, bias)
         weight = ((final - top[place[:3]]) * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * rest[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
             dropped = torch.where(self.visible(*place, *hiding), dropped, 0.0)
-        through = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
-        grad_score, *grad_bias = pull(through.to(final.dtype))
-        of_bias = grad_bias if self.learned else [None] * len(bias)
-        return [grad_score, *[None] * 8, *of_bias, *[None] * len(hiding)]
+        grad_score = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
+        grad_bias: list[Tensor | None] = [None] * len(bias)
+        if self.learned:
+            where = self.kernel.bias_place(bias[0])(*place)
+            grad_bias = [torch.ops.flex_lib.zeros_and_scatter(bias[0].shape, where, grad_score)]
+        return [grad_score, *[None] * 8, *grad_bias, *[None] * len(hiding)]
 
     def _parted(self, more: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The bias and what the mask looks up, where there are such."""

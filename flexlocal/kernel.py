@@ -1,5 +1,6 @@
 """What FlexAttention is told of a call beside its tensors: the mask, the bias, the options."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from .masks import Rule, Segments, Window, but_itself_mod, mask_mod, padding_mod, window_bias
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
-from .masks.scores import ScoreMod
+from .masks.scores import ScoreMod, bias_place
 from .tuning import STOCK_BLOCK, Tuning
 
 
@@ -121,6 +122,11 @@ class Kernel:
         if bias is None:
             return None
         return window_bias(bias, self.blocks.window, self.blocks.rule, self.heads, self.margin)
+
+    def bias_place(self, bias: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Where in it a score finds its number."""
+        blocks = self.blocks
+        return bias_place(blocks.window, blocks.rule, self.heads, bias.shape[0], self.margin)
 
     def arguments(self, lists: tuple[Tensor, ...], hiding: tuple[Tensor, ...]) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""

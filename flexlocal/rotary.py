@@ -72,14 +72,11 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None 
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    cos, sin = written_out(cos), written_out(sin)
-    # The halves trade places by look-up, and find their half of the tables by look-up too: to join
-    # them from parts would cost a compiler a pass, and wider tables as much as the tokens.
-    d = x.shape[-1]
-    channel = torch.arange(d, device=x.device)
-    cos, sin = (table.index_select(-1, channel % (d // 2)) for table in (cos, sin))
-    sin = torch.where(channel < d // 2, -sin, sin)
-    return x.roll(d // 2, -1) * sin + x * cos  # in this order contiguous, however x lies
+    # The halves trade places by look-up: to join them from parts would cost a compiler a pass.
+    half = x.shape[-1] // 2
+    cos, sin = written_out(cos), written_out(torch.cat((-sin, sin), dim=-1))
+    cos = cos.index_select(-1, torch.arange(2 * half, device=x.device) % half)
+    return x.roll(half, -1) * sin + x * cos  # in this order contiguous, however x lies
 
 
 class Rotary(nn.Module):

@@ -33,6 +33,33 @@ def with_margin(bias: Tensor, margin: int) -> Tensor:
     return written_out(F.pad(bias, (margin, margin)))
 
 
+def bias_place(
+    window: Window, rule: Rule, heads: int, bias_heads: int, margin: int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Where in a bias a score finds its number: head, query's place in its window, column.
+
+    Args:
+        window: the window that the bias is relative to.
+        rule: ``window`` itself, or its layout; says which key a slot holds.
+        heads: query heads; the row of a score is ``batch * heads + head``.
+        bias_heads: the bias's, which rows take in turn.
+        margin: how far a key that is scored may lie outside of the windows; None where that is
+            not known, and columns are clipped.
+    """
+
+    def place(
+        batch: Tensor, head: Tensor, query: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        column = rule.key_position(query, key) - window.span_start(query)
+        if margin is None:
+            column = at_most(at_least(column, 0), window.span - 1)
+        else:
+            column = column + margin
+        return (batch * heads + head) % bias_heads, query % window.size, column
+
+    return place
+
+
 def window_bias(
     bias: Tensor, window: Window, rule: Rule, heads: int, margin: int | None = None
 ) -> ScoreMod:
@@ -40,21 +67,12 @@ def window_bias(
 
     Args:
         bias: ``(h, W, (1 + look_backward + look_forward) * W)``, or that ``with_margin``.
-        window: the window that the bias is relative to.
-        rule: ``window`` itself, or its layout; says which key a slot holds.
-        heads: query heads; the row of a score is ``batch * heads + head``.
-        margin: how far a key that is scored may lie outside of the windows; None where that is
-            not known, and columns are clipped.
+        window, rule, heads, margin: as for ``bias_place``.
     """
+    place = bias_place(window, rule, heads, bias.shape[0], margin)
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        offset = rule.key_position(query, key) - window.span_start(query)
-        if margin is None:
-            offset = at_most(at_least(offset, 0), window.span - 1)
-        else:
-            offset = offset + margin
-        row = (batch * heads + head) % bias.shape[0]
-        return score + bias[row, query % window.size, offset]
+        return score + bias[place(batch, head, query, key)]
 
     return add_bias
 

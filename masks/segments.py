@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .buffer import written_out
@@ -57,19 +58,31 @@ class Segments:
         slot = torch.arange(self.count * self.slots, device=device)
         return slot - self._shift(slot // self.slots)
 
-    def slots_of_keys(self, device: torch.device | str) -> Tensor:
-        """Slots that hold each key, ``(copies, length)``; -1 for fewer of them."""
+    def from_slots(self, copies: Tensor) -> Tensor:
+        """``(..., count * slots, d)`` summed over the slots of each key, ``(..., length, d)``."""
         before = self.window.look_backward * self.window.size
         after = self.window.ahead * self.window.size
-        # Its own segment, and those around whose halos may reach it.
-        steps = torch.arange(
-            -_ceil(after, self.queries), _ceil(before, self.queries) + 1, device=device
-        )
-        position = torch.arange(self.length, device=device)
-        segment = position // self.queries + steps[:, None]
-        place = position - segment * self.queries + before
-        held = (place >= 0) & (place < self.slots) & (segment >= 0) & (segment < self.count)
-        return torch.where(held, segment * self.slots + place, -1)
+        parts = copies.unflatten(-2, (self.count, self.slots))
+        total = self._joined(parts[..., before : before + self.queries, :])
+        # A halo reaches into the next segment, and into others beyond where it is longer.
+        for step in range(1, _ceil(before, self.queries) + 1):
+            length = min(self.queries, before - (step - 1) * self.queries)
+            start = max(0, before - step * self.queries)
+            ends = parts[..., start : start + length, :]
+            ends = F.pad(ends, (0, 0, self.queries - length, 0, 0, step))
+            total = total + self._joined(ends.narrow(-3, step, self.count))
+        for step in range(1, _ceil(after, self.queries) + 1):
+            length = min(self.queries, after - (step - 1) * self.queries)
+            start = before + step * self.queries
+            starts = parts[..., start : start + length, :]
+            starts = F.pad(starts, (0, 0, 0, self.queries - length, step, 0))
+            total = total + self._joined(starts.narrow(-3, 0, self.count))
+        return total
+
+    def _joined(self, segments: Tensor) -> Tensor:
+        """``(..., count, queries, d)`` as ``(..., length, d)``."""
+        joined: Tensor = segments.flatten(-3, -2)
+        return joined[..., : self.length, :]
 
     def first_key(self, query: Index) -> Index:
         """First slot that ``query`` sees."""
@@ -139,8 +152,8 @@ def _where_above(value: Index, limit: int, then: Index) -> Index:
 class _InSlots(torch.autograd.Function):
     """Copies keys to the slots that hold them; the gradient of a key is the sum of its slots'.
 
-    Both are looked up by place: a compiler makes one pass of each, where it would take several
-    to join slices, and atomic additions for the gradient of a look-up.
+    Forward by look-up and backward by slices, so that a compiler makes one pass of each: to join
+    slices takes it several, and the gradient of a look-up is atomic additions.
     """
 
     generate_vmap_rule = True
@@ -149,7 +162,8 @@ class _InSlots(torch.autograd.Function):
     def forward(keys: Tensor, layout: Segments) -> Tensor:
         position = layout.slot_positions(keys.device)
         inside = (position >= 0) & (position < layout.length)
-        return _looked_up(keys, torch.where(inside, position, -1))
+        place = written_out(torch.where(inside, position, -1))
+        return keys.index_select(-2, at_least(place, 0)).masked_fill((place < 0)[:, None], 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Segments], output: Tensor) -> None:
@@ -157,15 +171,7 @@ class _InSlots(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _looked_up(grad, ctx.layout.slots_of_keys(grad.device)).sum(-3), None
-
-
-def _looked_up(x: Tensor, place: Tensor) -> Tensor:
-    """``x[..., place, :]``, and 0 where the place is negative."""
-    place = written_out(place)
-    rows = x.index_select(-2, at_least(place, 0).flatten())
-    found: Tensor = rows.unflatten(-2, place.shape)
-    return found.masked_fill((place < 0)[..., None], 0)
+        return ctx.layout.from_slots(grad), None
 
 
 def _ceil(count: int, by: int) -> int:

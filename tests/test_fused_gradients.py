@@ -4,13 +4,17 @@ They compute every score, heed no block list and take no option, but all that su
 the fused path's own: rotary, xpos's layout, the scores and masks, and dropout's backward pass.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from features import FEATURES, feature
 from hypothesis import Phase, given, settings
 from strategies import cases
 from test_eager_against_oracle import assert_within_budget, gradients, sizes
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention, flex
 
@@ -93,3 +97,21 @@ def test_dropout(name):
 def test_dropout_of_random_calls(case):
     torch._dynamo.reset()
     check_dropout(case)
+
+
+def test_checkpointing_drops_the_same_weights_again(monkeypatch):
+    """Outside of a compiled model: the backward pass is made while hooks save what it needs."""
+    monkeypatch.setattr(flex, "_inductor", aot_eager)
+    monkeypatch.setattr(flex, "_detached", lambda x: x)
+    case = feature("bias", n=301)
+    layer = LocalAttention(**{**case.arguments(), "dropout": 0.3}, backend="flex")
+    found = []
+    for checkpointed in (True, False):
+        call = case.tensors(torch.float32)
+        torch.manual_seed(3)
+        arguments = call.q, call.k, call.v, None, None, call.bias
+        run = partial(checkpoint, layer, use_reentrant=False) if checkpointed else layer
+        out = run(*arguments)
+        found.append([out, *gradients(out, call).values()])
+    for again, once in zip(*found, strict=True):
+        assert torch.equal(again, once)
