@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from flexlocal.masks.blocks import lists_have_gaps
 from flexlocal.tuning import FLASH, STOCK_BLOCK
 
 from . import machine
@@ -189,13 +190,17 @@ def entry_of(
     problem: Problem, dtype: str, device: torch.device, winner: Winner, flash: bool
 ) -> Entry:
     """The table's entry."""
+    block, one_list = winner.layout
+    # Where it makes no difference to the window, it is for others of such a reach.
+    gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block, one_list=False)
     return {
         "problem": problem.name,
         "capability": list(torch.cuda.get_device_capability(device)),
         "dtype": dtype,
         "head_size": problem.d,
         "reach": problem.window.most_seen,
-        **_plain_layout(winner.layout),
+        "block": block,
+        "one_list": one_list or not gaps,
         "flash": flash,
         "device": machine.device_name(device),
         "torch": torch.__version__,

@@ -556,6 +556,14 @@ def test_the_fastest_is_printed_recorded_and_merged(tmp_path, gpu, capsys):
     assert f"written to {table}" in printed
 
 
+def test_an_entry_of_a_window_without_gaps_serves_others_with_one_list(tmp_path, gpu, capsys):
+    gpu(timed)
+    table = tmp_path / "table.json"
+    assert tune.main(["--problem", "doc256", "--limit", "4", "--table", str(table)]) == 0
+    (new,) = json.loads(table.read_text())["entries"]
+    assert (new["reach"], new["one_list"]) == (512, True)
+
+
 def test_a_table_is_left_alone_where_the_own_options_are_faster(tmp_path, gpu, capsys):
     def slow(one):
         return replace(timed(one), ms=10.0 if one.candidate.swept else 9.0)
