@@ -15,9 +15,11 @@ score function ``f`` whose gradient is ``f'``, and log-sum-exps ``l`` with gradi
 
     w = exp(f(s) - l)     grad_v_j = sum_i w_ij grad_i     grad_s = f'(w (v_j . grad_i - D_i + l'))
 
-and is given ``f(s) = s - T`` with ``T = L + log(1 - p)``, or -inf where dropped, ``l = 0`` and
-``l' = p D``. What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it,
-``-exp(s - T) E`` with ``E = (1 - p) D``.
+and is given ``f(s) = s - L - log(1 - p)``, or -inf where dropped, ``l = 0`` and ``l' = p D``.
+What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it, ``-P D``.
+
+The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of; torch
+documents neither (the same in 2.11 to 2.14).
 """
 
 import math
@@ -74,7 +76,7 @@ def attend_dropped(
     common = kernel.arguments(lists, hiding)
     aux = AuxRequest(lse=True)
     query, key, value = q.detach(), k.detach(), v.detach()
-    score = kernel.bias_mod(None if bias is None else bias.detach())
+    score = kernel.score_mod(None if bias is None else bias.detach())
     drop = drop_scores(*draws, kernel.heads, dropout)
     remaining = drop if score is None else in_turn(score, drop)
     out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
@@ -82,8 +84,8 @@ def attend_dropped(
     _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
     blind = every.lse == -torch.inf
     share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, every.lse)).exp()
-    share, top = share / (1 - dropout), every.lse + math.log1p(-dropout)
-    return _attach(kernel, dropout, q, k, v, bias, out, share, top, draws, lists, hiding)
+    share = share / (1 - dropout)
+    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, hiding)
 
 
 def let_through() -> None:
@@ -111,30 +113,30 @@ class _Dropped(torch.autograd.Function):
         bias: Tensor | None,
         out: Tensor,
         share: Tensor,
-        top: Tensor,
+        total: Tensor,
         *looked_up: Tensor,
     ) -> Tensor:
         out = (out * share[..., None]).to(q.dtype)
         ctx.kernel, ctx.dropout = kernel, dropout
-        ctx.save_for_backward(q, k, v, bias, out, top, *looked_up)
+        ctx.save_for_backward(q, k, v, bias, out, total, *looked_up)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, top, *looked_up = ctx.saved_tensors
+        q, k, v, bias, out, total, *looked_up = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
         draws, rest = looked_up[:2], looked_up[2:]
         count = 4 if kernel.blocks.one_list else 8
         lists, hiding = tuple(rest[:count]), tuple(rest[count:])
         along = (out.float() * grad.float()).sum(-1)
-        known = settled(top), settled((1 - ctx.dropout) * along)
+        known = settled(total), settled(along)
         scores = _Scores(kernel, ctx.dropout, ctx.needs_input_grad[5])
         *grads, captured = torch.ops.higher_order.flex_attention_backward(
             q,
             k,
             v,
             out,
-            settled(torch.zeros_like(top)),
+            settled(torch.zeros_like(total)),
             grad,
             along * (ctx.dropout / _LOG2_E),  # log-sum-exps have base 2 there
             scores.shifted,
@@ -154,7 +156,7 @@ class _Scores:
     """``f`` and ``f'`` of the docstring, and the mask, which take their tensors as arguments.
 
     The first of them is a place: batch entry, head, query and key slot of a score. Others follow
-    as the backward pass gives them: draws, ``T``, ``E``, a bias, what the mask looks up.
+    as the backward pass gives them: draws, ``L``, ``D``, a bias, what the mask looks up.
 
     Attributes:
         learned: the bias wants a gradient.
@@ -169,22 +171,27 @@ class _Scores:
         return self.kernel.mask_mod(*arguments[4:])(*arguments[:4])
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
-        """``f``: the score less its query's ``T``, hidden where it is dropped."""
-        place, top = arguments[:4], arguments[6]
+        """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
+        place, total = arguments[:4], arguments[6]
         bias, _ = self._parted(arguments[8:])
-        below = self._final(score, place, bias) - top[place[:3]]
+        # In this order: with a bias both may be near -5e4, where a constant would be lost.
+        below = self._final(score, place, bias) - total[place[:3]] - math.log1p(-self.dropout)
         return torch.where(self._kept(place, *arguments[4:6]), below, -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
-        place, grad, top, rest = arguments[:4], arguments[4], arguments[7], arguments[8]
+        place, grad, total, along = arguments[:4], arguments[4], arguments[7], arguments[8]
         bias, hiding = self._parted(arguments[9:])
-        final = self._final(score, place, bias)
-        weight = ((final - top[place[:3]]) * _LOG2_E).exp2()  # half the instructions of exp
-        dropped = -weight * rest[place[:3]]
+        below = self._final(score, place, bias) - total[place[:3]]
+        weight = (below * _LOG2_E).exp2()  # half the instructions of exp
+        dropped = -weight * along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
             dropped = torch.where(self.visible(*place, *hiding), dropped, 0.0)
         grad_score = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
+        blocks = self.kernel.blocks
+        if bias and blocks.shared_qk:  # the score of a token with itself is a constant
+            own = blocks.rule.key_position(place[2], place[3]) == place[2]
+            grad_score = torch.where(own, 0.0, grad_score)
         grad_bias: list[Tensor | None] = [None] * len(bias)
         if self.learned:
             where = self.kernel.bias_place(bias[0])(*place)
@@ -198,7 +205,7 @@ class _Scores:
         return more[:count], more[count:]
 
     def _final(self, score: Tensor, place: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
-        mod = self.kernel.bias_mod(bias[0] if bias else None)
+        mod = self.kernel.score_mod(bias[0] if bias else None)
         return score if mod is None else mod(score, *place)
 
     def _kept(self, place: Sequence[Tensor], query_draw: Tensor, key_draw: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def fused(
         margin = window.block_margin(settings.tuning.block)
         bias = with_margin(bias, margin)
     blocks = settings.blocks(n, dtype, key_mask is not None)
-    kernel = Kernel(blocks, h, k.shape[1] != h, settings.scale, margin, on_gpu)
+    grouped, biased = k.shape[1] != h, bias is not None
+    kernel = Kernel(blocks, h, grouped, settings.scale, biased, margin, on_gpu)
     d_v = v.shape[-1]
     if on_gpu:
         q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
@@ -123,7 +124,7 @@ def fused(
         lists = blocks.lists(q.device, *hiding[:1])
     if settings.dropout == 0:
         out: Tensor = flex_attention(
-            q, k, v, score_mod=kernel.bias_mod(bias), **kernel.arguments(lists, hiding)
+            q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, hiding)
         )
         return _narrowed(out, d_v)
     assert seed is not None

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from .masks import Rule, Segments, Window, but_itself_mod, mask_mod, padding_mod, window_bias
+from .masks import (
+    Rule,
+    Segments,
+    Window,
+    but_itself_mod,
+    in_turn,
+    itself_last,
+    mask_mod,
+    padding_mod,
+    window_bias,
+)
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
 from .masks.scores import ScoreMod, bias_place
@@ -88,14 +98,16 @@ class Kernel:
 
     ``hiding`` stands for what the mask looks up: with a key mask the key slots that it keeps,
     boolean ``(batch, heads or 1, slots)``, and with ``shared_qk`` on top of it the queries that
-    see no other key, ``(batch, heads or 1, n)``.
+    see no other key, ``(batch, heads or 1, n)``. With a bias, the score of a token with itself is
+    set instead of hiding it.
 
     Attributes:
         blocks: the sparse blocks.
         heads: query heads.
         grouped: there are fewer key heads.
         scale: of the products of queries and keys.
-        margin: columns that a bias has beyond the window's; None where places are clipped.
+        biased: a bias is added.
+        margin: columns that it has beyond the window's; None where places are clipped.
         on_gpu: Triton makes it.
     """
 
@@ -103,25 +115,28 @@ class Kernel:
     heads: int
     grouped: bool
     scale: float
+    biased: bool
     margin: int | None
     on_gpu: bool
 
     def mask_mod(self, *hiding: Tensor) -> MaskMod:
         """Which key slots a query sees."""
-        blocks = self.blocks
-        mods = [mask_mod(blocks.rule)]
-        if blocks.masked:
+        mods = [mask_mod(self.blocks.rule)]
+        if self.blocks.masked:
             mods.append(padding_mod(hiding[0]))
-        if blocks.shared_qk:
-            lonely = hiding[1] if blocks.masked else None
+        if self.blocks.shared_qk and not self.biased:
+            lonely = hiding[1] if self.blocks.masked else None
+            blocks = self.blocks
             mods.append(but_itself_mod(blocks.rule, blocks.window, blocks.n, lonely))
         return and_masks(*mods) if len(mods) > 1 else mods[0]
 
-    def bias_mod(self, bias: Tensor | None) -> ScoreMod | None:
-        """What adds a bias."""
+    def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
+        """What is done to a score."""
         if bias is None:
             return None
-        return window_bias(bias, self.blocks.window, self.blocks.rule, self.heads, self.margin)
+        blocks = self.blocks
+        add = window_bias(bias, blocks.window, blocks.rule, self.heads, self.margin)
+        return in_turn(add, itself_last(blocks.rule)) if blocks.shared_qk else add
 
     def bias_place(self, bias: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Where in it a score finds its number."""

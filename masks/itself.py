@@ -1,14 +1,17 @@
 """Shared queries and keys: a token sees itself only when it sees nothing else.
 
-Reformer (arXiv:2001.04451) gives the score of a token with itself a value of -5e4, whose weight is
-0 beside any other key's. A mask says the same and costs no arithmetic on the scores.
+Reformer (arXiv:2001.04451) sets the score of a token with itself to -5e4, whose weight is 0 beside
+any other key's. A mask says the same and costs no arithmetic on the scores; but where a bias may
+push other scores below -5e4, only the score can say it.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .clip import at_least, at_most
 from .rule import MaskMod, Rule
+from .scores import SELF_SCORE, ScoreMod
 from .window import Window
 
 
@@ -48,6 +51,15 @@ def but_itself_mod(rule: Rule, window: Window, n: int, lonely: Tensor | None = N
 
     sees.__name__ = "but_itself"
     return sees
+
+
+def itself_last(rule: Rule) -> ScoreMod:
+    """FlexAttention's score_mod that sets the score of a token with itself to ``SELF_SCORE``."""
+
+    def demote(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(rule.key_position(query, key) == query, SELF_SCORE, score)
+
+    return demote
 
 
 def _ends(window: Window, n: int, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from .check import MOST_ERROR
 from .clock import median_ms, peak_bytes
 from .options import add_problem, problem_of
 from .problems import PROBLEMS, Problem
+from .report import number
 
 BASE = {"xpos": "rotary", "shared_qk, rotary": "rotary", "key mask, rotary": "rotary"}
 """What a call is compared with where that is not the plain one."""
@@ -96,6 +97,22 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
         ]
         print(f"{name:32}{'  '.join(parts)}  over {BASE.get(name, 'plain')}", flush=True)
     return rows
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The README's table: each call's times, and how many times its base's they are."""
+    lines = [
+        "| | forward ms | training step ms | compared with |",
+        "|---|---|---|---|",
+    ]
+    for name, row in record["rows"].items():
+        base = BASE.get(name, "plain")
+        cells = []
+        for kind in ("forward_ms", "train_ms"):
+            times = row[kind] / record["rows"][base][kind]
+            cells.append(f"{number(row[kind])} ({times:.2f}x)")
+        lines.append(f"| {name} | {' | '.join(cells)} | {base} |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

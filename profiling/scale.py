@@ -182,6 +182,25 @@ def growth_line(found: dict[str, float]) -> str:
     return f"{'growth':>8}" + "".join(f"{cell:>12}" for cell in cells)
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The README's table of lengths."""
+    lines = [
+        "| tokens | forward ms | training step ms | its ns a token | most GB | its bytes a token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in (Length(**fields) for fields in record["lengths"]):
+        values = (
+            row.forward_ms,
+            row.train_ms,
+            row.per_token.get("train_ms", math.nan) * 1e6,
+            row.peak_bytes and row.peak_bytes / 1e9,
+            row.per_token.get("peak_bytes"),
+        )
+        cells = ["-" if value is None or value != value else number(value) for value in values]
+        lines.append(f"| {row.n} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(rows: Sequence[Length], title: str, file: Path) -> None:
     """Draws time and memory for each token against the length."""
     try:
@@ -230,8 +249,10 @@ def main(argv: list[str] | None = None) -> list[Length]:
     found = growths(rows)
     print(growth_line(found))
     if options.json:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        record = machine.record(device, **settings, used_dtype=str(dtype))
+        settings = {"rotary": options.rotary, "xpos": options.xpos, "dropout": options.dropout}
+        settings |= {"backend": options.backend, "dtype": str(dtype), "seconds": options.seconds}
+        shape = {"batch": 1, "heads": problem.heads, "d": problem.d}
+        record = machine.record(device, **shape, window=asdict(problem.window), **settings)
         record |= {"lengths": [asdict(row) for row in rows], "growth": found}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     if options.plot:

@@ -58,6 +58,29 @@ def test_random_calls(case):
     check_case(case)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("low", [-1e5, -float("inf")])
+def test_a_bias_may_leave_a_shared_token_nothing_but_itself(low, dropout):
+    """Others that it pushes below -5e4 count less than the token itself."""
+    case = feature("shared", n=301, bias_heads=1)
+    found = []
+    for run in (
+        compiled(case, dropout=dropout),
+        LocalAttention(**{**case.arguments(), "dropout": dropout}, backend="eager"),
+    ):
+        call = case.tensors(torch.float32)
+        bias = torch.zeros_like(call.bias)
+        bias[:, ::3] = low
+        bias.requires_grad_(low > -torch.inf)
+        out = run(call.q, call.k, call.v, attn_bias=bias, dropout_seed=torch.tensor(5))
+        wanted = [call.q, call.k, call.v] + [bias] * bias.requires_grad
+        found.append([out, *torch.autograd.grad((out * call.cotangent).sum(), wanted)])
+    assert found[1][0].isfinite().all()
+    for fused, eager in zip(*found, strict=True):
+        # Dense operators know log-sum-exps near -5e4 to 2 ** -8; kernels take them as they are.
+        torch.testing.assert_close(fused, eager, rtol=5e-3, atol=1e-2)
+
+
 DROPPED = [
     "plain",
     "far looks",

@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 from flexlocal.__main__ import parser
-from profiling.report import markdown
+from profiling import argument_costs, report, scale
 
 README = Path(__file__).parents[1] / "README.md"
-BENCHES = ("h100.json", "h100_doc256.json", "cpu.json")
+RESULTS = README.parent / "profiling" / "results"
+TABLES = {
+    "h100.json": (report.markdown, README),
+    "h100_doc256.json": (report.markdown, README),
+    "cpu.json": (report.markdown, README),
+    "h100_rotary.json": (report.markdown, RESULTS / "README.md"),
+    "h100_arguments.json": (argument_costs.markdown, RESULTS / "README.md"),
+    "h100_scale.json": (scale.markdown, RESULTS / "README.md"),
+}
 
 
 def blocks(language):
@@ -48,7 +56,7 @@ def test_its_commands_are_understood(words):
     assert parser().parse_args(words).command == words[0]
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", TABLES)
 def test_its_tables_are_those_of_the_results(name):
-    record = json.loads((README.parent / "profiling" / "results" / name).read_text())
-    assert markdown(record) in README.read_text()
+    markdown, page = TABLES[name]
+    assert markdown(json.loads((RESULTS / name).read_text())) in page.read_text()

@@ -56,7 +56,7 @@ def test_lengths_are_measured_and_written(tmp_path, capsys):
         assert row.per_token["peak_bytes"] == row.peak_bytes / row.n
         assert not row.out_of_memory
     record = json.loads(file.read_text())
-    assert record["settings"]["window"] == "32"
+    assert record["settings"]["window"]["size"] == 32
     assert [found["n"] for found in record["lengths"]] == [128, 256, 512]
     assert record["growth"]["peak_bytes"] == pytest.approx(1, abs=0.3)
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,54 @@
+"""Shared queries and keys: a token is its own key only when it sees no other."""
+
+from dataclasses import asdict
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import windows
+
+from flexlocal.masks import Segments, Window, but_itself_mod, itself_last, mask_mod
+from flexlocal.masks.itself import alone
+
+
+def expected(visible):
+    """(n, n) booleans: the visible keys without the diagonal, unless nothing else is left."""
+    others = visible & ~torch.eye(len(visible), dtype=torch.bool)
+    return torch.where(others.any(1, keepdim=True), others, visible)
+
+
+@given(windows(), st.integers(1, 40), st.none() | st.integers(1, 3))
+def test_by_the_window_alone(rule, n, windows_each):
+    window = Window(**asdict(rule))
+    layout = window if windows_each is None else Segments(window, windows_each, n)
+    slots = n if windows_each is None else layout.count * layout.slots
+    query, slot = torch.arange(n)[:, None], torch.arange(slots)
+    both = mask_mod(layout)(0, 0, query, slot) & but_itself_mod(layout, window, n)(
+        0, 0, query, slot
+    )
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    key = layout.key_position(query, slot).expand_as(both)
+    seen[query.expand_as(both)[both], key[both]] = True
+    assert both.sum() == seen.sum()
+    assert torch.equal(seen, expected(rule.mask(n)))
+
+
+@given(windows(), st.integers(1, 40), st.integers(1, 2), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_where_a_key_mask_leaves_nothing_else(rule, n, heads, share):
+    window = Window(**asdict(rule))
+    generator = torch.Generator().manual_seed(n)
+    kept = torch.rand(2, heads, n, generator=generator) < share
+    lonely = alone(window, kept, torch.arange(n))
+    mod = but_itself_mod(window, window, n, lonely)
+    query, key = torch.arange(n)[:, None], torch.arange(n)
+    for batch in range(2):
+        for head in range(heads):
+            visible = rule.mask(n) & kept[batch, head]
+            at = torch.tensor(batch), torch.tensor(head)
+            assert torch.equal(visible & mod(*at, query, key), expected(visible))
+
+
+def test_the_score_of_a_token_with_itself():
+    score = torch.randn(12, 12)
+    found = itself_last(Window(4))(score, 0, 0, torch.arange(12)[:, None], torch.arange(12))
+    assert torch.equal(found, score.clone().fill_diagonal_(-5e4))
