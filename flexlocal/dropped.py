@@ -18,8 +18,8 @@ score function ``f`` whose gradient is ``f'``, and log-sum-exps ``l`` with gradi
 and is given ``f(s) = s - L - log(1 - p)``, or -inf where dropped, ``l = 0`` and ``l' = p D``.
 What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it, ``-P D``.
 
-The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of; torch
-documents neither (the same in 2.11 to 2.14).
+The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of;
+torch documents neither (the same in 2.11 to 2.14).
 """
 
 import math
