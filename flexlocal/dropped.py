@@ -60,20 +60,20 @@ def attend_dropped(
     bias: Tensor | None,
     draws: tuple[Tensor, Tensor],
     lists: tuple[Tensor, ...],
-    hiding: tuple[Tensor, ...],
+    kept_slots: Tensor | None,
 ) -> Tensor:
     """Local attention with dropout.
 
     Args:
         draws: int32 ``(rows, n)`` of queries and ``(rows, slots)`` of keys; see ``masks.dropout``.
         lists: the index tensors of the block mask.
-        hiding: what the mask looks up, see ``Kernel``.
+        kept_slots: boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps.
 
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
     let_through()
-    common = kernel.arguments(lists, hiding)
+    common = kernel.arguments(lists, kept_slots)
     aux = AuxRequest(lse=True)
     query, key, value = q.detach(), k.detach(), v.detach()
     score = kernel.score_mod(None if bias is None else bias.detach())
@@ -85,7 +85,7 @@ def attend_dropped(
     blind = every.lse == -torch.inf
     share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, every.lse)).exp()
     share = share / (1 - dropout)
-    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, hiding)
+    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, kept_slots)
 
 
 def let_through() -> None:
@@ -94,8 +94,9 @@ def let_through() -> None:
 
 
 def _attach(*arguments: Any) -> Tensor:
-    *others, draws, lists, hiding = arguments
-    out: Tensor = _Dropped.apply(*others, *draws, *lists, *hiding)  # type: ignore[no-untyped-call]
+    *others, draws, lists, kept_slots = arguments
+    slots = () if kept_slots is None else (kept_slots,)
+    out: Tensor = _Dropped.apply(*others, *draws, *lists, *slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -125,9 +126,8 @@ class _Dropped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, total, *looked_up = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
-        draws, rest = looked_up[:2], looked_up[2:]
-        count = 4 if kernel.blocks.one_list else 8
-        lists, hiding = tuple(rest[:count]), tuple(rest[count:])
+        end = 2 + (4 if kernel.blocks.one_list else 8)
+        draws, lists, slots = looked_up[:2], tuple(looked_up[2:end]), tuple(looked_up[end:])
         along = (out.float() * grad.float()).sum(-1)
         known = settled(total), settled(along)
         scores = _Scores(kernel, ctx.dropout, ctx.needs_input_grad[5])
@@ -144,8 +144,8 @@ class _Dropped(torch.autograd.Function):
             kernel.blocks.mask(lists, scores.visible).as_tuple(),
             kernel.scale,
             {**_DEFAULTS, **kernel.options},
-            (*draws, *known, *(() if bias is None else (bias,)), *hiding),
-            hiding,
+            (*draws, *known, *(() if bias is None else (bias,)), *slots),
+            slots,
         )
         grad_bias = captured[4] if ctx.needs_input_grad[5] else None
         return (None, None, *grads, grad_bias, *[None] * (3 + len(looked_up)))
@@ -156,7 +156,7 @@ class _Scores:
     """``f`` and ``f'`` of the docstring, and the mask, which take their tensors as arguments.
 
     The first of them is a place: batch entry, head, query and key slot of a score. Others follow
-    as the backward pass gives them: draws, ``L``, ``D``, a bias, what the mask looks up.
+    as the backward pass gives them: draws, ``L``, ``D``, a bias, the slots that a mask keeps.
 
     Attributes:
         learned: the bias wants a gradient.
@@ -168,7 +168,8 @@ class _Scores:
 
     def visible(self, *arguments: Tensor) -> Tensor:
         """The mask_mod."""
-        return self.kernel.mask_mod(*arguments[4:])(*arguments[:4])
+        place, slots = arguments[:4], arguments[4:]
+        return self.kernel.mask_mod(slots[0] if slots else None)(*place)
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
@@ -181,27 +182,25 @@ class _Scores:
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
         place, grad, total, along = arguments[:4], arguments[4], arguments[7], arguments[8]
-        bias, hiding = self._parted(arguments[9:])
+        bias, slots = self._parted(arguments[9:])
         below = self._final(score, place, bias) - total[place[:3]]
         weight = (below * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
-            dropped = torch.where(self.visible(*place, *hiding), dropped, 0.0)
+            dropped = torch.where(self.visible(*place, *slots), dropped, 0.0)
         grad_score = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
-        blocks = self.kernel.blocks
-        if bias and blocks.shared_qk:  # the score of a token with itself is a constant
-            own = blocks.rule.key_position(place[2], place[3]) == place[2]
+        if self.kernel.itself_by_score:  # which is a constant
+            own = self.kernel.blocks.rule.key_position(*place[2:]) == place[2]
             grad_score = torch.where(own, 0.0, grad_score)
         grad_bias: list[Tensor | None] = [None] * len(bias)
         if self.learned:
             where = self.kernel.bias_place(bias[0])(*place)
             grad_bias = [torch.ops.flex_lib.zeros_and_scatter(bias[0].shape, where, grad_score)]
-        return [grad_score, *[None] * 8, *grad_bias, *[None] * len(hiding)]
+        return [grad_score, *[None] * 8, *grad_bias, *[None] * len(slots)]
 
     def _parted(self, more: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The bias and what the mask looks up, where there are such."""
-        blocks = self.kernel.blocks
-        count = len(more) - (blocks.masked + blocks.shared_qk if blocks.masked else 0)
+        """The bias and the kept slots, where there are such."""
+        count = len(more) - self.kernel.blocks.masked
         return more[:count], more[count:]
 
     def _final(self, score: Tensor, place: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,6 @@ from .kernel import Blocks, Kernel
 from .masks import Rule, Segments, Window
 from .masks.buffer import written_out
 from .masks.dropout import key_draws, query_draws
-from .masks.itself import alone
 from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
@@ -94,15 +93,9 @@ def fused(
         k = rotate(k, position, inv_freq, k_factor)
     q, k = q.to(dtype), k.to(dtype)
 
-    hiding: tuple[Tensor, ...] = ()
-    if key_mask is not None:
-        kept = key_mask
-        if rule is not window:
-            kept = written_out(rule.in_slots(key_mask[..., None])[..., 0])
-        hiding = (kept,)
-        if settings.shared_qk:
-            queries = torch.arange(n, device=q.device)
-            hiding = kept, written_out(alone(window, key_mask, queries))
+    kept = key_mask
+    if kept is not None and rule is not window:
+        kept = written_out(rule.in_slots(kept[..., None])[..., 0])
     margin, on_gpu = None, q.device.type == "cuda"
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if bias is not None and on_gpu and rule is window and n % STOCK_BLOCK == 0:
@@ -121,10 +114,10 @@ def fused(
     elif lists is None:  # part of a user's graph, perhaps
         q, k, v = _made_anew(q), _made_anew(k), _made_anew(v)
     if lists is None:
-        lists = blocks.lists(q.device, *hiding[:1])
+        lists = blocks.lists(q.device, kept)
     if settings.dropout == 0:
         out: Tensor = flex_attention(
-            q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, hiding)
+            q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, kept)
         )
         return _narrowed(out, d_v)
     assert seed is not None
@@ -132,7 +125,7 @@ def fused(
     if rule is not window:
         key_draw = written_out(rule.in_slots(key_draw[..., None])[..., 0])
     draws = query_draw, key_draw
-    out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, hiding)
+    out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, kept)
     return _narrowed(out, d_v)
 
 

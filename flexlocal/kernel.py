@@ -96,11 +96,6 @@ class Blocks:
 class Kernel:
     """A kernel's mask, bias and options; without tensors, which the methods are given.
 
-    ``hiding`` stands for what the mask looks up: with a key mask the key slots that it keeps,
-    boolean ``(batch, heads or 1, slots)``, and with ``shared_qk`` on top of it the queries that
-    see no other key, ``(batch, heads or 1, n)``. With a bias, the score of a token with itself is
-    set instead of hiding it.
-
     Attributes:
         blocks: the sparse blocks.
         heads: query heads.
@@ -119,34 +114,39 @@ class Kernel:
     margin: int | None
     on_gpu: bool
 
-    def mask_mod(self, *hiding: Tensor) -> MaskMod:
-        """Which key slots a query sees."""
-        mods = [mask_mod(self.blocks.rule)]
-        if self.blocks.masked:
-            mods.append(padding_mod(hiding[0]))
-        if self.blocks.shared_qk and not self.biased:
-            lonely = hiding[1] if self.blocks.masked else None
-            blocks = self.blocks
-            mods.append(but_itself_mod(blocks.rule, blocks.window, blocks.n, lonely))
+    @property
+    def itself_by_score(self) -> bool:
+        """Whether a token's score with itself is set, and not its key hidden; see ``itself``."""
+        return self.blocks.shared_qk and (self.biased or self.blocks.masked)
+
+    def mask_mod(self, kept: Tensor | None) -> MaskMod:
+        """Which key slots a query sees; ``kept`` are those that a key mask keeps."""
+        blocks = self.blocks
+        mods = [mask_mod(blocks.rule)]
+        if kept is not None:
+            mods.append(padding_mod(kept))
+        if blocks.shared_qk and not self.itself_by_score:
+            mods.append(but_itself_mod(blocks.rule, blocks.window, blocks.n))
         return and_masks(*mods) if len(mods) > 1 else mods[0]
 
     def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
         """What is done to a score."""
-        if bias is None:
-            return None
-        blocks = self.blocks
-        add = window_bias(bias, blocks.window, blocks.rule, self.heads, self.margin)
-        return in_turn(add, itself_last(blocks.rule)) if blocks.shared_qk else add
+        blocks, mods = self.blocks, []
+        if bias is not None:
+            mods.append(window_bias(bias, blocks.window, blocks.rule, self.heads, self.margin))
+        if self.itself_by_score:
+            mods.append(itself_last(blocks.rule))
+        return in_turn(*mods)
 
     def bias_place(self, bias: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Where in it a score finds its number."""
         blocks = self.blocks
         return bias_place(blocks.window, blocks.rule, self.heads, bias.shape[0], self.margin)
 
-    def arguments(self, lists: tuple[Tensor, ...], hiding: tuple[Tensor, ...]) -> dict[str, Any]:
+    def arguments(self, lists: tuple[Tensor, ...], kept: Tensor | None) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""
         return {
-            "block_mask": self.blocks.mask(lists, self.mask_mod(*hiding)),
+            "block_mask": self.blocks.mask(lists, self.mask_mod(kept)),
             "scale": self.scale,
             "enable_gqa": self.grouped,
             "kernel_options": self.options or None,

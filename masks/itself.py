@@ -1,12 +1,11 @@
 """Shared queries and keys: a token sees itself only when it sees nothing else.
 
 Reformer (arXiv:2001.04451) sets the score of a token with itself to -5e4, whose weight is 0 beside
-any other key's. A mask says the same and costs no arithmetic on the scores; but where a bias may
-push other scores below -5e4, only the score can say it.
+any other key's. A mask says the same and costs no arithmetic on the scores, where the window alone
+decides what else is seen: not with a key mask, nor where a bias may push other scores below -5e4.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .clip import at_least, at_most
@@ -15,39 +14,19 @@ from .scores import SELF_SCORE, ScoreMod
 from .window import Window
 
 
-def alone(window: Window, kept: Tensor, query: Tensor) -> Tensor:
-    """Which queries see no key but their own.
-
-    Args:
-        kept: boolean ``(batch, heads, n)``, the keys that a key mask keeps.
-        query: positions ``(m,)``.
-
-    Returns:
-        Boolean ``(batch, heads, m)``.
-    """
-    before = F.pad(kept.cumsum(-1), (1, 0))  # kept keys before each position
-    first, last = _ends(window, kept.shape[-1], query)
-    seen = before.index_select(-1, last + 1) - before.index_select(-1, first)
-    return seen == kept.index_select(-1, query)
-
-
-def but_itself_mod(rule: Rule, window: Window, n: int, lonely: Tensor | None = None) -> MaskMod:
-    """FlexAttention's mask_mod of all keys but the query's own, which only lonely queries see.
+def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
+    """FlexAttention's mask_mod of all keys but the query's own, where it sees others.
 
     Args:
         rule: the window, or the layout of its keys.
-        window: the window.
+        window: the window, which alone decides what a query sees.
         n: tokens.
-        lonely: boolean ``(batch, heads or 1, n)``, where a key mask decides it too; see ``alone``.
     """
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if lonely is None:
-            first, last = _ends(window, n, query)
-            only = (first == query) & (last == query)
-        else:
-            only = lonely[batch, head if lonely.shape[1] > 1 else 0, query]
-        return only | (rule.key_position(query, key) != query)
+        first, last = at_least(window.first_key(query), 0), at_most(window.last_key(query), n - 1)
+        alone = (first == query) & (last == query)
+        return alone | (rule.key_position(query, key) != query)
 
     sees.__name__ = "but_itself"
     return sees
@@ -60,8 +39,3 @@ def itself_last(rule: Rule) -> ScoreMod:
         return torch.where(rule.key_position(query, key) == query, SELF_SCORE, score)
 
     return demote
-
-
-def _ends(window: Window, n: int, query: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last key of ``n`` that a query sees."""
-    return at_least(window.first_key(query), 0), at_most(window.last_key(query), n - 1)

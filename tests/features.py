@@ -70,6 +70,12 @@ FEATURES: dict[str, dict] = {
     "bias over rows": {"bias_heads": 2, "window": windows_of(33, causal=False), "n": 200},
     "bias and shared": {"bias_heads": 1, "shared_qk": True, "window": windows_of(64)},
     "shared": {"shared_qk": True, "rotary": True},
+    "shared both ways": {
+        "shared_qk": True,
+        "window": windows_of(128, causal=False),  # whole blocks, the diagonal's among them
+        "n": 512,
+    },
+    "shared, mask": {"shared_qk": True, "mask_batch": 2, "window": windows_of(20), "n": 301},
     "grouped queries": {"lead": (2, 6), "kv_heads": 2, "d_v": 32, "rotary": True},
     "grouped, mask by head": {"lead": (2, 6), "kv_heads": 2, "mask_batch": 12},
     "wide values": {"d": 32, "d_v": 128},

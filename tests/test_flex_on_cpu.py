@@ -38,6 +38,8 @@ def run(case, call):
         "xpos, mask, bias, shared",
         "mask by head",
         "bias over rows",
+        "shared both ways",
+        "shared, mask",
         "grouped queries",
         "narrow values",
         "views",

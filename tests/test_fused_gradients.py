@@ -58,6 +58,20 @@ def test_random_calls(case):
     check_case(case)
 
 
+def test_a_mask_may_leave_a_shared_token_nothing_but_itself():
+    case = feature("shared", n=301)
+    keep = torch.rand(2, 301, generator=torch.Generator().manual_seed(0)) < 0.01
+    found = []
+    for run in (compiled(case), LocalAttention(**case.arguments(), backend="eager")):
+        call = case.tensors(torch.float32)
+        out = run(call.q, call.k, call.v, mask=keep)
+        found.append([out, *gradients(out, call).values()])
+    alone = keep & (found[1][0][:, 0] == call.v[:, 0]).all(-1)
+    assert alone.any()
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("low", [-1e5, -float("inf")])
 def test_a_bias_may_leave_a_shared_token_nothing_but_itself(low, dropout):
@@ -76,6 +90,8 @@ def test_a_bias_may_leave_a_shared_token_nothing_but_itself(low, dropout):
         wanted = [call.q, call.k, call.v] + [bias] * bias.requires_grad
         found.append([out, *torch.autograd.grad((out * call.cotangent).sum(), wanted)])
     assert found[1][0].isfinite().all()
+    left_alone = torch.arange(301) % case.W % 3 == 0
+    assert not found[0][1][:, :, left_alone].any(), "a constant score has no gradient"
     for fused, eager in zip(*found, strict=True):
         # Dense operators know log-sum-exps near -5e4 to 2 ** -8; kernels take them as they are.
         torch.testing.assert_close(fused, eager, rtol=5e-3, atol=1e-2)

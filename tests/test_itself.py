@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from strategies import windows
 
 from flexlocal.masks import Segments, Window, but_itself_mod, itself_last, mask_mod
-from flexlocal.masks.itself import alone
 
 
 def expected(visible):
@@ -31,21 +30,6 @@ def test_by_the_window_alone(rule, n, windows_each):
     seen[query.expand_as(both)[both], key[both]] = True
     assert both.sum() == seen.sum()
     assert torch.equal(seen, expected(rule.mask(n)))
-
-
-@given(windows(), st.integers(1, 40), st.integers(1, 2), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-def test_where_a_key_mask_leaves_nothing_else(rule, n, heads, share):
-    window = Window(**asdict(rule))
-    generator = torch.Generator().manual_seed(n)
-    kept = torch.rand(2, heads, n, generator=generator) < share
-    lonely = alone(window, kept, torch.arange(n))
-    mod = but_itself_mod(window, window, n, lonely)
-    query, key = torch.arange(n)[:, None], torch.arange(n)
-    for batch in range(2):
-        for head in range(heads):
-            visible = rule.mask(n) & kept[batch, head]
-            at = torch.tensor(batch), torch.tensor(head)
-            assert torch.equal(visible & mod(*at, query, key), expected(visible))
 
 
 def test_the_score_of_a_token_with_itself():
