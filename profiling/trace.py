@@ -10,6 +10,7 @@ happens before the trace begins.
 
 import argparse
 import csv
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def record(
     for _ in range(WARM_UP):
         step()
     synchronize(device)
+    gc.collect()  # else what compiling left in cycles may be freed in the trace, as if a step did
     before = set(folder.glob("*"))
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -1,6 +1,7 @@
 """Traces: the layer's regions in them, memory over time, and what TensorBoard reads from them."""
 
 import csv
+import gc
 import gzip
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+import weakref
 
 import pytest
 import torch
@@ -80,6 +82,28 @@ def test_memory_ends_where_it_began(traced):
     logits = 256 * 256 * 4  # bytes; the loss holds them more than once
     assert memory.peak > 2 * logits
     assert memory.times == sorted(memory.times)
+
+
+def test_what_the_warm_up_left_is_freed_before_the_trace(tmp_path):
+    class Ring:
+        def __init__(self):
+            self.me = self
+
+    rings, left = [], []
+
+    def step():
+        torch.zeros(8)
+        if len(rings) < trace.WARM_UP:
+            rings.append(weakref.ref(Ring()))
+        else:
+            left.extend(ring() for ring in rings)
+
+    gc.disable()
+    try:
+        trace.record(step, torch.device("cpu"), tmp_path, STEPS, gzip=False)
+    finally:
+        gc.enable()
+    assert left == [None] * trace.WARM_UP * STEPS
 
 
 def test_memory_is_written_beside_the_trace(traced):
