@@ -183,8 +183,7 @@ class _Formula:
         """What a tile's queries and keys are multiplied by before their product."""
         if self.xpos is None:
             return self.scale, None
-        scales = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
-        q_factor, k_factor = (half.repeat(1, 2) for half in scales)
+        q_factor, k_factor = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
         return q_factor * self.scale, k_factor
 
     def weights(

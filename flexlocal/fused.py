@@ -80,17 +80,16 @@ def fused(
             k = without_padding(k, key_mask)
     if settings.shared_qk:
         k = unit_keys(k)
-    position = torch.arange(n, device=q.device)
+    if inv_freq is not None:
+        position, ahead = torch.arange(n, device=q.device), window.ahead * window.size
+        # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
+        q = rotate(q, position + ahead if ahead else position, inv_freq)
+        k = rotate(k, position, inv_freq)
     if isinstance(rule, Segments):
         k, v = rule.in_slots(k), rule.in_slots(v)
-    if inv_freq is not None:
-        q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
-        # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
-        ahead = window.ahead * window.size
-        q = rotate(q, position + ahead if ahead else position, inv_freq, q_factor)
-        if isinstance(rule, Segments):
-            position = rule.slot_positions(q.device)
-        k = rotate(k, position, inv_freq, k_factor)
+    if xpos is not None:
+        q_factor, k_factor = _xpos_factors(xpos, rule, window, n)
+        q, k = q * q_factor, k * k_factor
     q, k = q.to(dtype), k.to(dtype)
 
     kept = key_mask
@@ -130,7 +129,7 @@ def fused(
 
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
-    """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
+    """What queries and key slots are multiplied by, ``(n, d)`` and ``(slots, d)``."""
     if isinstance(rule, Segments):
         query, slot = xpos.scales(window, rule.queries, torch.float32)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)

@@ -8,6 +8,7 @@ checkpoints load. Shapes: ``n`` tokens, ``d`` the head size.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ class Xpos:
         the factors stay as near to 1 as they can.
 
         Returns:
-            ``(queries, d / 2)`` and ``(queries + (look_backward + look_forward) * size, d / 2)``,
-            for either half of the channels.
+            ``(queries, d)`` and ``(queries + (look_backward + look_forward) * size, d)``.
         """
         before, after = window.look_backward * window.size, window.ahead * window.size
         origin = (queries + after - before) // 2
@@ -48,7 +48,8 @@ class Xpos:
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
         power = position.to(torch.float64)[:, None] / self.base
-        return written_out((self.zeta.to(torch.float64) ** power).to(dtype))
+        factor = (self.zeta.to(torch.float64) ** power).to(dtype)
+        return written_out(torch.cat((factor, factor), dim=-1))
 
 
 def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
@@ -59,24 +60,43 @@ def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
     return max(1, windows - window.look_backward - window.ahead)
 
 
-def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by its positions ``(n,)``, in fp32 at least, not cast back.
 
     Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
-
-    Args:
-        factor: ``(n, d / 2)``, which multiplies both halves of the result.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     angle = position.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    if factor is not None:
-        cos, sin = cos * factor, sin * factor
-    # The halves trade places by look-up: to join them from parts would cost a compiler a pass.
-    half = x.shape[-1] // 2
-    cos, sin = written_out(cos), written_out(torch.cat((-sin, sin), dim=-1))
-    cos = cos.index_select(-1, torch.arange(2 * half, device=x.device) % half)
-    return x.roll(half, -1) * sin + x * cos  # in this order contiguous, however x lies
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin))  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Turned(torch.autograd.Function):
+    """``x`` by ``cos`` and its halves in exchange by ``sin``; backward the same the other way.
+
+    Autograd's own backward pass would add up the halves one by one. As wide as ``x``, the tables
+    let a compiler load several channels at a time, and the halves as well.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        # In this order contiguous, however x lies.
+        return torch.cat((second, first), dim=-1) * sin + x * cos
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back: Tensor = _Turned.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
+        return back, None, None
 
 
 class Rotary(nn.Module):
