@@ -31,16 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from .kernel import Kernel
+from .kernel import LEAST_HEAD, Kernel
 from .masks.buffer import settled
 from .masks.dropout import kept
 from .masks.scores import drop_scores, in_turn
 
 _LOG2_E = 1 / math.log(2)
-
-_THIN = 16
-"""Channels of the values for the log-sum-exp alone: the fewest that kernels take."""
-
 
 _DEFAULTS = {
     "PRESCALE_QK": False,
@@ -80,7 +76,7 @@ def attend_dropped(
     drop = drop_scores(*draws, kernel.heads, dropout)
     remaining = drop if score is None else in_turn(score, drop)
     out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
-    thin = value[..., :_THIN]
+    thin = value[..., :LEAST_HEAD]  # for the log-sum-exp alone
     _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
     blind = every.lse == -torch.inf
     share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, every.lse)).exp()
@@ -126,7 +122,7 @@ class _Dropped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, total, *looked_up = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
-        end = 2 + (4 if kernel.blocks.one_list else 8)
+        end = len(looked_up) - kernel.blocks.masked
         draws, lists, slots = looked_up[:2], tuple(looked_up[2:end]), tuple(looked_up[end:])
         along = (out.float() * grad.float()).sum(-1)
         known = settled(total), settled(along)
@@ -173,22 +169,22 @@ class _Scores:
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
-        place, total = arguments[:4], arguments[6]
-        bias, _ = self._parted(arguments[8:])
+        place = arguments[:4]
+        draws, total, _, bias, _ = self._looked_up(arguments[4:])
         # In this order: with a bias both may be near -5e4, where a constant would be lost.
         below = self._final(score, place, bias) - total[place[:3]] - math.log1p(-self.dropout)
-        return torch.where(self._kept(place, *arguments[4:6]), below, -torch.inf)
+        return torch.where(self._kept(place, draws), below, -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
-        place, grad, total, along = arguments[:4], arguments[4], arguments[7], arguments[8]
-        bias, slots = self._parted(arguments[9:])
+        place, grad = arguments[:4], arguments[4]
+        draws, total, along, bias, slots = self._looked_up(arguments[5:])
         below = self._final(score, place, bias) - total[place[:3]]
         weight = (below * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
             dropped = torch.where(self.visible(*place, *slots), dropped, 0.0)
-        grad_score = torch.where(self._kept(place, *arguments[5:7]), grad, dropped)
+        grad_score = torch.where(self._kept(place, draws), grad, dropped)
         if self.kernel.itself_by_score:  # which is a constant
             own = self.kernel.blocks.rule.key_position(*place[2:]) == place[2]
             grad_score = torch.where(own, 0.0, grad_score)
@@ -198,16 +194,19 @@ class _Scores:
             grad_bias = [torch.ops.flex_lib.zeros_and_scatter(bias[0].shape, where, grad_score)]
         return [grad_score, *[None] * 8, *grad_bias, *[None] * len(slots)]
 
-    def _parted(self, more: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The bias and the kept slots, where there are such."""
-        count = len(more) - self.kernel.blocks.masked
-        return more[:count], more[count:]
+    def _looked_up(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Draws, ``L``, ``D``, and the bias and the kept slots where there are such."""
+        *draws, total, along = tensors[:4]
+        end = len(tensors) - self.kernel.blocks.masked
+        return draws, total, along, tensors[4:end], tensors[end:]
 
     def _final(self, score: Tensor, place: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
         mod = self.kernel.score_mod(bias[0] if bias else None)
         return score if mod is None else mod(score, *place)
 
-    def _kept(self, place: Sequence[Tensor], query_draw: Tensor, key_draw: Tensor) -> Tensor:
-        batch, head, query, key = place
+    def _kept(self, place: Sequence[Tensor], draws: Sequence[Tensor]) -> Tensor:
+        (batch, head, query, key), (query_draw, key_draw) = place, draws
         row = batch * self.kernel.heads + head
         return kept(query_draw[row, query], key_draw[row, key], self.dropout)

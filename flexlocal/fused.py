@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from .dropped import attend_dropped
-from .kernel import Blocks, Kernel
+from .kernel import LEAST_HEAD, Blocks, Kernel
 from .masks import Rule, Segments, Window
 from .masks.buffer import written_out
 from .masks.dropout import key_draws, query_draws
@@ -22,9 +22,8 @@ from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
 from .tuning import STOCK_BLOCK, Tuning
 
-_LEAST_HEAD = 16
 MOST_HEAD = 256
-"""Head sizes that kernels take on the GPU; zeros fill smaller ones up."""
+"""Channels of the widest heads that kernels take on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def fused(
     if key_mask is not None:
         key_mask = key_mask.expand(-1, -1, n)  # for a compiler: its length is q's, whatever it is
         v = without_padding(v, key_mask)
-        if k.requires_grad or q.requires_grad:  # kernels hide a score before they use it
+        # Kernels hide a score before they use it, but multiply by a hidden key for a gradient.
+        if torch.is_grad_enabled() and (k.requires_grad or q.requires_grad):
             k = without_padding(k, key_mask)
     if settings.shared_qk:
         k = unit_keys(k)
@@ -92,9 +92,7 @@ def fused(
         q, k = q * q_factor, k * k_factor
     q, k = q.to(dtype), k.to(dtype)
 
-    kept = key_mask
-    if kept is not None and rule is not window:
-        kept = written_out(rule.in_slots(kept[..., None])[..., 0])
+    kept = None if key_mask is None else _by_slot(rule, key_mask)
     margin, on_gpu = None, q.device.type == "cuda"
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if bias is not None and on_gpu and rule is window and n % STOCK_BLOCK == 0:
@@ -120,12 +118,14 @@ def fused(
         )
         return _narrowed(out, d_v)
     assert seed is not None
-    query_draw, key_draw = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
-    if rule is not window:
-        key_draw = written_out(rule.in_slots(key_draw[..., None])[..., 0])
-    draws = query_draw, key_draw
+    draws = query_draws(seed, b * h, n), _by_slot(rule, key_draws(seed, b * h, n))
     out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, kept)
     return _narrowed(out, d_v)
+
+
+def _by_slot(rule: Rule, x: Tensor) -> Tensor:
+    """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``."""
+    return written_out(rule.in_slots(x[..., None])[..., 0]) if isinstance(rule, Segments) else x
 
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +140,8 @@ def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tenso
 def _padded_head(x: Tensor) -> Tensor:
     """``x`` with zeros up to a head size that kernels take."""
     d = x.shape[-1]
-    if d < _LEAST_HEAD:
-        return F.pad(x, (0, _LEAST_HEAD - d))
+    if d < LEAST_HEAD:
+        return F.pad(x, (0, LEAST_HEAD - d))
     if x.dtype == torch.float32 and MOST_HEAD // 2 < d < MOST_HEAD:
         # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
         return F.pad(x, (0, MOST_HEAD - d))

@@ -24,6 +24,9 @@ from .masks.rule import MaskMod
 from .masks.scores import ScoreMod, bias_place
 from .tuning import STOCK_BLOCK, Tuning
 
+LEAST_HEAD = 16
+"""Channels of the narrowest heads that kernels take on the GPU."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -122,12 +125,10 @@ class Kernel:
     def mask_mod(self, kept: Tensor | None) -> MaskMod:
         """Which key slots a query sees; ``kept`` are those that a key mask keeps."""
         blocks = self.blocks
-        mods = [mask_mod(blocks.rule)]
-        if kept is not None:
-            mods.append(padding_mod(kept))
-        if blocks.shared_qk and not self.itself_by_score:
-            mods.append(but_itself_mod(blocks.rule, blocks.window, blocks.n))
-        return and_masks(*mods) if len(mods) > 1 else mods[0]
+        if blocks.shared_qk and not self.itself_by_score:  # nor is there a key mask
+            return but_itself_mod(blocks.rule, blocks.window, blocks.n)
+        visible = mask_mod(blocks.rule)
+        return visible if kept is None else and_masks(visible, padding_mod(kept))
 
     def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
         """What is done to a score."""

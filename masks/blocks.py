@@ -153,13 +153,13 @@ def block_lists(
 
 
 def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int, one_list: bool) -> bool:
-    """Whether a list of ``block_mask`` may name blocks that are no neighbours.
+    """Whether a list of ``block_lists`` may name blocks that are no neighbours.
 
     Args:
         rule: the mask rule.
         lengths: queries and key slots.
         block: tokens in a sparse block.
-        one_list: as for ``block_mask``.
+        one_list: as for ``block_lists``.
     """
     if one_list:
         return False  # all that a block sees is one run

@@ -9,26 +9,34 @@ import torch
 from torch import Tensor
 
 from .clip import at_least, at_most
-from .rule import MaskMod, Rule
+from .rule import MaskMod, Rule, mask_mod
 from .scores import SELF_SCORE, ScoreMod
 from .window import Window
 
 
 def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
-    """FlexAttention's mask_mod of all keys but the query's own, where it sees others.
+    """FlexAttention's mask_mod of ``rule`` without the query's own key, where it sees others.
 
     Args:
         rule: the window, or the layout of its keys.
         window: the window, which alone decides what a query sees.
         n: tokens.
     """
+    visible = mask_mod(rule)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def before_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        first, last = rule.first_key(query), rule.last_key(query)  # its own key is the last
+        others = at_least(first, 0) < last
+        return (first <= key) & (key <= torch.where(others, last - 1, last))
+
+    def beside_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first, last = at_least(window.first_key(query), 0), at_most(window.last_key(query), n - 1)
         alone = (first == query) & (last == query)
-        return alone | (rule.key_position(query, key) != query)
+        others = alone | (rule.key_position(query, key) != query)
+        return visible(batch, head, query, key) & others
 
-    sees.__name__ = "but_itself"
+    sees = before_itself if window.causal else beside_itself
+    sees.__name__ = f"{rule.label}_but_itself"
     return sees
 
 

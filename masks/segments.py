@@ -46,7 +46,7 @@ class Segments:
     @property
     def count(self) -> int:
         """Segments in the sequence."""
-        return -(-self.length // self.queries)
+        return _ceil(self.length, self.queries)
 
     def in_slots(self, keys: Tensor) -> Tensor:
         """``(..., length, d)`` as ``(..., count * slots, d)``, zeros where there is no key."""
@@ -63,20 +63,17 @@ class Segments:
         before = self.window.look_backward * self.window.size
         after = self.window.ahead * self.window.size
         parts = copies.unflatten(-2, (self.count, self.slots))
-        total = self._joined(parts[..., before : before + self.queries, :])
-        # A halo reaches into the next segment, and into others beyond where it is longer.
-        for step in range(1, _ceil(before, self.queries) + 1):
-            length = min(self.queries, before - (step - 1) * self.queries)
-            start = max(0, before - step * self.queries)
-            ends = parts[..., start : start + length, :]
-            ends = F.pad(ends, (0, 0, self.queries - length, 0, 0, step))
-            total = total + self._joined(ends.narrow(-3, step, self.count))
-        for step in range(1, _ceil(after, self.queries) + 1):
-            length = min(self.queries, after - (step - 1) * self.queries)
-            start = before + step * self.queries
-            starts = parts[..., start : start + length, :]
-            starts = F.pad(starts, (0, 0, 0, self.queries - length, step, 0))
-            total = total + self._joined(starts.narrow(-3, 0, self.count))
+        total: Tensor | None = None
+        # Slots that hold keys of the segment itself, of those before it and of those after it.
+        for step in range(-_ceil(after, self.queries), _ceil(before, self.queries) + 1):
+            start = before - step * self.queries
+            first, end = max(start, 0), min(start + self.queries, self.slots)
+            inside = parts[..., first:end, :]
+            behind, past = max(-step, 0), max(step, 0)
+            missing = (0, 0, first - start, start + self.queries - end, behind, past)
+            found = self._joined(F.pad(inside, missing).narrow(-3, past, self.count))
+            total = found if total is None else total + found
+        assert total is not None
         return total
 
     def _joined(self, segments: Tensor) -> Tensor:
@@ -115,7 +112,7 @@ class Segments:
 
     def most_keys(self, queries: int) -> int:
         """Upper bound of the slots between the first and last key that a block sees."""
-        crossed = -(-(queries - 1) // self.queries)
+        crossed = _ceil(queries - 1, self.queries)
         return self.window.most_keys(queries) + crossed * self._halo
 
     def most_queries(self, keys: int) -> int:

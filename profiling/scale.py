@@ -190,13 +190,13 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     for row in (Length(**fields) for fields in record["lengths"]):
         values = (
-            row.forward_ms,
-            row.train_ms,
-            row.per_token.get("train_ms", math.nan) * 1e6,
-            row.peak_bytes and row.peak_bytes / 1e9,
-            row.per_token.get("peak_bytes"),
+            (row.forward_ms, 1.0),
+            (row.train_ms, 1.0),
+            (row.per_token.get("train_ms"), 1e6),
+            (row.peak_bytes, 1e-9),
+            (row.per_token.get("peak_bytes"), 1.0),
         )
-        cells = ["-" if value is None or value != value else number(value) for value in values]
+        cells = ["-" if value is None else number(value * unit) for value, unit in values]
         lines.append(f"| {row.n} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -48,7 +48,8 @@ def attempt(trial: Trial) -> Outcome:
     try:
         # Or the kernel of another candidate would be served: all are made from one function.
         torch._dynamo.reset()
-        tensors, reference = _given(trial.problem, trial.dtype, device)
+        with _alone(trial.lock):  # what others time would wait for the reference
+            tensors, reference = _given(trial.problem, trial.dtype, device)
         attend = attention(trial.problem, candidate.tuning(trial.forward), device)
         run = (training_of if train else forward_of)(attend, tensors)
         first = first_call(run, device)

@@ -168,9 +168,8 @@ def report(outcomes: Sequence[Outcome], winner: Winner | None) -> str:
     lines.append(f"  {dict(winner.options)}")
     if flash_is_faster(outcomes, winner):
         lines.append(f"FlashAttention 4 is faster still: kernel_options={dict(FLASH.options)}")
-    passed = winner_of(
-        outcomes, [(STOCK_BLOCK, False)]
-    )  # what a caller passes means blocks of this size
+    # What a caller passes means blocks of this size.
+    passed = winner_of(outcomes, [(STOCK_BLOCK, False)])
     if passed is not None:
         lines.append(f"to pass, in blocks of {STOCK_BLOCK}, {_words(outcomes, passed)}:")
         lines.append(f"  kernel_options={dict(passed.options)}")

@@ -21,6 +21,14 @@ TABLES = {
     "h100_scale.json": (scale.markdown, RESULTS / "README.md"),
 }
 
+SHOWN = (
+    "a query sees at most 128 keys: its window of 64 up to",
+    "eager: auto takes the fused kernel on a GPU, and q is on cpu",
+    "444 700",
+    "query 7 sees 6 keys: 2 to 7, the query's own included",
+)
+"""What the README says that its code prints."""
+
 
 def blocks(language):
     """The README's blocks of ``language``, each with the line it begins on."""
@@ -43,12 +51,16 @@ def commands():
 
 def test_the_readme_shows_code():
     assert README.is_file()
-    assert blocks("python")
+    code = "".join(block.values[0] for block in blocks("python"))
+    assert all(words in code for words in SHOWN)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_its_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # or it raises
+def test_its_code_prints_what_it_shows(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert printed
+    assert [words for words in SHOWN if words in code and words not in printed] == []
 
 
 @pytest.mark.parametrize("words", list(commands()))
