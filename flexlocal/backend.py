@@ -50,16 +50,15 @@ def choose(
     """
     if backend == "eager":
         return Choice("eager", "asked for by name")
+    if backend == "auto" and q.device.type != "cuda":
+        reason = f"auto takes the fused kernel on a GPU, and q is on {q.device.type}"
+        return Choice("eager", reason)
     refusal = flex.refusal(q, k, v, bias, dropout)
-    if backend == "flex":
-        if refusal is not None:
-            raise ValueError(
-                f"backend 'flex' cannot run this call: {refusal}. "
-                "backend must be 'auto' or 'eager' here"
-            )
-        return Choice("flex", f"asked for by name{_KERNEL[flash]}", flash)
-    if refusal is not None:
+    if refusal is None:
+        words = "one fused kernel on the GPU" if backend == "auto" else "asked for by name"
+        return Choice("flex", words + _KERNEL[flash], flash)
+    if backend == "auto":
         return Choice("eager", refusal)
-    if q.device.type == "cuda":
-        return Choice("flex", f"one fused kernel on the GPU{_KERNEL[flash]}", flash)
-    return Choice("eager", f"auto takes the fused kernel on a GPU, and q is on {q.device.type}")
+    raise ValueError(
+        f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
+    )
