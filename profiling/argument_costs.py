@@ -22,7 +22,7 @@ from flexlocal.rotary import Rotary
 
 from . import machine
 from .check import MOST_ERROR
-from .clock import median_ms, peak_bytes
+from .clock import kernels_ms, median_ms, peak_bytes
 from .options import add_problem, problem_of
 from .problems import PROBLEMS, Problem
 from .report import number
@@ -68,7 +68,10 @@ def check(attend: Callable[..., Tensor], dtype: torch.dtype, name: str) -> None:
 
 
 def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float]]:
-    """Forward and training time in ms, and peak bytes on a GPU, by name of the call."""
+    """Forward and training time in ms, by name of the call.
+
+    On a GPU also the time of a training step's kernels alone, and its peak bytes.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v, grad = problem.tensors(dtype, device)
     rows: dict[str, dict[str, float]] = {}
@@ -87,9 +90,8 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
             "forward_ms": median_ms(torch.no_grad()(attend), device),
             "train_ms": median_ms(train, device),
         }
-        peak = peak_bytes(train, device)
-        if peak is not None:
-            row["peak_bytes"] = peak
+        on_gpu = {"kernels_ms": kernels_ms(train, device), "peak_bytes": peak_bytes(train, device)}
+        row |= {key: value for key, value in on_gpu.items() if value is not None}
         rows[name] = row
         base = rows[BASE.get(name, "plain")]
         parts = [
@@ -102,13 +104,13 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
 def markdown(record: dict[str, Any]) -> str:
     """The README's table: each call's times, and how many times its base's they are."""
     lines = [
-        "| | forward ms | training step ms | compared with |",
-        "|---|---|---|---|",
+        "| | forward ms | training step ms | its kernels ms | compared with |",
+        "|---|---|---|---|---|",
     ]
     for name, row in record["rows"].items():
         base = BASE.get(name, "plain")
         cells = []
-        for kind in ("forward_ms", "train_ms"):
+        for kind in ("forward_ms", "train_ms", "kernels_ms"):
             times = row[kind] / record["rows"][base][kind]
             cells.append(f"{number(row[kind])} ({times:.2f}x)")
         lines.append(f"| {name} | {' | '.join(cells)} | {base} |")

@@ -32,7 +32,7 @@ _RULES = tuple(
     for pattern, part in (
         (r"flex_attention_backward", "attention backward"),
         (r"flex_attention|flex_decoding", "attention"),
-        (r"(_|::)(cos|sin|roll)(_|$)", "rotary"),
+        (r"(_|::)(cos|sin)(_|$)|triton.*_cat_.*_split", "rotary"),
         (r"adam|multi_tensor_apply|_foreach|optimizer", "optimizer"),
         (r"embedding", "embedding"),
         (r"layer_?norm", "norm"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 
@@ -50,6 +51,23 @@ def host_us(run: Callable[[], Any], device: torch.device, calls: int = 200) -> f
         run()
         times.append(time.perf_counter() - start)
     return 1e6 * sorted(times)[calls // 2]
+
+
+def kernels_ms(run: Callable[[], Any], device: torch.device, calls: int = 5) -> float | None:
+    """Milliseconds that the kernels of a warm call take on a GPU, one after the other.
+
+    Where the host takes longer to launch them, a call takes longer than they do. None elsewhere.
+    """
+    if device.type != "cuda":
+        return None
+    run()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            run()
+        synchronize(device)
+    spans = profiler.key_averages()
+    return sum(span.self_device_time_total for span in spans) / calls / 1e3
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -28,7 +28,7 @@ from flexlocal.tuning import STOCK_BLOCK, nearest
 
 from . import machine
 from .chrome import Trace
-from .clock import median_ms, peak_bytes
+from .clock import kernels_ms, median_ms, peak_bytes
 from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
 from .problems import PROBLEMS, Problem
 
@@ -40,6 +40,7 @@ GPU_MOST, CPU_MOST = 20, 14
 class Length:
     """What was measured at one length; None where memory ran out or the path cannot train.
 
+    ``kernels_ms`` is what a training step's kernels take on a GPU, without the host's launches.
     ``peak_bytes`` is of training where the path can train, else of the forward pass, and
     includes the tensors that are passed in. The block mask is timed by itself, outside a compiled
     graph, which would fuse it.
@@ -48,6 +49,7 @@ class Length:
     n: int
     forward_ms: float | None
     train_ms: float | None
+    kernels_ms: float | None
     peak_bytes: int | None
     mask_bytes: int
     mask_ms: float | None
@@ -59,7 +61,7 @@ class Length:
         return {name: value / self.n for name in MEASURED if (value := getattr(self, name))}
 
 
-MEASURED = ("forward_ms", "train_ms", "peak_bytes", "mask_bytes", "mask_ms")
+MEASURED = ("forward_ms", "train_ms", "kernels_ms", "peak_bytes", "mask_bytes", "mask_ms")
 """The attributes of ``Length`` that may grow with the length."""
 
 
@@ -75,7 +77,7 @@ def measure(
         entry = nearest(torch.cuda.get_device_capability(device), dtype, problem.d, window)
         block = STOCK_BLOCK if entry is None else entry.tuning.block
     mask: dict[str, Any] = {"block_size": block, "full_width": fused_on_cpu}
-    found: dict[str, Any] = dict.fromkeys(("forward_ms", "train_ms", "peak_bytes", "mask_ms"))
+    found: dict[str, Any] = dict.fromkeys(set(MEASURED) - {"mask_bytes"})
     enough = True
     try:
         found["mask_ms"] = median_ms(
@@ -91,6 +93,7 @@ def measure(
         found["forward_ms"] = median_ms(forward, device, seconds)
         if not fused_on_cpu:
             found["train_ms"] = median_ms(train, device, seconds)
+            found["kernels_ms"] = kernels_ms(train, device)
         passed = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
         found["peak_bytes"] = most_bytes(forward if fused_on_cpu else train, device, passed)
     except RuntimeError as error:
@@ -145,6 +148,8 @@ _COLUMNS = (
     ("ns/token", "forward_ms", 1e6, True),
     ("train ms", "train_ms", 1.0, False),
     ("ns/token", "train_ms", 1e6, True),
+    ("kernels ms", "kernels_ms", 1.0, False),
+    ("ns/token", "kernels_ms", 1e6, True),
     ("peak MB", "peak_bytes", 1e-6, False),
     ("B/token", "peak_bytes", 1.0, True),
     ("mask kB", "mask_bytes", 1e-3, False),
@@ -185,14 +190,16 @@ def growth_line(found: dict[str, float]) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The README's table of lengths."""
     lines = [
-        "| tokens | forward ms | training step ms | its ns a token | most GB | its bytes a token |",
-        "|---|---|---|---|---|---|",
+        "| tokens | forward ms | training step ms | its ns a token | its kernels' ns a token "
+        "| most GB | its bytes a token |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in (Length(**fields) for fields in record["lengths"]):
         values = (
             (row.forward_ms, 1.0),
             (row.train_ms, 1.0),
             (row.per_token.get("train_ms"), 1e6),
+            (row.per_token.get("kernels_ms"), 1e6),
             (row.peak_bytes, 1e-9),
             (row.per_token.get("peak_bytes"), 1.0),
         )
@@ -212,6 +219,7 @@ def draw(rows: Sequence[Length], title: str, file: Path) -> None:
     curves = (
         (time, "forward_ms", 1e6, "forward"),
         (time, "train_ms", 1e6, "forward + backward"),
+        (time, "kernels_ms", 1e6, "its kernels alone"),
         (memory, "peak_bytes", 1.0, "at most"),
         (memory, "mask_bytes", 1.0, "block mask"),
     )

@@ -28,8 +28,8 @@ def test_growth_is_the_exponent(exponent):
 
 def length(n, **known):
     """A measured length; what is not given ran out of memory."""
-    unknown = dict.fromkeys(("forward_ms", "train_ms", "peak_bytes", "mask_ms"))
-    return scale.Length(**{"n": n, "mask_bytes": 4 * n, "out_of_memory": False} | unknown | known)
+    unknown = dict.fromkeys(scale.MEASURED)
+    return scale.Length(**unknown | {"n": n, "mask_bytes": 4 * n, "out_of_memory": False} | known)
 
 
 def test_growth_is_taken_where_calls_are_long():

@@ -63,7 +63,7 @@ def test_own_times_are_told_by_phase_and_part(traced):
     assert "aten::bmm" in names(traced.rows, phase="backward", part="attention backward")
     assert "aten::cos" in names(traced.rows, phase="forward", part="rotary")
     assert "aten::cat" in names(traced.rows, phase="forward", part="rotary")
-    assert "RollBackward0" in names(traced.rows, phase="backward", part="rotary backward")
+    assert "_TurnedBackward" in names(traced.rows, phase="backward", part="rotary backward")
     assert "_TiledBackward" in names(traced.rows, phase="backward", part="attention backward")
     assert not names(traced.rows, part="dropout backward")  # its numbers have no gradient
     assert "aten::addmm" in names(traced.rows, phase="forward", part="linear")
@@ -147,6 +147,7 @@ def test_what_cannot_run_is_said(tmp_path, flags, message):
         ("triton_tem_fused_flex_attention_0", None, "attention"),
         ("triton_tem_fused_flex_attention_flex_attention_backward_2", None, "attention backward"),
         ("triton_poi_fused__to_copy_add_arange_cat_cos_mul_sin_sub_1", "attention", "rotary"),
+        ("triton_poi_fused__to_copy_add_as_strided_cat_mul_neg_split_3", None, "rotary"),
         ("triton_poi_fused_add_arange_clamp_floor_divide_3", "attention", "block mask"),
         ("triton_poi_fused_add_4", "attention", "attention"),
         ("void at::native::elementwise_kernel<128, 2>", "rotary", "rotary"),
