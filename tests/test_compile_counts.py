@@ -5,7 +5,6 @@ FlexAttention as dense arithmetic in n * n memory. Counts are printed: `pytest -
 """
 
 import dataclasses
-import random
 
 import oracle
 import pytest
@@ -58,38 +57,7 @@ def test_shapes_share_graphs_inside_a_compiled_model():
     assert graphs() <= MOST_GRAPHS
 
 
-# On a GPU: many layers in one process
-
-
-def drawn(which):
-    """A layer of its own and a dtype: windows, looks, flags and head sizes, drawn by number."""
-    draw = random.Random(which)
-    causal, rotary = draw.random() < 0.5, draw.random() < 0.5
-    xpos = rotary and draw.random() < 0.5
-    rule = windows_of(
-        draw.choice([16, 33, 64, 100, 128]) + which,
-        causal=causal,
-        exact=draw.random() < 0.5,
-        look_backward=draw.choice([0, 1, 2]),
-        look_forward=None if causal else draw.choice([0, 1, 2]),
-    )
-    d = draw.choice([16, 32] if xpos else [16, 32, 64, 80, 128])
-    heads = draw.choice([2, 4])
-    case = dataclasses.replace(
-        PLAIN,
-        window=rule,
-        lead=(2, heads),
-        kv_heads=draw.choice([None, heads // 2]),
-        d=d,
-        d_v=draw.choice([d, 32]),
-        rotary=rotary,
-        xpos=xpos,
-        shared_qk=draw.random() < 0.3,
-        mask_batch=draw.choice([None, None, 2]),
-        bias_heads=draw.choice([None, None, heads]),
-        seed=which,
-    )
-    return case, draw.choice([torch.float32, torch.bfloat16, torch.float16])
+# On a GPU
 
 
 def check(case, dtype, run):
@@ -116,22 +84,6 @@ def check(case, dtype, run):
         )
     with never_dense(case.n):
         gradients(case.run(run, ours), ours)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-@pytest.mark.parametrize("start", range(0, 40, 5))
-def test_forty_layers_of_three_lengths(start, inside):
-    for which in range(start, start + 5):
-        if inside:  # each in a graph of its own, as in a model of its own
-            torch._dynamo.reset()
-        case, dtype = drawn(which)
-        run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
-        before = graphs()
-        for n in (150 + which, 333, 256):
-            check(dataclasses.replace(case, n=n), dtype, run)
-        report(f"layer {which}, {dtype}, 3 lengths", graphs() - before)
-        assert graphs() - before <= MOST_GRAPHS
 
 
 @pytest.mark.gpu
