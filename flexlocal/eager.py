@@ -183,7 +183,8 @@ class _Formula:
         """What a tile's queries and keys are multiplied by before their product."""
         if self.xpos is None:
             return self.scale, None
-        q_factor, k_factor = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
+        scales = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
+        q_factor, k_factor = (half.repeat(1, 2) for half in scales)
         return q_factor * self.scale, k_factor
 
     def weights(

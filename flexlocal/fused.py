@@ -80,16 +80,16 @@ def fused(
             k = without_padding(k, key_mask)
     if settings.shared_qk:
         k = unit_keys(k)
-    if inv_freq is not None:
-        position, ahead = torch.arange(n, device=q.device), window.ahead * window.size
-        # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
-        q = rotate(q, position + ahead if ahead else position, inv_freq)
-        k = rotate(k, position, inv_freq)
     if isinstance(rule, Segments):
         k, v = rule.in_slots(k), rule.in_slots(v)
-    if xpos is not None:
-        q_factor, k_factor = _xpos_factors(xpos, rule, window, n)
-        q, k = q * q_factor, k * k_factor
+    if inv_freq is not None:
+        q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
+        position, ahead = torch.arange(n, device=q.device), window.ahead * window.size
+        # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
+        q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
+        if isinstance(rule, Segments):
+            position = rule.slot_positions(q.device)
+        k = _rotated(k, position, inv_freq, k_factor)
     q, k = q.to(dtype), k.to(dtype)
 
     kept = None if key_mask is None else _by_slot(rule, key_mask)
@@ -123,13 +123,22 @@ def fused(
     return _narrowed(out, d_v)
 
 
+def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
+    """As ``rotate``, in memory as ``x`` lies: else the output would not, and be copied."""
+    if x.stride(1) >= x.stride(2):
+        return rotate(x, position, inv_freq, factor)
+    by_token, position = x.transpose(1, 2), position[:, None]
+    factor = None if factor is None else factor[:, None]
+    return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
+
+
 def _by_slot(rule: Rule, x: Tensor) -> Tensor:
     """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``."""
     return written_out(rule.in_slots(x[..., None])[..., 0]) if isinstance(rule, Segments) else x
 
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
-    """What queries and key slots are multiplied by, ``(n, d)`` and ``(slots, d)``."""
+    """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
     if isinstance(rule, Segments):
         query, slot = xpos.scales(window, rule.queries, torch.float32)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)

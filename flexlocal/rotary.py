@@ -37,7 +37,8 @@ class Xpos:
         the factors stay as near to 1 as they can.
 
         Returns:
-            ``(queries, d)`` and ``(queries + (look_backward + look_forward) * size, d)``.
+            ``(queries, d / 2)`` and ``(queries + (look_backward + look_forward) * size, d / 2)``,
+            for either half of the channels.
         """
         before, after = window.look_backward * window.size, window.ahead * window.size
         origin = (queries + after - before) // 2
@@ -48,8 +49,7 @@ class Xpos:
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
         power = position.to(torch.float64)[:, None] / self.base
-        factor = (self.zeta.to(torch.float64) ** power).to(dtype)
-        return written_out(torch.cat((factor, factor), dim=-1))
+        return written_out((self.zeta.to(torch.float64) ** power).to(dtype))
 
 
 def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
@@ -60,43 +60,50 @@ def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
     return max(1, windows - window.look_backward - window.ahead)
 
 
-def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
-    """``x`` ``(..., n, d)`` rotated by its positions ``(n,)``, in fp32 at least, not cast back.
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:
+    """``x`` ``(..., n, d)`` rotated by its positions, in fp32 at least, not cast back.
 
     Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
+
+    Args:
+        position: ``(n,)``, or what broadcasts to ``x``'s dimensions before the last.
+        factor: ``(n, d / 2)`` in the same way, which multiplies both halves of the result.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    angle = position.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin))  # type: ignore[no-untyped-call]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    angle = position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    if factor is not None:
+        cos, sin = cos * factor, sin * factor
+    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), dtype)  # type: ignore[no-untyped-call]
     return turned
 
 
 class _Turned(torch.autograd.Function):
-    """``x`` by ``cos`` and its halves in exchange by ``sin``; backward the same the other way.
+    """The halves of ``x`` turned against each other, in ``dtype``; backward the other way.
 
-    Autograd's own backward pass would add up the halves one by one. As wide as ``x``, the tables
-    let a compiler load several channels at a time, and the halves as well.
+    Written so that a compiler makes one pass each way that loads several channels at a time, and
+    a table of half of them only: autograd's own backward pass adds the halves up one by one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        # In this order contiguous, however x lies.
-        return torch.cat((second, first), dim=-1) * sin + x * cos
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        halves = first * cos - second * sin, second * cos + first * sin
+        return torch.cat([half.to(dtype) for half in halves], dim=-1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, cos, sin, _ = inputs
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        back: Tensor = _Turned.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
-        return back, None, None
+        back: Tensor = _Turned.apply(grad, cos, -sin, ctx.dtype)  # type: ignore[no-untyped-call]
+        return back, None, None, None
 
 
 class Rotary(nn.Module):

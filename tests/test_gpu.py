@@ -174,6 +174,15 @@ def test_rotary_at_a_million_tokens():
     torch.testing.assert_close(near, distant, rtol=1e-5, atol=1e-5)
 
 
+def test_what_comes_of_transposed_views_lies_as_they_do():
+    case = feature("views")
+    call = on_gpu(case.tensors(torch.bfloat16))
+    assert not call.q.is_contiguous()
+    out = case.run(LocalAttention(**case.arguments(), backend="flex").cuda(), call)
+    found = torch.autograd.grad(out, (call.q, call.k, call.v), torch.ones_like(out))
+    assert [x.stride() for x in (out, *found)] == [call.q.stride()] * 4
+
+
 @pytest.mark.parametrize("name", ["rotary, exact both ways", "xpos", "mask", "bias", "shared"])
 def test_inside_a_compiled_model(name):
     case = feature(name)

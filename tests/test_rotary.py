@@ -1,0 +1,62 @@
+"""Rotation by position: its values, and its gradients."""
+
+import oracle
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexlocal import Window, fused
+from flexlocal.rotary import Rotary, rotate
+from flexlocal.tuning import STOCK
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 8))
+def test_values_and_gradient(rows, n, pairs):
+    x = torch.randn(rows, n, 2 * pairs, dtype=torch.float64, requires_grad=True)
+    position = torch.randint(10**6, (n,))
+    inv_freq = Rotary(2 * pairs).inv_freq
+    found, true = rotate(x, position, inv_freq), oracle.rotate(x, position, inv_freq)
+    torch.testing.assert_close(found, true)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(out, x, grad)[0] for out in (found, true)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_positions_broadcast():
+    x, position = torch.randn(2, 5, 3, 8), torch.arange(5)
+    inv_freq = Rotary(8).inv_freq
+    found = rotate(x, position[:, None], inv_freq)
+    assert found.is_contiguous()
+    expected = rotate(x.transpose(1, 2), position, inv_freq).transpose(1, 2)
+    assert torch.equal(found, expected)
+
+
+def test_gradients_of_gradients():
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    inv_freq = Rotary(4).inv_freq
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, torch.arange(3), inv_freq), x)
+
+
+def test_the_factor_multiplies_both_halves():
+    x, factor = torch.randn(2, 3, 6, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    inv_freq = Rotary(6).inv_freq
+    found = rotate(x, torch.arange(3), inv_freq, factor)
+    plain = rotate(x, torch.arange(3), inv_freq)
+    torch.testing.assert_close(found, plain * factor.repeat(1, 2))
+
+
+def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
+    """The kernel's output lies as its query does: else a model would copy it, and its gradient."""
+    seen = []
+
+    def kernel(q, k, v, **_):
+        seen.extend((q.stride(), k.stride()))
+        return q
+
+    monkeypatch.setattr(fused, "flex_attention", kernel)
+    settings = fused.Settings(Window(4, causal=True), 1.0, False, 0.0, None, STOCK)
+    for x in (torch.randn(2, 3, 5, 8), torch.randn(2, 5, 3, 8).transpose(1, 2)):
+        lists = settings.blocks(5, x.dtype, masked=False).lists(x.device)
+        fused.fused(settings, lists, x, x, x, None, None, None, Rotary(8).inv_freq, None)
+        assert seen == [x.stride(), x.stride()]
+        seen.clear()
