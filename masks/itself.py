@@ -30,9 +30,7 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
         return (first <= key) & (key <= torch.where(others, last - 1, last))
 
     def beside_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        first, last = at_least(window.first_key(query), 0), at_most(window.last_key(query), n - 1)
-        alone = (first == query) & (last == query)
-        others = alone | (rule.key_position(query, key) != query)
+        others = _alone(window, n, query) | (rule.key_position(query, key) != query)
         return visible(batch, head, query, key) & others
 
     sees = before_itself if window.causal else beside_itself
@@ -40,10 +38,26 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
     return sees
 
 
-def itself_last(rule: Rule) -> ScoreMod:
-    """FlexAttention's score_mod that sets the score of a token with itself to ``SELF_SCORE``."""
+def itself_last(rule: Rule, window: Window, n: int) -> ScoreMod:
+    """FlexAttention's score_mod that sets the score of a token with itself.
+
+    To ``SELF_SCORE``; to 0 where the window shows a query nothing else, since its weight is 1
+    whatever the score, and kernels know a score of that size to the third digit only.
+
+    Args:
+        rule: the window, or the layout of its keys.
+        window: the window.
+        n: tokens.
+    """
 
     def demote(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.where(rule.key_position(query, key) == query, SELF_SCORE, score)
+        own = torch.where(_alone(window, n, query), 0.0, SELF_SCORE)
+        return torch.where(rule.key_position(query, key) == query, own, score)
 
     return demote
+
+
+def _alone(window: Window, n: int, query: Tensor) -> Tensor:
+    """Whether the window shows ``query`` no key but its own."""
+    first, last = at_least(window.first_key(query), 0), at_most(window.last_key(query), n - 1)
+    return (first == query) & (last == query)

@@ -217,13 +217,15 @@ def test_memory_of_a_gpu_counts_from_what_it_held(tmp_path):
 def test_a_trace_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "default_device", lambda: torch.device("cuda", 0))
     flags = ["--shape", "1", "2", "1024", "64", "--window", "128", "--rotary"]
-    found = trace.main([*flags, "--steps", str(STEPS), "--out", str(tmp_path)])
+    steps, tensor = 4, 1024 * 2 * 64 * 2  # bytes
+    found = trace.main([*flags, "--steps", str(steps), "--out", str(tmp_path)])
     for phase, part in (("forward", "attention"), ("backward", "attention backward")):
         rows = [row for row in found.rows if (row.phase, row.part) == (phase, part)]
         assert any("flex_attention" in row.name for row in rows)
-        assert all(row.calls % STEPS == 0 for row in rows)
-    assert found.memory["cuda:0"].growth == 0
-    assert found.memory["cuda:0"].peak >= 1024 * 2 * 64 * 2 * 4  # the output and three gradients
+        assert all(row.calls % steps == 0 for row in rows)
+    # What the first step under the profiler returned, its three gradients, may stay.
+    assert found.memory["cuda:0"].growth < steps * tensor
+    assert found.memory["cuda:0"].peak >= 4 * tensor  # the output and three gradients
 
 
 def test_no_region_in_a_compiled_graph():
