@@ -1,7 +1,7 @@
 """What users rely on without asking: nothing leaks, repeats differ in nothing, memory stays.
 
-On a GPU; `compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_safety.py` looks at
-every address that these calls read and write.
+On a GPU, where compute-sanitizer looks at every address that these calls read and write;
+CONTRIBUTING.md has the command.
 """
 
 import threading
