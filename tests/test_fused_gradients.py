@@ -58,6 +58,24 @@ def test_random_calls(case):
     check_case(case)
 
 
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_a_mask_hides_never_gets_out(poison, learning):
+    """Without gradients too, where keys are not cleared of it."""
+    case, found = feature("mask"), []
+    for hidden in (poison, 0.0):
+        call = case.tensors(torch.float32)
+        with torch.no_grad():
+            for x in (call.k, call.v):
+                x.masked_fill_(~call.mask[:, None, :, None], hidden)
+        with torch.set_grad_enabled(learning):
+            out = case.run(compiled(case), call)
+        found.append([out, *(gradients(out, call).values() if learning else ())])
+    for poisoned, clean in zip(*found, strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(poisoned, clean)
+
+
 def test_a_mask_may_leave_a_shared_token_nothing_but_itself():
     case = feature("shared", n=301)
     keep = torch.rand(2, 301, generator=torch.Generator().manual_seed(0)) < 0.01
