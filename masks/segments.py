@@ -63,7 +63,7 @@ class Segments:
         before = self.window.look_backward * self.window.size
         after = self.window.ahead * self.window.size
         parts = copies.unflatten(-2, (self.count, self.slots))
-        total: Tensor | None = None
+        found = []
         # Slots that hold keys of the segment itself, of those before it and of those after it.
         for step in range(-_ceil(after, self.queries), _ceil(before, self.queries) + 1):
             start = before - step * self.queries
@@ -71,10 +71,8 @@ class Segments:
             inside = parts[..., first:end, :]
             behind, past = max(-step, 0), max(step, 0)
             missing = (0, 0, first - start, start + self.queries - end, behind, past)
-            found = self._joined(F.pad(inside, missing).narrow(-3, past, self.count))
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            found.append(self._joined(F.pad(inside, missing).narrow(-3, past, self.count)))
+        return sum(found[1:], found[0])
 
     def _joined(self, segments: Tensor) -> Tensor:
         """``(..., count, queries, d)`` as ``(..., length, d)``."""
