@@ -1,24 +1,15 @@
-"""Traces: the layer's regions in them, memory over time, and what TensorBoard reads from them."""
+"""Traces: the layer's regions in them, own times by phase and part, memory over time."""
 
 import csv
 import gc
-import gzip
-import json
 import re
-import subprocess
-import sys
-import time
-import urllib.parse
-import urllib.request
 import weakref
 
 import pytest
 import torch
 
-from flexlocal import LocalAttention
-from flexlocal.regions import labelled, region
 from profiling import trace
-from profiling.chrome import Trace, part_of
+from profiling.chrome import Trace
 
 STEPS = 2
 
@@ -141,78 +132,6 @@ def test_what_cannot_run_is_said(tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("kernel", "around", "part"),
-    [
-        ("triton_tem_fused_flex_attention_0", None, "attention"),
-        ("triton_tem_fused_flex_attention_flex_attention_backward_2", None, "attention backward"),
-        ("triton_poi_fused__to_copy_add_arange_cat_cos_mul_sin_sub_1", "attention", "rotary"),
-        ("triton_poi_fused__to_copy_add_as_strided_cat_mul_neg_split_3", None, "rotary"),
-        ("triton_poi_fused_add_arange_clamp_floor_divide_3", "attention", "block mask"),
-        ("triton_poi_fused_add_4", "attention", "attention"),
-        ("void at::native::elementwise_kernel<128, 2>", "rotary", "rotary"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32", None, "linear"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32", "attention", "attention"),
-        ("using_a_cosy_name", None, "other"),
-    ],
-)
-def test_kernels_are_told_by_their_names(kernel, around, part):
-    assert part_of(kernel, around) == part
-
-
-def gpu_trace(tmp_path):
-    """A trace as a GPU gives it: kernels on a stream, launched from two threads of the host."""
-    host, stream = {"pid": 1, "tid": 1}, {"pid": 0, "tid": 7}
-
-    def span(category, name, start, duration, where, **facts):
-        return {
-            "ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, **where,
-            "args": facts,
-        }  # fmt: skip
-
-    engine = {"pid": 1, "tid": 2}  # the thread that runs backward passes
-    memory = {"ph": "i", "name": "[memory]", **host}
-    kept = {"Device Type": 1, "Device Id": 0}
-    events = [
-        span("user_annotation", "forward", 100, 50, host),
-        span("user_annotation", "flexlocal::attention", 110, 20, host),
-        span("user_annotation", "backward", 160, 50, host),
-        span("user_annotation", "flexlocal::rotary", 165, 20, host),
-        span("cuda_driver", "cuLaunchKernel", 115, 5, host, correlation=1),
-        span("cuda_runtime", "cudaLaunchKernel", 170, 5, engine, correlation=2),
-        span("cuda_runtime", "cudaLaunchKernel", 175, 5, engine, correlation=4),
-        span("cuda_runtime", "cudaMemcpyAsync", 300, 5, host, correlation=3),
-        span("kernel", "elementwise", 150, 30, stream, correlation=1),
-        span(
-            "kernel", "triton_tem_fused_flex_attention_backward_0", 190, 90, stream, correlation=2
-        ),
-        span("kernel", "elementwise", 280, 5, stream, correlation=4),
-        span("gpu_memcpy", "Memcpy DtoH", 310, 10, stream, correlation=3),
-        memory | {"ts": 112, "args": {"Bytes": 512, "Total Allocated": 1512, **kept}},
-        memory | {"ts": 180, "args": {"Bytes": -512, "Total Allocated": 1000, **kept}},
-    ]
-    file = tmp_path / "gpu.pt.trace.json"
-    file.write_text(json.dumps({"traceEvents": events}))
-    return Trace(file)
-
-
-def test_kernels_belong_to_what_launched_them(tmp_path):
-    rows = [(row.phase, row.part, row.own) for row in gpu_trace(tmp_path).own_times()]
-    assert rows == [
-        ("backward", "attention backward", 90),
-        ("forward", "attention", 30),
-        ("", "copy", 10),
-        ("backward", "other", 5),  # the label around it at the time is another thread's
-    ]
-
-
-def test_memory_of_a_gpu_counts_from_what_it_held(tmp_path):
-    memory = gpu_trace(tmp_path).memory()["cuda:0"]
-    assert memory.held == [1000, 1512, 1000]
-    assert memory.times == [0, 12, 80]
-    assert (memory.peak, memory.growth) == (512, 0)
-
-
 @pytest.mark.gpu
 def test_a_trace_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "default_device", lambda: torch.device("cuda", 0))
@@ -226,132 +145,3 @@ def test_a_trace_of_a_gpu(tmp_path, monkeypatch):
     # What the first step under the profiler returned, its three gradients, may stay.
     assert found.memory["cuda:0"].growth < steps * tensor
     assert found.memory["cuda:0"].peak >= 4 * tensor  # the output and three gradients
-
-
-def test_no_region_in_a_compiled_graph():
-    graphs = []
-
-    def look(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    layer = torch.compile(LocalAttention(4, dim=4, dropout=0.0), fullgraph=True, backend=look)
-    q = torch.randn(1, 1, 8, 4)
-    with labelled():
-        layer(q, q, q)
-    called = [str(node.target) for node in graphs[0].graph.nodes]
-    assert any("softmax" in target for target in called)
-    assert not any("record_function" in target for target in called)
-    layer(q, q, q)
-    assert len(graphs) == 1  # whether labels are wanted is none of the graph's business
-
-
-def labels_of(profiler):
-    return [event.name for event in profiler.events() if event.name.startswith("flexlocal::")]
-
-
-def test_regions_are_labelled_where_that_is_asked_for():
-    layer = LocalAttention(4, dim=4, dropout=0.0, backend="eager")
-    q, mask = torch.randn(1, 1, 8, 4), torch.ones(1, 8, dtype=torch.bool)
-    with torch.profiler.profile() as without:
-        layer(q, q, q, mask=mask)
-    assert labels_of(without) == []
-    with torch.profiler.profile() as profiler:
-        with labelled(), pytest.raises(KeyError), region("outer"):
-            layer(q, q, q, mask=mask)
-            raise KeyError
-        with region("later"):
-            pass
-    steps = ("outer", "key mask", "rotary", "attention")
-    assert labels_of(profiler) == [f"flexlocal::{step}" for step in steps]
-
-
-# TensorBoard
-
-
-@pytest.fixture(scope="module")
-def board(traced, folder):
-    """Reads a route of the profiler plugin, in a TensorBoard that has loaded the trace."""
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    pytest.importorskip("torch_tb_profiler", reason="torch-tb-profiler is not installed")
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
-    log = folder / "tensorboard.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--load_fast", "false"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address = wait(
-            lambda: re.search(r"http://[\w.]+:\d+", log.read_text()), server, log
-        ).group()
-
-        def read(route, **query):
-            query = urllib.parse.urlencode(query)
-            url = f"{address}/data/plugin/pytorch_profiler/{route}?{query}"
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                content = answer.read()
-                packed = answer.headers.get("Content-Encoding") == "gzip"
-            return json.loads(gzip.decompress(content) if packed else content)
-
-        def loaded():
-            found = read("runs")
-            return found["runs"] and not found["loading"]
-
-        wait(loaded, server, log)
-        yield read
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait(ready, server, log, seconds=60):
-    """What ``ready`` returns, once that is anything."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
-        found = ready()
-        if found:
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"TensorBoard did not come up:\n{log.read_text()}")
-
-
-@pytest.fixture(scope="module")
-def query(board, traced):
-    """The query that names the traced run, from what the plugin says there is."""
-    (run,) = board("runs")["runs"]
-    assert run == traced.file.parent.name
-    (worker,) = board("workers", run=run, view="Overview")
-    (span,) = board("spans", run=run, worker=worker)
-    assert traced.file.name.startswith(f"{worker}.")
-    return {"run": run, "worker": worker, "span": span}
-
-
-def test_tensorboard_has_the_views(board, query):
-    assert {"Overview", "Operator", "Trace", "Memory"} <= set(board("views", run=query["run"]))
-
-
-def test_tensorboard_counts_the_steps(board, query):
-    steps = board("overview", **query, view="Overview")["steps"]["rows"]
-    assert [row[0] for row in steps] == [str(step) for step in range(STEPS)]
-
-
-def test_tensorboard_lists_the_operators(board, query, traced):
-    table = board("operation/table", **query, view="Operator", group_by="Operation")
-    calls = {row["name"]: row["calls"] for row in table["data"]}
-    for name in ("aten::bmm", "aten::_softmax", "_Tiled"):
-        assert calls[name] == sum(row.calls for row in traced.rows if row.name == name) > 0
-
-
-def test_tensorboard_draws_memory(board, query, traced):
-    curve = board("memory_curve", **query, view="Memory", memory_metric="B")
-    assert max(row[1] for row in curve["rows"]["CPU"]) == traced.memory["cpu"].peak
-
-
-def test_tensorboard_shows_the_regions(board, query):
-    events = board("trace", **query, view="Trace")["traceEvents"]
-    labels = {event["name"] for event in events}
-    assert {"forward", "backward", "optimizer"} <= labels
-    assert {"flexlocal::rotary", "flexlocal::attention", "flexlocal::attention backward"} <= labels
