@@ -25,10 +25,13 @@ from .check import MOST_ERROR
 from .clock import kernels_ms, median_ms, peak_bytes
 from .options import add_problem, problem_of
 from .problems import PROBLEMS, Problem
-from .report import number
+from .report import number, ratio
 
 BASE = {"xpos": "rotary", "shared_qk, rotary": "rotary", "key mask, rotary": "rotary"}
 """What a call is compared with where that is not the plain one."""
+
+KINDS = {"forward_ms": "forward", "train_ms": "training step", "kernels_ms": "its kernels"}
+"""The times of a call and their words; a CPU tells no kernels' time."""
 
 
 def calls(problem: Problem, x: Tensor) -> dict[str, dict[str, Any]]:
@@ -95,7 +98,9 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
         rows[name] = row
         base = rows[BASE.get(name, "plain")]
         parts = [
-            f"{row[kind]:9.3f} ms {row[kind] / base[kind]:5.2f}x" for kind in base if "ms" in kind
+            f"{row[kind]:9.3f} ms {ratio(row[kind], base[kind]):>5}x"
+            for kind in KINDS
+            if kind in row
         ]
         print(f"{name:32}{'  '.join(parts)}  over {BASE.get(name, 'plain')}", flush=True)
     return rows
@@ -103,16 +108,15 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
 
 def markdown(record: dict[str, Any]) -> str:
     """The README's table: each call's times, and how many times its base's they are."""
+    rows = record["rows"]
+    kinds = {kind: words for kind, words in KINDS.items() if kind in rows["plain"]}
     lines = [
-        "| | forward ms | training step ms | its kernels ms | compared with |",
-        "|---|---|---|---|---|",
+        f"| | {' | '.join(f'{words} ms' for words in kinds.values())} | compared with |",
+        "|" + "---|" * (len(kinds) + 2),
     ]
-    for name, row in record["rows"].items():
+    for name, row in rows.items():
         base = BASE.get(name, "plain")
-        cells = []
-        for kind in ("forward_ms", "train_ms", "kernels_ms"):
-            times = row[kind] / record["rows"][base][kind]
-            cells.append(f"{number(row[kind])} ({times:.2f}x)")
+        cells = [f"{number(row[kind])} ({ratio(row[kind], rows[base][kind])}x)" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} | {base} |")
     return "\n".join(lines)
 

@@ -31,6 +31,7 @@ from .chrome import Trace
 from .clock import kernels_ms, median_ms, peak_bytes
 from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
 from .problems import PROBLEMS, Problem
+from .report import number
 
 GPU_MOST, CPU_MOST = 20, 14
 """Powers of two that the lengths go up to by default."""
@@ -164,17 +165,12 @@ def heading() -> str:
     return f"{'n':>8}" + "".join(f"{title:>12}" for title, *_ in _COLUMNS)
 
 
-def number(value: float) -> str:
-    """Four digits at least, and never an exponent for a large one."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
-
 def line(row: Length) -> str:
     """One length of the table."""
     cells = []
     for _, name, unit, over in _COLUMNS:
         value = row.per_token.get(name) if over else getattr(row, name)
-        cells.append("-" if value is None else number(value * unit))
+        cells.append(number(None if value is None else value * unit))
     note = "  out of memory" if row.out_of_memory else ""
     return f"{row.n:8}" + "".join(f"{cell:>12}" for cell in cells) + note
 
@@ -203,7 +199,7 @@ def markdown(record: dict[str, Any]) -> str:
             (row.peak_bytes, 1e-9),
             (row.per_token.get("peak_bytes"), 1.0),
         )
-        cells = ["-" if value is None else number(value * unit) for value, unit in values]
+        cells = [number(None if value is None else value * unit) for value, unit in values]
         lines.append(f"| {row.n} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
