@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .backend import BackendName
 from .masks import Window
+from .masks.arguments import check_count, kind_of
+from .rotary import Rotary
 
 
 def check_backend(backend: object) -> None:
@@ -18,37 +20,71 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
-def check_dropout(dropout: object) -> None:
+def check_dropout(dropout: float) -> None:
     """``dropout`` is a probability below 1."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-        raise TypeError(f"dropout must be a number, got {dropout!r} of {_kind(dropout)}")
+    _check_number("dropout", dropout, "a number")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
-def check_scale(scale: object) -> None:
+def check_scale(scale: float | None) -> None:
     """``scale`` is a finite number or None."""
     if scale is None:
         return
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {scale!r} of {_kind(scale)}")
+    _check_number("scale", scale, "a number or None")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def check_dim(dim: object) -> None:
+def check_xpos_scale_base(base: float | None) -> None:
+    """``xpos_scale_base`` is a finite number above 0 or None."""
+    if base is None:
+        return
+    _check_number("xpos_scale_base", base, "a number or None")
+    if not 0 < base < math.inf:
+        raise ValueError(f"xpos_scale_base must be finite and above 0, got {base}")
+
+
+def check_kernel_options(options: object) -> None:
+    """``kernel_options`` are a dictionary or None."""
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(
+            f"kernel_options must be a dict or None, got {options!r} of {kind_of(options)}"
+        )
+
+
+def check_rotary(rotary: object) -> None:
+    """``rotary`` is a ``Rotary`` or None."""
+    if rotary is not None and not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
+
+
+def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
+    """The head size that ``rel_pos_emb_config`` begins with, which stands in for ``dim``."""
+    config = rel_pos_emb_config
+    if not isinstance(config, tuple | list) or not config:
+        raise TypeError(
+            "rel_pos_emb_config must be a tuple that begins with the head size, "
+            f"got {config!r} of {kind_of(config)}"
+        )
+    if dim not in (None, config[0]):
+        raise ValueError(f"rel_pos_emb_config must be None or begin with dim {dim}, got {config!r}")
+    head_size: int = config[0]
+    return head_size
+
+
+def check_dim(dim: int) -> None:
     """``dim`` is a head size that rotary can turn: even and above 0."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {dim!r} of {_kind(dim)}")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"dim must be even and at least 2 for rotary embeddings, got {dim}")
+    check_count("dim", dim, least=2)
+    if dim % 2:
+        raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
 
 
 def check_qkv(q: object, k: object, v: object) -> None:
     """q, k and v belong together: shapes, dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_kind(x)}")
+            raise TypeError(f"{name} must be a tensor, got {kind_of(x)}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be of a floating-point dtype, got {x.dtype}")
         if x.dim() < 2:
@@ -61,6 +97,8 @@ def check_qkv(q: object, k: object, v: object) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
         if x.shape[-2] != q.shape[-2]:
             raise ValueError(f"{name} must have q's length {q.shape[-2]}, got {_shape(x)}")
+    if q.shape[-1] < 1:
+        raise ValueError(f"q must have a head size of at least 1, got {_shape(q)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's head size {q.shape[-1]}, got {_shape(k)}")
     _check_leads(q, k, v)
@@ -71,7 +109,7 @@ def check_mask(mask: object, q: Tensor, name: str = "mask") -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {_kind(mask)}")
+        raise TypeError(f"{name} must be a tensor or None, got {kind_of(mask)}")
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be boolean (True = keep), got {mask.dtype}")
     rows, n = math.prod(q.shape[:-2]), q.shape[-2]
@@ -88,7 +126,7 @@ def check_bias(bias: object, q: Tensor, window: Window) -> None:
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"attn_bias must be a tensor or None, got {_kind(bias)}")
+        raise TypeError(f"attn_bias must be a tensor or None, got {kind_of(bias)}")
     if not bias.is_floating_point():
         raise ValueError(f"attn_bias must be of a floating-point dtype, got {bias.dtype}")
     rows = math.prod(q.shape[:-2])
@@ -106,7 +144,7 @@ def check_seed(seed: object, q: Tensor) -> None:
     if seed is None:
         return
     if not isinstance(seed, Tensor):
-        raise TypeError(f"dropout_seed must be a tensor or None, got {_kind(seed)}")
+        raise TypeError(f"dropout_seed must be a tensor or None, got {kind_of(seed)}")
     if seed.dtype != torch.int64 or seed.dim() != 0:
         raise ValueError(
             f"dropout_seed must be a 0-d int64 tensor, got {seed.dtype} of shape {_shape(seed)}"
@@ -147,9 +185,10 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
+def _check_number(name: str, value: object, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of {kind_of(value)}")
+
+
 def _shape(x: Tensor) -> Sequence[int]:
     return tuple(x.shape)
-
-
-def _kind(value: object) -> str:
-    return f"type {type(value).__name__}"

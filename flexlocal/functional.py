@@ -1,4 +1,4 @@
-"""``local_attention``, and what it would take and weigh: ``explain`` and ``attention_map``."""
+"""``local_attention``; ``explain`` says which path it takes, ``attention_map`` what it weighs."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from .masks import Window
 from .masks.keys import mask_of_rows
 from .masks.picture import MOST_DENSE
 from .masks.spans import from_spans
-from .plan import as_window, checked, choice_of, four_dimensional, plan_of
+from .masks.window import as_window
+from .plan import checked, choice_of, four_dimensional, plan_of
 from .rotary import Rotary
 
 
@@ -61,6 +62,7 @@ def local_attention(
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: ``backend="flex"`` where torch leaves the kernel uncompiled.
     """
     plan = plan_of(
         q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, dropout_seed, rotary,
@@ -98,9 +100,8 @@ def attention_map(
 ) -> Tensor:
     """The weights that ``local_attention`` mixes values with, before dropout.
 
-    Args:
+    Args as those of ``local_attention``, and:
         dense: all pairs of tokens instead of the window, for up to ``MOST_DENSE`` of them.
-        The others are those of ``local_attention``.
 
     Returns:
         ``(*lead, n, window.span)`` in fp32 at least: column ``c`` of query ``i`` is the key
@@ -112,7 +113,9 @@ def attention_map(
         ValueError, TypeError: as ``local_attention``, and for a dense map that is too large.
     """
     window = as_window(window)
-    q, k, _ = checked(q, k, k, window, mask, attn_bias, scale, 0.0, rotary, "eager")
+    q, k, _ = checked(
+        q, k, k, window, mask, attn_bias, scale, shared_qk, 0.0, rotary, "eager", None
+    )
     n, lead, d = q.shape[-2], q.shape[:-2], q.shape[-1]
     if dense and n * n > MOST_DENSE:
         raise ValueError(
@@ -148,12 +151,15 @@ def explain(
     backend: BackendName = "auto",
     kernel_options: dict[str, Any] | None = None,
 ) -> Choice:
-    """Which path ``local_attention`` would take for these arguments, and why.
+    """Which path ``local_attention`` would take for its arguments, and why.
 
-    Raises as ``local_attention`` does.
+    Raises:
+        ValueError, TypeError: as ``local_attention``.
     """
     window = as_window(window)
-    q, k, v = checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
+    q, k, v = checked(
+        q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, rotary, backend, kernel_options
+    )
     return choice_of(
         q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
     )

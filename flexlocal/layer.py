@@ -7,9 +7,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backend import BackendName, Choice
-from .checks import check_backend, check_dim, check_dropout, check_length, check_mask, check_scale
+from .checks import (
+    check_backend,
+    check_dim,
+    check_dropout,
+    check_kernel_options,
+    check_length,
+    check_mask,
+    check_scale,
+    check_xpos_scale_base,
+    dim_of,
+)
 from .functional import attention_map, explain, local_attention
 from .masks import MaskPicture, Window, inspect
+from .masks.arguments import check_count, check_flag
 from .rotary import Rotary
 
 
@@ -66,26 +77,35 @@ class LocalAttention(nn.Module):
         kernel_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_count("window_size", window_size)
+        flags = {
+            "shared_qk": shared_qk,
+            "autopad": autopad,
+            "exact_windowsize": exact_windowsize,
+            "use_rotary_pos_emb": use_rotary_pos_emb,
+            "use_xpos": use_xpos,
+        }
+        for name, flag in flags.items():
+            check_flag(name, flag)
         self.window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
         check_dropout(dropout)
         check_scale(scale)
+        check_xpos_scale_base(xpos_scale_base)
         check_backend(backend)
+        check_kernel_options(kernel_options)
         if rel_pos_emb_config is not None:
             warnings.warn(
                 "rel_pos_emb_config is deprecated: give its first entry, the head size, as dim",
                 DeprecationWarning,
                 stacklevel=2,
             )
-            dim = rel_pos_emb_config[0]
+            dim = dim_of(rel_pos_emb_config, dim)
         self.rel_pos: Rotary | None = None
         if use_rotary_pos_emb and dim is not None:
             check_dim(dim)
             base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
-            if use_xpos and not base > 0:
-                raise ValueError(
-                    f"xpos_scale_base must be above 0, got {base}"
-                    + (" from window_size // 2" if xpos_scale_base is None else "")
-                )
+            if use_xpos and base == 0:
+                raise ValueError("xpos_scale_base must be above 0, got 0 from window_size // 2")
             self.rel_pos = Rotary(dim, use_xpos, base)
         elif use_xpos:
             raise ValueError(
@@ -132,14 +152,7 @@ class LocalAttention(nn.Module):
             ValueError, TypeError: as ``local_attention``.
         """
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        return local_attention(
-            q,
-            k,
-            v,
-            window,
-            dropout_seed=dropout_seed,
-            **arguments,
-        )
+        return local_attention(q, k, v, window, dropout_seed=dropout_seed, **arguments)
 
     def explain(
         self,
@@ -212,13 +225,9 @@ class LocalAttention(nn.Module):
             ValueError, TypeError: as ``forward``, and for a dense map that is too large.
         """
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        kept = ("mask", "attn_bias", "scale", "shared_qk", "rotary")
+        shared = ("mask", "attn_bias", "scale", "shared_qk", "rotary")
         return attention_map(
-            q,
-            k,
-            window,
-            dense=dense,
-            **{name: arguments[name] for name in kept},
+            q, k, window, dense=dense, **{name: arguments[name] for name in shared}
         )
 
     def extra_repr(self) -> str:
@@ -259,6 +268,7 @@ class LocalAttention(nn.Module):
             raise ValueError(
                 f"window_size must be None in a call without use_xpos, got {window_size}"
             )
+        check_count("window_size", window_size)
         return replace(self.window, size=window_size)
 
     def _call(
@@ -269,13 +279,14 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None,
         window_size: int | None,
     ) -> tuple[Window, dict[str, Any]]:
-        """The window of a call and what it shares with ``explain``."""
+        """The window of a call, and the arguments that do not come with it."""
         window = self._window(window_size)
-        if not self.autopad and isinstance(q, Tensor) and q.dim() >= 2:
+        has_length = isinstance(q, Tensor) and q.dim() >= 2  # else it is refused later
+        if has_length and not self.autopad:
             check_length(q.shape[-2], window.size)
         if mask is not None and input_mask is not None:
             raise ValueError("mask and input_mask must not both be given, got both")
-        if input_mask is not None and isinstance(q, Tensor):
+        if has_length and input_mask is not None:
             check_mask(input_mask, q, "input_mask")
         return window, {
             "mask": input_mask if mask is None else mask,

@@ -20,12 +20,16 @@ from .checks import (
     check_bias,
     check_dropout,
     check_head_size,
+    check_kernel_options,
     check_mask,
     check_qkv,
+    check_rotary,
     check_scale,
     check_seed,
 )
 from .masks import Window
+from .masks.arguments import check_flag
+from .masks.window import as_window
 from .rotary import Rotary
 
 
@@ -102,7 +106,9 @@ def _made(
     """Checks the arguments and picks the path."""
     window = as_window(window)
     dtype = q.dtype if isinstance(q, Tensor) else None
-    q, k, v = checked(q, k, v, window, mask, attn_bias, scale, dropout, rotary, backend)
+    q, k, v = checked(
+        q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, rotary, backend, kernel_options
+    )
     check_seed(dropout_seed, q)
     choice = choice_of(
         q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
@@ -134,11 +140,6 @@ def _made(
     return Plan(run, None if q.dtype == dtype else q.dtype)
 
 
-def as_window(window: Window | int) -> Window:
-    """The rule; an int is the size of a window that looks one back and one forward."""
-    return window if isinstance(window, Window) else Window(window)
-
-
 def checked(
     q: Tensor,
     k: Tensor,
@@ -147,17 +148,22 @@ def checked(
     mask: Tensor | None,
     attn_bias: Tensor | None,
     scale: float | None,
+    shared_qk: bool,
     dropout: float,
     rotary: Rotary | None,
     backend: BackendName,
+    kernel_options: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of the call, once everything fits."""
     check_backend(backend)
     check_scale(scale)
+    check_flag("shared_qk", shared_qk)
     check_dropout(dropout)
+    check_kernel_options(kernel_options)
     check_qkv(q, k, v)
     check_mask(mask, q)
     check_bias(attn_bias, q, window)
+    check_rotary(rotary)
     if rotary is not None:
         check_head_size(rotary.dim, q)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import EMPTY, FULL, PARTIAL, Runs, block_mask_bytes, block_runs, kept_blocks
-from .intervals import Intervals
+from .intervals import Intervals, sides_of, step_of
 from .rule import Rule
 
 
@@ -64,18 +64,13 @@ class BlockMap:
             step: blocks on a side of a cell; a cell is empty or full when all its blocks are.
         """
         touched, full = (x.cells(step) for x in self._intervals())
-        rows, columns = (
-            (torch.arange(0, blocks, step) - blocks).neg().clamp(max=step) for blocks in self.shape
-        )
+        rows, columns = (sides_of(blocks, step) for blocks in self.shape)
         states = torch.where(touched > 0, PARTIAL, EMPTY)
         return states.masked_fill(full == rows[:, None] * columns, FULL)
 
     def step(self, cells: int) -> int:
         """Blocks on a side of a picture's cell: the least power of two that ``cells`` allow."""
-        if cells < 1:
-            raise ValueError(f"cells must be at least 1, got {cells}")
-        wanted = -(-max(self.shape) // cells)
-        return 1 << (wanted - 1).bit_length()
+        return step_of(self.shape, cells)
 
     def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 32) -> str:
         """The map for a terminal; arguments as ``MaskPicture.text``."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
+from .arguments import check_block_size, check_count
 from .buffer import written_out
 from .clip import at_least, at_most
 from .keys import padding_mod
@@ -84,12 +85,27 @@ def block_mask(
     Returns:
         A BlockMask with forward and transposed lists, int32, of batch and heads 1 or
         ``key_mask``'s. A block that sticks out past the last query or key is partial.
+
+    Raises:
+        ValueError: a number out of range, or a key mask of another shape.
+        TypeError: a number is no int.
     """
-    lengths, sizes = (n_queries, n_keys), _pair(block_size)
+    check_count("n_queries", n_queries)
+    check_count("n_keys", n_keys)
+    lengths, sizes = (n_queries, n_keys), check_block_size(block_size)
     kept, mod = None, mask_mod(rule)
     if key_mask is not None:
+        if key_mask.dtype != torch.bool or key_mask.dim() not in (2, 3):
+            raise ValueError(
+                "key_mask must be boolean of shape (batch, n) or (batch, heads, n), "
+                f"got {key_mask.dtype} of shape {tuple(key_mask.shape)}"
+            )
         by_head = key_mask[:, None] if key_mask.dim() == 2 else key_mask
         kept = rule.in_slots(by_head[..., None])[..., 0]
+        if kept.shape[-1] != n_keys:
+            raise ValueError(
+                f"key_mask must be for n_keys {n_keys}, got one for {kept.shape[-1]} key slots"
+            )
         mod = and_masks(mod, padding_mod(kept))
     lists = block_lists(rule, lengths, sizes, device, kept, full_width=full_width)
     return from_lists(lengths, lists, sizes, mod)
@@ -187,7 +203,7 @@ def block_runs(
     A key mask would make a block empty where ``kept_blocks`` says that it keeps no key, and
     partial where it does not keep every key.
     """
-    queries, keys = map(_Side, (n_queries, n_keys), _pair(block_size))
+    queries, keys = map(_Side, (n_queries, n_keys), check_block_size(block_size))
     return _runs(queries, keys, rule.first_key, rule.last_key, "cpu")
 
 
@@ -205,15 +221,11 @@ def block_mask_bytes(
     full_width: bool = False,
 ) -> int:
     """Bytes of the index tensors that ``block_mask`` makes for one batch entry and head."""
-    queries, keys = map(_Side, (n_queries, n_keys), _pair(block_size))
+    queries, keys = map(_Side, (n_queries, n_keys), check_block_size(block_size))
     forward = keys.blocks if full_width else _width(queries, keys, rule.most_keys, rule)
     backward = queries.blocks if full_width else _width(keys, queries, rule.most_queries, rule)
     # Both lists hold the partial and the full blocks: a count and the indices of each row, int32.
     return 4 * 2 * (queries.blocks * (1 + forward) + keys.blocks * (1 + backward))
-
-
-def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    return (block_size, block_size) if isinstance(block_size, int) else block_size
 
 
 @dataclass(frozen=True)

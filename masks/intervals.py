@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_count
 from .clip import at_least, at_most
 
 _ROWS_AT_A_TIME = 2**15  # torch works on so many without starting threads
@@ -81,6 +82,23 @@ class Intervals:
         if self.kept is None:
             return None
         return F.pad(self.kept.cumsum(0), (1, 0))
+
+
+def step_of(lengths: tuple[int, int], cells: int) -> int:
+    """Places on a side of a picture's cell: the least power of two that ``cells`` allow.
+
+    Args:
+        lengths: rows and columns to be drawn.
+        cells: rows and columns of the picture at most, at least 1.
+    """
+    check_count("cells", cells)
+    wanted = -(-max(lengths) // cells)
+    return 1 << (wanted - 1).bit_length()
+
+
+def sides_of(length: int, step: int) -> Tensor:
+    """How many of ``length`` places each cell of ``step`` holds; the last may hold fewer."""
+    return (torch.arange(0, length, step) - length).neg().clamp(max=step)
 
 
 def _passed(columns: Tensor, step: int, edges: Tensor, rank: Tensor | None) -> Tensor:

@@ -11,12 +11,13 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from .arguments import check_block_size, check_count, kind_of
 from .block_map import BlockMap
 from .description import Description, described
-from .intervals import Intervals
+from .intervals import Intervals, sides_of, step_of
 from .rule import Rule
 from .symbols import HIDDEN, OWN, SEEN, STRUCK
-from .window import Window
+from .window import Window, as_window
 
 MOST_DENSE = 2**24
 """Token pairs that ``dense`` makes at most: a square mask of 4096 tokens."""
@@ -52,19 +53,13 @@ def inspect(
     query 3 sees 3 keys: 1 to 3, the query's own included
     it stands in window 1, tokens 2 to 3, as token 1 of it
     """
-    if isinstance(rule, int):
-        rule = Window(rule)  # which refuses a bool
-    if not hasattr(rule, "first_key"):
-        raise TypeError(f"rule must be a Window, another rule or an int, got {_kind(rule)}")
-    _check_count("n", n)
+    if isinstance(rule, int) or not hasattr(rule, "first_key"):
+        rule = as_window(rule, "rule")
+    check_count("n", n)
     keys = n if n_keys is None else n_keys
-    _check_count("n_keys", keys)
-    _check_count("head_size", head_size)
-    sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
-    if not isinstance(sizes, tuple) or len(sizes) != 2:
-        raise TypeError(f"block_size must be an int or two ints, got {block_size!r}")
-    for size in sizes:
-        _check_count("block_size", size)
+    check_count("n_keys", keys)
+    check_count("head_size", head_size)
+    sizes = check_block_size(block_size)
     return MaskPicture(rule, n, keys, _kept_slots(rule, key_mask, keys), sizes, head_size)
 
 
@@ -192,16 +187,11 @@ class MaskPicture:
 
     def step(self, cells: int) -> int:
         """Tokens on a side of a picture's cell: the least power of two that ``cells`` allow."""
-        _check_count("cells", cells)
-        wanted = -(-max(self.n, self.n_keys) // cells)
-        return 1 << (wanted - 1).bit_length()
+        return step_of((self.n, self.n_keys), cells)
 
     def shares(self, step: int) -> Tensor:
         """Share of each cell's token pairs that see each other, fp64 ``(rows, columns)``."""
-        rows, columns = (
-            (torch.arange(0, length, step) - length).neg().clamp(max=step)
-            for length in (self.n, self.n_keys)
-        )
+        rows, columns = (sides_of(length, step) for length in (self.n, self.n_keys))
         return self.seen.cells(step).double() / (rows[:, None] * columns)
 
     def _bounds(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +202,7 @@ def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:
     if key_mask is None:
         return None
     if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a tensor or None, got {_kind(key_mask)}")
+        raise TypeError(f"key_mask must be a tensor or None, got {kind_of(key_mask)}")
     if key_mask.dtype != torch.bool:
         raise ValueError(f"key_mask must be boolean (True = keep), got {key_mask.dtype}")
     one = key_mask[0] if key_mask.dim() == 2 and len(key_mask) == 1 else key_mask
@@ -223,14 +213,3 @@ def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:
             f"got {tuple(key_mask.shape)}"
         )
     return slots
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of {_kind(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _kind(value: object) -> str:
-    return f"type {type(value).__name__}"

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .arguments import check_count
 from .clip import at_least, at_most
 from .window import Window
 
@@ -15,9 +16,8 @@ _MOST_RUNS = 8
 
 def query_words(picture: "MaskPicture", i: int) -> str:
     """Which keys query ``i`` sees, in words."""
-    if isinstance(i, bool) or not isinstance(i, int):
-        raise TypeError(f"query must be an int, got {i!r} of type {type(i).__name__}")
-    if not 0 <= i < picture.n:
+    check_count("query", i, least=0)
+    if i >= picture.n:
         raise ValueError(f"query must be at least 0 and below {picture.n}, got {i}")
     rule = picture.rule
     first = at_least(rule.first_key(i), 0)

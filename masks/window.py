@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from .arguments import check_count, check_flag, kind_of
+
 Index = TypeVar("Index", int, Tensor)
 
 
@@ -36,7 +38,7 @@ class Window:
 
     Raises:
         ValueError: a number out of range, or ``look_forward`` above 0 with ``causal``.
-        TypeError: ``size``, ``look_backward`` or ``look_forward`` is no int.
+        TypeError: a number is no int, or a flag neither True nor False.
     """
 
     size: int
@@ -46,11 +48,13 @@ class Window:
     exact: bool = False
 
     def __post_init__(self) -> None:
+        check_count("size", self.size)
+        check_flag("causal", self.causal)
+        check_count("look_backward", self.look_backward, least=0)
         if self.look_forward is None:
             object.__setattr__(self, "look_forward", 0 if self.causal else 1)
-        _check_count("window_size", self.size, least=1)
-        _check_count("look_backward", self.look_backward, least=0)
-        _check_count("look_forward", self.ahead, least=0)
+        check_count("look_forward", self.ahead, least=0)
+        check_flag("exact", self.exact)
         if self.causal and self.ahead > 0:
             raise ValueError(
                 f"look_forward must be 0 or None when causal is True, got {self.ahead}"
@@ -165,11 +169,19 @@ class Window:
         return windows + (0 if before else into) + (0 if after else into)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def as_window(window: object, name: str = "window") -> Window:
+    """``window``; an int is the size of a window that looks one back and one forward.
+
+    Raises:
+        TypeError: it is neither; ``name`` is what the caller's argument is called.
+        ValueError: the size is below 1.
+    """
+    if isinstance(window, Window):
+        return window
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"{name} must be a Window or an int, got {window!r} of {kind_of(window)}")
+    check_count(name, window)
+    return Window(window)
 
 
 def _keys(count: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from flexlocal import LocalAttention, Window
+from flexlocal.masks.arguments import check_count
 
 from .problems import PROBLEMS, Problem
 
@@ -70,6 +71,8 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def _window(options: argparse.Namespace, named: Window) -> Window:
+    if options.window is not None:
+        check_count("--window", options.window)
     changes = {
         "size": options.window,
         "causal": options.causal,

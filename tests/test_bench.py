@@ -128,7 +128,7 @@ def test_rotary_before_a_peer_and_in_our_layer(tmp_path):
     [
         (["--problem", "nothing"], "invalid choice: 'nothing'"),
         (["--peer", "nobody"], "invalid choice: 'nobody'"),
-        (["--problem", "tiny", "--window", "0"], "window_size must be"),
+        (["--problem", "tiny", "--window", "0"], "--window must be"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):

@@ -191,6 +191,24 @@ def test_a_million_tokens_are_cheap(causal):
         )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "more", "kind", "says"),
+    [
+        ((0, 8), {}, ValueError, "n_queries must be at least 1, got 0"),
+        ((8, 2.0), {}, TypeError, "n_keys must be an int, got 2.0"),
+        ((8, 8), {"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        ((8, 8), {"block_size": (4, "4")}, TypeError, "block_size must be an int, got '4'"),
+        ((8, 8), {"key_mask": torch.ones(8).bool()}, ValueError, r"key_mask .*batch.* \(8,\)"),
+        ((8, 8), {"key_mask": torch.ones(1, 8)}, ValueError, "key_mask must be boolean.*float32"),
+        ((8, 8), {"key_mask": torch.ones(1, 7).bool()}, ValueError, "key_mask .*n_keys 8.* 7"),
+    ],
+    ids=str,
+)
+def test_errors(sizes, more, kind, says):
+    with pytest.raises(kind, match=says):
+        block_mask(Window(4), *sizes, **more)
+
+
 def test_device_is_the_one_asked_for():
     found = block_mask(Window(8), 32, 32, block_size=16, device="meta")
     assert {getattr(found, name).device.type for name in LISTS} == {"meta"}

@@ -71,6 +71,44 @@ CONSTRUCTOR = [
         ("look_forward", "2", "causal", ("0", "None")),
         {"causal": True, "look_forward": 2},
     ),
+    *(
+        Wrong(f"{name} in words", TypeError, (name, "'no'", "True or False"), {name: "no"})
+        for name in (
+            "causal",
+            "shared_qk",
+            "autopad",
+            "exact_windowsize",
+            "use_rotary_pos_emb",
+            "use_xpos",
+        )
+    ),
+    Wrong("odd dim", ValueError, ("dim", "7", "even"), {"dim": 7}),
+    Wrong("dim of zero", ValueError, ("dim", "0", ("at least 2",)), {"dim": 0}),
+    Wrong("text as scale", TypeError, ("scale", "'1'", ("number",)), {"scale": "1"}),
+    Wrong("endless scale", ValueError, ("scale", "inf", ("finite",)), {"scale": float("inf")}),
+    *(
+        Wrong(
+            f"xpos base of {base!r}",
+            kind,
+            ("xpos_scale_base", repr(base), says),
+            {"dim": D, "use_xpos": True, "xpos_scale_base": base},
+        )
+        for base, kind, says in (
+            ("3", TypeError, "number"),
+            (0, ValueError, "above 0"),
+            (-2.0, ValueError, "above 0"),
+            (float("inf"), ValueError, "finite"),
+        )
+    ),
+    Wrong(
+        "xpos base by default of windows of one token",
+        ValueError,
+        ("xpos_scale_base", "window_size // 2"),
+        {"window_size": 1, "dim": D, "use_xpos": True},
+    ),
+    Wrong(
+        "options as a number", TypeError, ("kernel_options", "3", ("dict",)), {"kernel_options": 3}
+    ),
     Wrong(
         "xpos with rotary off",
         ValueError,
@@ -185,6 +223,18 @@ CALL = [
         ValueError,
         ("v", "meta", "cpu"),
         call=lambda: tensors(v=torch.randn(B, H, N, D_V, device="meta")),
+    ),
+    Wrong(
+        "heads without channels",
+        ValueError,
+        ("q", "head size", "at least 1", "(2, 3, 20, 0)"),
+        call=lambda: tensors(q=torch.randn(B, H, N, 0), k=torch.randn(B, H, N, 0)),
+    ),
+    Wrong(
+        "q of one dimension",
+        ValueError,
+        ("q", "(*lead, n, d)", "(20,)"),
+        call=lambda: tensors(q=torch.randn(N), input_mask=mask(B, N)),
     ),
     Wrong("q as a list", TypeError, ("q", "list", ("ensor",)), call=lambda: tensors(q=[[0.0]])),
     Wrong(
@@ -310,8 +360,12 @@ def test_call(wrong, backend):
 
 
 FUNCTION = [
-    ({"window": 0}, ValueError, ("size", "0", POSITIVE)),
+    ({"window": 0}, ValueError, ("window must", "0", POSITIVE)),
+    ({"window": True}, TypeError, ("window must", "True", ("Window", "int"))),
     ({"window": 2.5}, TypeError, ("window", "2.5", ("Window", "int"))),
+    ({"shared_qk": 1}, TypeError, ("shared_qk", "1", "True or False")),
+    ({"rotary": True}, TypeError, ("rotary", "bool", "Rotary")),
+    ({"kernel_options": 3}, TypeError, ("kernel_options", "3", "dict")),
     ({"dropout": 1.0}, ValueError, ("dropout", "1.0", ("[0, 1)", "below 1"))),
     ({"mask": torch.ones(B, N)}, ValueError, ("mask", "float32", KEEP)),
     ({"mask": mask(4, N)}, ValueError, ("mask", "4", "6")),
@@ -361,6 +415,21 @@ def test_auto_chooses_what_can_run():
     out = LocalAttention(W, dropout=0.0)(**call)
     expected = LocalAttention(W, dropout=0.0, backend="eager")(**call)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "dim", "kind", "says"),
+    [
+        ((), None, TypeError, ("tuple", "head size", "()")),
+        (D, None, TypeError, ("tuple", "head size", str(D))),
+        ((D, 3), 4, ValueError, ("dim 4", f"({D}, 3)")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:rel_pos_emb_config is deprecated:DeprecationWarning")
+def test_wrong_rel_pos_emb_config(config, dim, kind, says):
+    with pytest.raises(kind) as raised:
+        LocalAttention(W, rel_pos_emb_config=config, dim=dim)
+    assert_says(str(raised.value), ("rel_pos_emb_config", *says))
 
 
 def test_deprecated_rel_pos_emb_config_warns_and_works():

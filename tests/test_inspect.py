@@ -291,9 +291,9 @@ def test_bytes_of_the_block_mask(mask, block):
         ((Window(4), 0), ValueError, ["n must be at least 1", "0"]),
         ((Window(4), 2.0), TypeError, ["n must be an int", "2.0"]),
         ((Window(4), True), TypeError, ["n must be an int", "True"]),
-        (("4", 8), TypeError, ["rule", "str"]),
-        ((True, 8), TypeError, ["window_size", "True"]),
-        ((0, 8), ValueError, ["window_size", "0"]),
+        (("4", 8), TypeError, ["rule must be a Window or an int", "'4'"]),
+        ((True, 8), TypeError, ["rule must be a Window or an int", "True"]),
+        ((0, 8), ValueError, ["rule must be at least 1", "0"]),
         ((Window(4), 8, {"n_keys": 0}), ValueError, ["n_keys", "0"]),
         ((Window(4), 8, {"block_size": 0}), ValueError, ["block_size", "0"]),
         ((Window(4), 8, {"block_size": "8"}), TypeError, ["block_size", "'8'"]),
@@ -334,6 +334,8 @@ def test_errors_of_a_picture():
         picture.text(cells=0)
     with pytest.raises(ValueError, match="cells must be at least 1, got 0"):
         picture.blocks.text(cells=0)
+    with pytest.raises(TypeError, match="cells must be an int, got 2.5"):
+        picture.blocks.text(cells=2.5)
     with pytest.raises(ValueError, match=r"at most 16777216.*8192 times 8192.*png"):
         inspect(Window(4), 8192).dense()
 

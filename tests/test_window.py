@@ -144,10 +144,13 @@ def test_frozen_and_hashable():
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ({"size": 0}, ValueError, ["size", "0"]),
-        ({"size": -7}, ValueError, ["size", "-7"]),
-        ({"size": 2.5}, TypeError, ["size", "2.5"]),
-        ({"size": "8"}, TypeError, ["size", "8"]),
+        ({"size": 0}, ValueError, ["size must be at least 1", "0"]),
+        ({"size": -7}, ValueError, ["size must be at least 1", "-7"]),
+        ({"size": 2.5}, TypeError, ["size must be an int", "2.5"]),
+        ({"size": "8"}, TypeError, ["size must be an int", "8"]),
+        ({"size": True}, TypeError, ["size must be an int", "True"]),
+        ({"size": 4, "causal": "no"}, TypeError, ["causal must be True or False", "'no'"]),
+        ({"size": 4, "exact": 1}, TypeError, ["exact must be True or False", "1"]),
         ({"size": 4, "look_backward": -1}, ValueError, ["look_backward", "-1"]),
         ({"size": 4, "look_backward": 1.5}, TypeError, ["look_backward", "1.5"]),
         ({"size": 4, "look_forward": -2}, ValueError, ["look_forward", "-2"]),
@@ -158,5 +161,6 @@ def test_frozen_and_hashable():
 def test_errors(arguments, kind, words):
     with pytest.raises(kind) as raised:
         Window(**arguments)
+    assert str(raised.value).startswith(words[0])
     for word in words:
         assert word in str(raised.value)
