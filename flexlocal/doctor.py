@@ -5,7 +5,6 @@ work on a small problem and compares it with the eager path.
 """
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import time
@@ -20,9 +19,9 @@ Row = tuple[str, str]
 # distribution, what it is for, the command that brings it
 EXTRAS = (
     ("matplotlib", "pictures of masks", "pip install 'flexlocal[inspect]'"),
-    ("tensorboard", "profiles in the browser", "pip install 'tensorboard>=2.21'"),
-    ("torch-tb-profiler", "its plugin for profiles", "pip install torch-tb-profiler"),
-    ("flash-attn-4", "FlexAttention's FLASH kernels", "pip install flash-attn-4"),
+    ("tensorboard", "profiles in the browser", "pip install 'flexlocal[profile]'"),
+    ("torch-tb-profiler", "its plugin for profiles", "pip install 'flexlocal[profile]'"),
+    ("flash-attn-4", "FlexAttention's FLASH kernels", "pip install 'flexlocal[flash]'"),
 )
 
 
@@ -33,7 +32,7 @@ def report() -> list[Row]:
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {_build()}"),
         ("triton", _version("triton") or "not installed"),
-        ("C++ compiler", _compiler() or "none found"),
+        ("C++ compiler", shutil.which(flex.cpp_compiler()) or f"{flex.cpp_compiler()} not found"),
         ("GPU", "; ".join(_gpus()) or "none that torch can use"),
         ("eager", "yes, on every device, for training too"),
         ("flex on CPU", _flex("cpu", "yes, for inference; training takes the eager path")),
@@ -125,11 +124,6 @@ def _build() -> str:
     return "built without CUDA"
 
 
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
 def _gpus() -> list[str]:
     found = []
     for index in range(torch.cuda.device_count()):
@@ -146,7 +140,8 @@ def _flex(device: str, yes: str) -> str:
 
 def _remedy(device: str) -> str:
     if device == "cpu":
-        return "" if _compiler() else " -> install a C++ compiler (Debian, Ubuntu: apt install g++)"
+        found = shutil.which(flex.cpp_compiler())
+        return "" if found else " -> install it (Debian, Ubuntu: apt install g++) or set CXX"
     if not torch.version.cuda:
         return " -> for an NVIDIA GPU install torch with CUDA: https://pytorch.org/get-started"
     if not torch.cuda.is_available():

@@ -50,10 +50,15 @@ def _missing(device_type: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "the package triton, which compiles kernels for the GPU, is not installed"
         return None
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"the C++ compiler {compiler!r}, which torch.compile needs on the CPU, is not found"
+    if shutil.which(cpp_compiler()) is None:
+        name = cpp_compiler()
+        return f"the C++ compiler {name!r}, which torch.compile needs on the CPU, is not found"
     return None
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that torch.compile runs for kernels of the CPU."""
+    return os.environ.get("CXX", "g++")
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> str | None:

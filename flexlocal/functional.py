@@ -44,7 +44,7 @@ def local_attention(
         attn_bias: ``(heads, W, window.span)``, added to the scores, indexed by the query's place
             in its window and the key's place in the windows that it looks at; ``heads`` divides
             ``q``'s rows, and row ``r`` takes ``r % heads``. It may require a gradient.
-        scale: of the products of queries and keys, ``d ** -0.5`` by default.
+        scale: factor on the query-key products, ``d ** -0.5`` by default.
         shared_qk: keys are scaled to length 1, and a token attends to itself only when it sees
             nothing else (Reformer, arXiv:2001.04451).
         dropout: probability to drop an attention weight after the softmax, in [0, 1).

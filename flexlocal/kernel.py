@@ -103,7 +103,7 @@ class Kernel:
         blocks: the sparse blocks.
         heads: query heads.
         grouped: there are fewer key heads.
-        scale: of the products of queries and keys.
+        scale: factor on the query-key products.
         biased: a bias is added.
         margin: columns that it has beyond the window's; None where places are clipped.
         on_gpu: Triton makes it.

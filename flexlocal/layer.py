@@ -40,7 +40,7 @@ class LocalAttention(nn.Module):
         autopad: allow lengths that are no multiple of ``window_size``.
         exact_windowsize: a token sees ``look_backward * window_size`` keys back and, when not
             causal, ``look_forward * window_size`` ahead, besides its own.
-        scale: of the products of queries and keys, head size ** -0.5 by default.
+        scale: factor on the query-key products, head size ** -0.5 by default.
         use_rotary_pos_emb: rotate queries and keys, where ``dim`` is given.
         use_xpos: also scale them by their distance (xpos); needs rotary embeddings.
         xpos_scale_base: tokens per unit of xpos's exponent, ``window_size // 2`` by default.

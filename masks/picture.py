@@ -140,7 +140,10 @@ class MaskPicture:
 
     @property
     def blocks(self) -> BlockMap:
-        """What the kernel computes, block by block: not the mask."""
+        """What a kernel computes with blocks of ``block_size``, block by block: not the mask.
+
+        Kernels with a key mask or with measured block sizes list blocks in other ways.
+        """
         return BlockMap(self.rule, self.n, self.n_keys, self.key_mask, self.block_size)
 
     def describe(self) -> Description:

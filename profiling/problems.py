@@ -1,7 +1,7 @@
 """What is measured: the standard problems, and others of the same kind.
 
-Sizes are those at which the peers' figures are known; ``floor`` and the other bounds follow from
-the sizes alone.
+Sizes are those at which the peers' figures are known; operations and bytes, from which ``rates``
+makes the floors, follow from the sizes alone.
 """
 
 from dataclasses import dataclass, replace
