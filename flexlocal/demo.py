@@ -276,7 +276,7 @@ def run(
     parameters = sum(p.numel() for p in model.parameters())
     _say("device", _name(where))
     _say("attention", f"{path.backend}: {path.reason}")
-    _say("mask", attention.window.reach)
+    _say("mask", attention.window.words)
     _say("model", f"{parameters:,} parameters: {LAYERS} layers, {HEADS} heads, context {context}")
     for name, text, files in (
         ("training", training, training_files),

@@ -25,7 +25,7 @@ torch documents neither (the same in 2.11 to 2.14).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from .kernel import LEAST_HEAD, Kernel
 from .masks.buffer import settled
-from .masks.dropout import kept
-from .masks.scores import drop_scores, in_turn
+from .masks.scores import drop_scores, dropout_mod, in_turn
 
 _LOG2_E = 1 / math.log(2)
 
@@ -91,8 +90,7 @@ def let_through() -> None:
 
 def _attach(*arguments: Any) -> Tensor:
     *others, draws, lists, kept_slots = arguments
-    slots = () if kept_slots is None else (kept_slots,)
-    out: Tensor = _Dropped.apply(*others, *draws, *lists, *slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Dropped.apply(*others, *draws, kept_slots, *lists)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -111,23 +109,27 @@ class _Dropped(torch.autograd.Function):
         out: Tensor,
         share: Tensor,
         total: Tensor,
-        *looked_up: Tensor,
+        query_draws: Tensor,
+        key_draws: Tensor,
+        kept_slots: Tensor | None,
+        *lists: Tensor,
     ) -> Tensor:
         out = (out * share[..., None]).to(q.dtype)
         ctx.kernel, ctx.dropout = kernel, dropout
-        ctx.save_for_backward(q, k, v, bias, out, total, *looked_up)
+        ctx.save_for_backward(q, k, v, bias, out, total, query_draws, key_draws, kept_slots, *lists)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, total, *looked_up = ctx.saved_tensors
+        q, k, v, bias, out, total, query_draws, key_draws, kept_slots, *lists = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
-        end = len(looked_up) - kernel.blocks.masked
-        draws, lists, slots = looked_up[:2], tuple(looked_up[2:end]), tuple(looked_up[end:])
         along = (out.float() * grad.float()).sum(-1)
-        known = settled(total), settled(along)
-        scores = _Scores(kernel, ctx.dropout, ctx.needs_input_grad[5])
-        *grads, captured = torch.ops.higher_order.flex_attention_backward(
+        captured = _Captured(
+            query_draws, key_draws, settled(total), settled(along), bias, kept_slots
+        )
+        learned: bool = ctx.needs_input_grad[5]
+        scores = _Scores(kernel, ctx.dropout, learned)
+        *grads, grads_captured = torch.ops.higher_order.flex_attention_backward(
             q,
             k,
             v,
@@ -137,22 +139,39 @@ class _Dropped(torch.autograd.Function):
             along * (ctx.dropout / _LOG2_E),  # log-sum-exps have base 2 there
             scores.shifted,
             scores.pulled_back,
-            kernel.blocks.mask(lists, scores.visible).as_tuple(),
+            kernel.blocks.mask(tuple(lists), scores.visible).as_tuple(),
             kernel.scale,
             {**_DEFAULTS, **kernel.options},
-            (*draws, *known, *(() if bias is None else (bias,)), *slots),
-            slots,
+            tuple(x for x in captured if x is not None),
+            () if kept_slots is None else (kept_slots,),
         )
-        grad_bias = captured[4] if ctx.needs_input_grad[5] else None
-        return (None, None, *grads, grad_bias, *[None] * (3 + len(looked_up)))
+        grad_bias = grads_captured[_BIAS] if learned else None
+        others = len(ctx.needs_input_grad) - 6
+        return (None, None, *grads, grad_bias, *[None] * others)
+
+
+class _Captured(NamedTuple):
+    """What the functions of a score look up, in the order in which the backward pass takes it."""
+
+    query_draws: Tensor
+    key_draws: Tensor
+    total: Tensor
+    """``L``."""
+    along: Tensor
+    """``D``."""
+    bias: Tensor | None
+    kept_slots: Tensor | None
+
+
+_BIAS = _Captured._fields.index("bias")
 
 
 @dataclass(frozen=True)
 class _Scores:
     """``f`` and ``f'`` of the docstring, and the mask, which take their tensors as arguments.
 
-    The first of them is a place: batch entry, head, query and key slot of a score. Others follow
-    as the backward pass gives them: draws, ``L``, ``D``, a bias, the slots that a mask keeps.
+    The first of them is a place: batch entry, head, query and key slot of a score. What they look
+    up follows: of ``_Captured`` as much as there is.
 
     Attributes:
         learned: the bias wants a gradient.
@@ -169,44 +188,41 @@ class _Scores:
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
-        place = arguments[:4]
-        draws, total, _, bias, _ = self._looked_up(arguments[4:])
+        place, at = arguments[:4], self._captured(arguments[4:])
         # In this order: with a bias both may be near -5e4, where a constant would be lost.
-        below = self._final(score, place, bias) - total[place[:3]] - math.log1p(-self.dropout)
-        return torch.where(self._kept(place, draws), below, -torch.inf)
+        below = self._final(score, place, at) - at.total[place[:3]] - math.log1p(-self.dropout)
+        return torch.where(self._keeps(place, at), below, -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
-        place, grad = arguments[:4], arguments[4]
-        draws, total, along, bias, slots = self._looked_up(arguments[5:])
-        below = self._final(score, place, bias) - total[place[:3]]
+        place, grad, at = arguments[:4], arguments[4], self._captured(arguments[5:])
+        below = self._final(score, place, at) - at.total[place[:3]]
         weight = (below * _LOG2_E).exp2()  # half the instructions of exp
-        dropped = -weight * along[place[:3]]
+        dropped = -weight * at.along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
-            dropped = torch.where(self.visible(*place, *slots), dropped, 0.0)
-        grad_score = torch.where(self._kept(place, draws), grad, dropped)
+            dropped = torch.where(self.kernel.mask_mod(at.kept_slots)(*place), dropped, 0.0)
+        grad_score = torch.where(self._keeps(place, at), grad, dropped)
         if self.kernel.itself_by_score:  # which is a constant
             own = self.kernel.blocks.rule.key_position(*place[2:]) == place[2]
             grad_score = torch.where(own, 0.0, grad_score)
-        grad_bias: list[Tensor | None] = [None] * len(bias)
-        if self.learned:
-            where = self.kernel.bias_place(bias[0])(*place)
-            grad_bias = [torch.ops.flex_lib.zeros_and_scatter(bias[0].shape, where, grad_score)]
-        return [grad_score, *[None] * 8, *grad_bias, *[None] * len(slots)]
+        grads: list[Tensor | None] = [None] * (len(arguments) - 1)  # place and captured tensors
+        if self.learned and at.bias is not None:
+            where = self.kernel.bias_place(at.bias)(*place)
+            found = torch.ops.flex_lib.zeros_and_scatter(at.bias.shape, where, grad_score)
+            grads[len(place) + _BIAS] = found
+        return [grad_score, *grads]
 
-    def _looked_up(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """Draws, ``L``, ``D``, and the bias and the kept slots where there are such."""
-        *draws, total, along = tensors[:4]
-        end = len(tensors) - self.kernel.blocks.masked
-        return draws, total, along, tensors[4:end], tensors[end:]
+    def _captured(self, tensors: Sequence[Tensor]) -> _Captured:
+        rest = list(tensors)
+        kept_slots = rest.pop() if self.kernel.blocks.masked else None
+        bias = rest.pop() if self.kernel.biased else None
+        query_draws, key_draws, total, along = rest
+        return _Captured(query_draws, key_draws, total, along, bias, kept_slots)
 
-    def _final(self, score: Tensor, place: Sequence[Tensor], bias: Sequence[Tensor]) -> Tensor:
-        mod = self.kernel.score_mod(bias[0] if bias else None)
+    def _final(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
+        mod = self.kernel.score_mod(at.bias)
         return score if mod is None else mod(score, *place)
 
-    def _kept(self, place: Sequence[Tensor], draws: Sequence[Tensor]) -> Tensor:
-        (batch, head, query, key), (query_draw, key_draw) = place, draws
-        row = batch * self.kernel.heads + head
-        return kept(query_draw[row, query], key_draw[row, key], self.dropout)
+    def _keeps(self, place: Sequence[Tensor], at: _Captured) -> Tensor:
+        keep = dropout_mod(at.query_draws, at.key_draws, self.kernel.heads, self.dropout)
+        return keep(*place)

@@ -6,6 +6,7 @@ the backward pass computes the weights again. Inside a compiler or ``torch.expor
 at once, and the compiler fuses what it can. Shapes are those of ``tiles``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .masks import Window
-from .masks.dropout import kept, key_draws, query_draws
+from .masks.dropout import keeps, key_draws, query_draws
 from .masks.keys import without_padding
+from .masks.rule import sees
 from .masks.scores import SELF_SCORE, unit_keys
 from .regions import region
 from .rotary import Xpos, rotate
@@ -23,9 +25,8 @@ from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 _LEAST_TILE = 64
 """Queries in a tile at least (whole windows of them): smaller products waste the processor."""
 
-_SCORES_AT_A_TIME = {"cpu": 2**20}
+_SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 """Scores held at a time: few enough to be held cheaply, many enough to hide an operator's start."""
-_SCORES_ELSEWHERE = 2**26
 
 
 def attend(
@@ -123,7 +124,7 @@ def _placed(
     if inv_freq is not None:
         with region("rotary"):
             position = torch.arange(q.shape[2], device=q.device)
-            q = rotate(q, position + window.ahead * window.size, inv_freq).to(q.dtype)
+            q = rotate(q, position + window.after, inv_freq).to(q.dtype)
             k = rotate(k, position, inv_freq).to(k.dtype)
     return q, k
 
@@ -137,8 +138,8 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
         k.shape[1],
         n,
         tile=windows * window.size,
-        before=window.look_backward * window.size,
-        after=window.ahead * window.size,
+        before=window.before,
+        after=window.after,
     )
 
 
@@ -212,11 +213,12 @@ class _Formula:
         """What dropout multiplies the weights by."""
         if self.draws is None:
             return None
-        query_draw, key_draw = (
+        by_query, by_key = (
             draw.unflatten(0, (tiles.sizes.batch, tiles.sizes.heads))[..., None]
             for draw in self.draws
         )
-        keep = kept(tiles.queries(query_draw), tiles.keys(key_draw).transpose(-1, -2), self.dropout)
+        by_query, by_key = tiles.queries(by_query), tiles.keys(by_key)
+        keep = keeps(by_query, by_key.transpose(-1, -2), self.dropout)
         return keep.to(self.compute) / (1 - self.dropout)
 
 
@@ -225,7 +227,7 @@ def _hidden(window: Window, sizes: Sizes, like: Tensor, dtype: torch.dtype) -> T
     # Tiles are whole windows, so what the first one sees, every one sees.
     query = torch.arange(sizes.tile, device=like.device)[:, None]
     key = torch.arange(sizes.span, device=like.device) - sizes.before
-    return _hiding((window.first_key(query) <= key) & (key <= window.last_key(query)), dtype)
+    return _hiding(sees(window, query, key), dtype)
 
 
 def _hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -326,8 +328,8 @@ def _differentiable_gradients(
     return [next(found) if x is not None and x.requires_grad else None for x in (q, k, v, bias)]
 
 
-def _portions(sizes: Sizes, device: torch.device) -> Any:
-    return some_at_a_time(sizes, _SCORES_AT_A_TIME.get(device.type, _SCORES_ELSEWHERE))
+def _portions(sizes: Sizes, device: torch.device) -> Iterator[Tiles]:
+    return some_at_a_time(sizes, _SCORES_ON_CPU if device.type == "cpu" else _SCORES_ELSEWHERE)
 
 
 def _empty(q: Tensor, d_v: int) -> Tensor:

@@ -20,7 +20,7 @@ from .dropped import let_through
 from .fused import MOST_HEAD, Settings, fused
 from .kernel import Blocks
 from .masks import Window
-from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, nearest
+from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, decodes, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,8 +173,7 @@ def _tuning(
         return Tuning(STOCK_BLOCK, tuple(sorted(kernel_options.items())))
     if flash:
         return FLASH
-    # Few queries go to a decoding kernel, which has options of its own.
-    if q.device.type != "cuda" or q.shape[-2] < STOCK_BLOCK:
+    if q.device.type != "cuda" or decodes(q.shape[-2]):
         return STOCK
     entry = nearest(_capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), window)
     return STOCK if entry is None else entry.tuning
@@ -210,7 +209,8 @@ def _compiled(settings: Settings, *kind: object) -> Callable[..., Tensor]:
             )
         return fused(settings, lists, *tensors)
 
-    # The recompile limit counts per code object, so that each callable needs one of its own.
+    # The recompile limit counts per code object, so that each callable needs one of its own. In its
+    # closure `settings` has the name that `_on_arguments_and_modes` knows.
     name = f"fused_{settings.window.label}_{abs(hash((settings, kind))):x}"
     own = types.FunctionType(
         call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
@@ -250,15 +250,15 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
 def _lists(blocks: Blocks, device: torch.device) -> tuple[Tensor, ...]:
     """The index tensors of the block mask, kept from call to call."""
     if device.type == "cpu":
-        return _kept_lists(blocks, device, None)
+        return _cached_lists(blocks, device, None)
     if torch.cuda.is_current_stream_capturing():
         # The graph that is captured must own what it reads: a kept tensor may be dropped.
         return blocks.lists(device)
-    return _kept_lists(blocks, device, torch.cuda.current_stream(device).cuda_stream)
+    return _cached_lists(blocks, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=256)
-def _kept_lists(blocks: Blocks, device: torch.device, stream: int | None) -> tuple[Tensor, ...]:
+def _cached_lists(blocks: Blocks, device: torch.device, stream: int | None) -> tuple[Tensor, ...]:
     # By stream: another one would have to wait for these, and for their memory to be free again.
     with torch.inference_mode(False), torch.no_grad():
         lists = blocks.lists(device)

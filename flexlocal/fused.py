@@ -20,7 +20,7 @@ from .masks.dropout import key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
-from .tuning import STOCK_BLOCK, Tuning
+from .tuning import STOCK_BLOCK, Tuning, decodes
 
 MOST_HEAD = 256
 """Channels of the widest heads that kernels take on the GPU."""
@@ -84,7 +84,7 @@ def fused(
         k, v = rule.in_slots(k), rule.in_slots(v)
     if inv_freq is not None:
         q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
-        position, ahead = torch.arange(n, device=q.device), window.ahead * window.size
+        position, ahead = torch.arange(n, device=q.device), window.after
         # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
         q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
         if isinstance(rule, Segments):
@@ -104,9 +104,9 @@ def fused(
     d_v = v.shape[-1]
     if on_gpu:
         q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
-        if n < STOCK_BLOCK:
-            # torch 2.11 asks for the strides of a query before they are settled, in the decoding
-            # kernel that few queries go to: one computed from a transposed view was read wrongly.
+        if decodes(n):
+            # torch 2.11 asks for the strides of a query there before they are settled: one
+            # computed from a transposed view was read wrongly.
             q = written_out(q)
     elif lists is None:  # part of a user's graph, perhaps
         q, k, v = _made_anew(q), _made_anew(k), _made_anew(v)
@@ -143,7 +143,7 @@ def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tenso
         query, slot = xpos.scales(window, rule.queries, torch.float32)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)
     query, key = xpos.scales(window, n, torch.float32)
-    return query, key[window.look_backward * window.size :][:n]
+    return query, key[window.before :][:n]
 
 
 def _padded_head(x: Tensor) -> Tensor:

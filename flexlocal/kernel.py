@@ -22,7 +22,7 @@ from .masks import (
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
 from .masks.scores import ScoreMod, bias_place
-from .tuning import STOCK_BLOCK, Tuning
+from .tuning import STOCK_BLOCK, Tuning, decodes
 
 LEAST_HEAD = 16
 """Channels of the narrowest heads that kernels take on the GPU."""
@@ -160,7 +160,6 @@ class Kernel:
         options = dict(tuning.options)
         if tuning.block != STOCK_BLOCK:
             options |= {"SPARSE_Q_BLOCK_SIZE": tuning.block, "SPARSE_KV_BLOCK_SIZE": tuning.block}
-        # Few queries go to a decoding kernel, which walks through the lists in another way.
-        if self.on_gpu and self.blocks.n >= STOCK_BLOCK and not self.blocks.have_gaps:
+        if self.on_gpu and not decodes(self.blocks.n) and not self.blocks.have_gaps:
             options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
         return options

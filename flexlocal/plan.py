@@ -54,10 +54,10 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
     """The plan for a call; its arguments are those of ``_made``, and checked as there."""
     if torch.compiler.is_compiling():
         return _made(q, k, v, *arguments)
-    return _kept(q, k, v, *arguments)
+    return _cached(q, k, v, *arguments)
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
+def _cached(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
     """``_made``, for calls of one kind once: the checks take longer than a launch."""
     try:
         kind = (

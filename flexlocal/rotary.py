@@ -40,7 +40,7 @@ class Xpos:
             ``(queries, d / 2)`` and ``(queries + (look_backward + look_forward) * size, d / 2)``,
             for either half of the channels.
         """
-        before, after = window.look_backward * window.size, window.ahead * window.size
+        before, after = window.before, window.after
         origin = (queries + after - before) // 2
         query = torch.arange(queries, device=self.zeta.device) + after - origin
         key = torch.arange(queries + before + after, device=self.zeta.device) - before - origin

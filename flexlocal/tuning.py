@@ -19,6 +19,14 @@ STOCK_BLOCK = 128
 """FlexAttention's own sparse block, and the length whose multiples its kernels need not check."""
 
 
+def decodes(n: int) -> bool:
+    """Whether so few queries go to FlexAttention's decoding kernel on a GPU.
+
+    It has options of its own, and walks through block lists in another way.
+    """
+    return n < 128
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel works through a mask.

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from .blocks import EMPTY, FULL, PARTIAL, Runs, block_mask_bytes, block_runs, kept_blocks
+from .html import block_html, block_page
 from .intervals import Intervals, sides_of, step_of
+from .png import block_png
 from .rule import Rule
+from .text import block_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,25 +77,17 @@ class BlockMap:
 
     def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 32) -> str:
         """The map for a terminal; arguments as ``MaskPicture.text``."""
-        from .text import block_text
-
         return block_text(self, color, plain, cells)
 
     def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 64) -> None:
         """Writes the map as a PNG; arguments and errors as ``MaskPicture.png``."""
-        from .png import block_png
-
         block_png(self, file, cells)
 
     def html(self, *, cells: int = 64) -> str:
         """A page of its own."""
-        from .html import block_page
-
         return block_page(self, cells)
 
     def _repr_html_(self) -> str:
-        from .html import block_html
-
         return block_html(self, 64)
 
     def _intervals(self) -> tuple[Intervals, Intervals]:

@@ -180,7 +180,7 @@ def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int, one_list: 
     if one_list:
         return False  # all that a block sees is one run
     # Partial blocks lie on both sides of the full ones, unless windows begin and end with blocks.
-    return not rule.turns_at(block) or any(length % block for length in lengths)
+    return not rule.aligned_to(block) or any(length % block for length in lengths)
 
 
 def from_lists(

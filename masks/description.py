@@ -175,7 +175,7 @@ def _of_blocks(rule: Rule, block: int, waste: float) -> str:
             f"inside blocks: {cost}; window_size {near} would end where blocks do"
         )
     if isinstance(rule, Window):
-        reach = rule.look_backward * rule.size, rule.ahead * rule.size
+        reach = rule.before, rule.after
         free = tuple(-(-keys // block) * block for keys in reach)
         if free != reach:
             return (

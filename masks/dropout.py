@@ -24,7 +24,7 @@ def key_draws(seed: Tensor, rows: int, length: int) -> Tensor:
     return _draws(seed, rows, length, stream=0)
 
 
-def kept(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
+def keeps(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
     """True where the weight between a query and a key is kept, with probability 1 - dropout."""
     # int32 products wrap on every device, so they are uniform over the signed range.
     return query_draw * key_draw >= round((dropout - 0.5) * 2**32)

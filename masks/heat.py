@@ -7,6 +7,7 @@ of 0.
 import torch
 from torch import Tensor
 
+from .rule import sees
 from .sheet import File, Sheet
 from .spans import from_spans
 from .window import Window
@@ -47,8 +48,8 @@ def heat_map(weights: Tensor, window: Window, file: File, *, dense: bool = False
         key = window.span_start(query) + torch.arange(window.span)
         subtitle = f"{window.label}, {n} queries, by place in the query's windows"
         side = "key's place in the query's windows"
-    hidden = (key < window.first_key(query)) | (key > window.last_key(query))
-    values = values.masked_fill(hidden | (key < 0) | (key >= n), torch.nan)
+    inside = sees(window, query, key) & (key >= 0) & (key < n)
+    values = values.masked_fill(~inside, torch.nan)
     step = 1
     if len(values) > _MOST_TOKENS:
         step = -(-n // _ROWS)
@@ -76,8 +77,7 @@ def bias_map(bias: Tensor, window: Window, file: File) -> None:
         )
     query = torch.arange(window.size)[:, None]
     key = window.span_start(query) + torch.arange(window.span)
-    hidden = (key < window.first_key(query)) | (key > window.last_key(query))
-    values = bias.detach().double().cpu().masked_fill(hidden, torch.nan)
+    values = bias.detach().double().cpu().masked_fill(~sees(window, query, key), torch.nan)
     sides = "query's place in its window", "key's place in the query's windows"
     _draw(values, window.size, window, "Bias over its window", window.label, sides, file, True)
 

@@ -14,9 +14,13 @@ from torch import Tensor
 from .arguments import check_block_size, check_count, kind_of
 from .block_map import BlockMap
 from .description import Description, described
+from .html import page, token_html
 from .intervals import Intervals, sides_of, step_of
-from .rule import Rule
+from .png import token_png
+from .query import query_words
+from .rule import Rule, sees
 from .symbols import HIDDEN, OWN, SEEN, STRUCK
+from .text import token_text
 from .window import Window, as_window
 
 MOST_DENSE = 2**24
@@ -93,7 +97,7 @@ class MaskPicture:
     @property
     def words(self) -> str:
         """What the rule says, in countable words."""
-        return self.rule.reach if isinstance(self.rule, Window) else self.rule.label
+        return self.rule.words if isinstance(self.rule, Window) else self.rule.label
 
     def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 64) -> str:
         """The token picture for a terminal.
@@ -105,8 +109,6 @@ class MaskPicture:
             cells: rows and columns at most, at least 1; a longer mask is drawn in cells of
                 several tokens, shaded by the share of their pairs that see each other.
         """
-        from .text import token_text
-
         return token_text(self, color, plain, cells)
 
     def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 512) -> None:
@@ -115,19 +117,13 @@ class MaskPicture:
         Raises:
             ModuleNotFoundError: matplotlib is missing; the message says what to install.
         """
-        from .png import token_png
-
         token_png(self, file, cells)
 
     def html(self, *, cells: int = 128) -> str:
         """A page of its own: the token picture, the numbers and the block map."""
-        from .html import page
-
         return page(self, cells)
 
     def _repr_html_(self) -> str:
-        from .html import token_html
-
         return token_html(self, 64)
 
     def dense(self) -> Tensor:
@@ -156,8 +152,6 @@ class MaskPicture:
         Raises:
             ValueError: there is no query ``i``.
         """
-        from .query import query_words
-
         return query_words(self, i)
 
     # What the pictures are drawn from.
@@ -178,11 +172,9 @@ class MaskPicture:
                 f"n times n_keys must be at most {MOST_DENSE} for a dense mask, got "
                 f"{self.n} times {self.n_keys}; png, html, text and blocks take any length"
             )
-        query = torch.arange(self.n)
-        first, last = (bound[:, None] for bound in self._bounds(query))
-        key = torch.arange(self.n_keys)
-        kinds = torch.where((first <= key) & (key <= last), SEEN, HIDDEN)
-        own = (kinds == SEEN) & (self.rule.key_position(query[:, None], key) == query[:, None])
+        query, key = torch.arange(self.n)[:, None], torch.arange(self.n_keys)
+        kinds = torch.where(sees(self.rule, query, key), SEEN, HIDDEN)
+        own = (kinds == SEEN) & (self.rule.key_position(query, key) == query)
         kinds = kinds.masked_fill(own, OWN)
         if self.key_mask is not None:
             kinds = kinds.masked_fill((kinds >= SEEN) & ~self.key_mask, STRUCK)

@@ -40,7 +40,7 @@ class Preset:
         return "\n".join(
             (
                 f"{self.name}: {self.model}, {self.keys} keys at most",
-                f"  {self.window.reach}",
+                f"  {self.window.words}",
                 *textwrap.wrap(self.convention, 96, initial_indent="  ", subsequent_indent="  "),
                 *(f"  {source}" for source in self.sources),
             )

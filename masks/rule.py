@@ -45,7 +45,7 @@ class Rule(Protocol):
     def most_queries(self, keys: int) -> int:
         """Upper bound of the queries between the first and last one that see a block."""
 
-    def turns_at(self, block: int) -> bool:
+    def aligned_to(self, block: int) -> bool:
         """Whether windows begin and end with blocks, and bounds with them but for causality."""
 
     @property
@@ -57,6 +57,11 @@ class Rule(Protocol):
         """The parameters as an identifier."""
 
 
+def sees(rule: Rule, query: Tensor, key: Tensor) -> Tensor:
+    """Whether ``query`` sees the key slot: boolean, of the shape that both broadcast to."""
+    return (rule.first_key(query) <= key) & (key <= rule.last_key(query))
+
+
 def mask_mod(rule: Rule) -> MaskMod:
     """FlexAttention's mask_mod of ``rule``: ``(batch, head, query, key) -> bool``.
 
@@ -64,7 +69,7 @@ def mask_mod(rule: Rule) -> MaskMod:
     """
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (rule.first_key(query) <= key) & (key <= rule.last_key(query))
+        return sees(rule, query, key)
 
     visible.__name__ = rule.label
     return visible

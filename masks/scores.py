@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .buffer import written_out
 from .clip import at_least, at_most
-from .dropout import kept
-from .rule import Rule
+from .dropout import keeps
+from .rule import MaskMod, Rule
 from .window import Window
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -77,8 +77,8 @@ def window_bias(
     return add_bias
 
 
-def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
-    """Hides the scores that dropout drops.
+def dropout_mod(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> MaskMod:
+    """FlexAttention's mask_mod of the weights that dropout keeps.
 
     Args:
         query_draws: int32 ``(rows, n)``.
@@ -87,10 +87,19 @@ def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: flo
         dropout: probability of a weight to be dropped.
     """
 
-    def drop(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def keep(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch * heads + head
-        keep = kept(query_draws[row, query], key_draws[row, key], dropout)
-        return torch.where(keep, score, -float("inf"))
+        return keeps(query_draws[row, query], key_draws[row, key], dropout)
+
+    return keep
+
+
+def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
+    """Hides the scores that dropout drops; arguments as ``dropout_mod``."""
+    keep = dropout_mod(query_draws, key_draws, heads, dropout)
+
+    def drop(score: Tensor, *place: Tensor) -> Tensor:
+        return torch.where(keep(*place), score, -float("inf"))
 
     return drop
 

@@ -60,8 +60,7 @@ class Segments:
 
     def from_slots(self, copies: Tensor) -> Tensor:
         """``(..., count * slots, d)`` summed over the slots of each key, ``(..., length, d)``."""
-        before = self.window.look_backward * self.window.size
-        after = self.window.ahead * self.window.size
+        before, after = self.window.before, self.window.after
         parts = copies.unflatten(-2, (self.count, self.slots))
         found = []
         # Slots that hold keys of the segment itself, of those before it and of those after it.
@@ -117,9 +116,9 @@ class Segments:
         """Upper bound of the queries between the first and last one that see a block."""
         return self.window.most_queries(keys)
 
-    def turns_at(self, block: int) -> bool:
+    def aligned_to(self, block: int) -> bool:
         """As for the window: segments, and slots in one, are multiples of its size."""
-        return self.window.turns_at(block)
+        return self.window.aligned_to(block)
 
     @property
     def size(self) -> int:
@@ -133,10 +132,10 @@ class Segments:
 
     @property
     def _halo(self) -> int:
-        return (self.window.look_backward + self.window.ahead) * self.window.size
+        return self.window.before + self.window.after
 
     def _shift(self, segment: Index) -> Index:
-        return segment * self._halo + self.window.look_backward * self.window.size
+        return segment * self._halo + self.window.before
 
 
 def _where_above(value: Index, limit: int, then: Index) -> Index:

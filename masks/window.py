@@ -67,9 +67,19 @@ class Window:
         return self.look_forward
 
     @property
+    def before(self) -> int:
+        """Tokens in the windows before a query's own that it looks at."""
+        return self.look_backward * self.size
+
+    @property
+    def after(self) -> int:
+        """Tokens in the windows after a query's own that it looks at."""
+        return self.ahead * self.size
+
+    @property
     def span(self) -> int:
         """Keys in a query's own window and all the windows it looks at."""
-        return (1 + self.look_backward + self.ahead) * self.size
+        return self.before + self.size + self.after
 
     def span_start(self, query: Index) -> Index:
         """First key of the windows that ``query`` looks at: where its ``span`` keys begin."""
@@ -107,23 +117,26 @@ class Window:
         """Upper bound of the queries that see one of ``keys`` keys that begin at a multiple."""
         return keys + self._slack(keys, before=self.exact or self.causal, after=self.exact)
 
-    def turns_at(self, block: int) -> bool:
+    def aligned_to(self, block: int) -> bool:
         """Whether windows begin and end with blocks, and bounds with them but for causality."""
         return not self.exact and self.size % block == 0
 
     def block_margin(self, block: int) -> int:
-        """Bound of how far a key may lie outside the ``span`` of a query whose block sees its."""
+        """Upper bound of how far outside its query's ``span`` a key may lie that is scored.
+
+        Kernels score all keys of a block with all queries of another where one pair is seen.
+        """
         # Another key of the block, and another query of the block, maybe in a later window.
         return block + (-(-(block - 1) // self.size) * self.size if self.size % block else 0)
 
     @property
-    def reach(self) -> str:
+    def words(self) -> str:
         """How many keys a query sees, in words."""
         own = "its own key"
         if self.exact:
-            parts = [f"the {_keys(self.look_backward * self.size)} before it"]
+            parts = [f"the {_keys(self.before)} before it"]
             if not self.causal:
-                parts.append(f"the {_keys(self.ahead * self.size)} after it")
+                parts.append(f"the {_keys(self.after)} after it")
             return f"a query sees at most {_keys(self.most_seen)}: {own}, {_listed(parts)}"
         window = f"its window of {self.size}" + (" up to itself" if self.causal else "")
         parts = [f"{_windows(self.look_backward)} before"]
@@ -135,7 +148,7 @@ class Window:
     def most_seen(self) -> int:
         """Keys seen by a query with the most of them, far from both ends of the sequence."""
         if self.exact:
-            return 1 + (self.look_backward + self.ahead) * self.size
+            return self.before + 1 + self.after
         return self.span
 
     @property
@@ -147,7 +160,7 @@ class Window:
     def __repr__(self) -> str:
         return (
             f"Window(size={self.size}, causal={self.causal}, look_backward={self.look_backward}, "
-            f"look_forward={self.look_forward}, exact={self.exact}): {self.reach}"
+            f"look_forward={self.look_forward}, exact={self.exact}): {self.words}"
         )
 
     # The four bounds are two shapes: an edge that slides with the token, or the edge of a window.
@@ -163,10 +176,9 @@ class Window:
         return (token // self.size + windows + 1) * self.size - 1
 
     def _slack(self, tokens: int, *, before: bool, after: bool) -> int:
-        windows = (self.look_backward + self.ahead) * self.size
         # A run of `tokens` that begins at a multiple of it starts this far into a window at most.
         into = self.size - math.gcd(tokens, self.size)
-        return windows + (0 if before else into) + (0 if after else into)
+        return self.before + self.after + (0 if before else into) + (0 if after else into)
 
 
 def as_window(window: object, name: str = "window") -> Window:

@@ -98,7 +98,7 @@ def entry_of(task: Task, rates: Rates, rows: Sequence[Measurement]) -> report.En
         "words": problem.words,
         "shape": problem.shape,
         "window": asdict(problem.window),
-        "rule": problem.window.reach,
+        "rule": problem.window.words,
         "floors": {
             kind: {
                 "memory_ms": rates.memory_ms(problem, task.dtype, kind == "train"),

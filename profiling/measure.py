@@ -100,7 +100,7 @@ def _measure(peer: Peer, task: Task, reference: Sequence[Tensor]) -> Measurement
             return Measurement(peer.name, "wrong", f"on a short sequence {reason}")
         # Kernels made for another length or another peer are no matter of this one, and the limit
         # on recompilation counts them all.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return _checked_and_timed(peer, task, reference)
     except Exception as error:  # a peer may raise anything; the others go on
         return Measurement(peer.name, *trouble(error))

@@ -69,7 +69,7 @@ class Peer:
 
 def _after_rotary(attend: Attend, problem: Problem, device: torch.device) -> Attend:
     inv_freq = Rotary(problem.d).to(device).inv_freq
-    ahead = problem.window.ahead * problem.window.size
+    ahead = problem.window.after
 
     @torch.compile(fullgraph=True)
     def rotated(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def _peer(name: str, words: str, *conditions: Condition, **fields: Any) -> Calla
 
 def _sides(window: Window) -> tuple[int, int]:
     """Keys before and after its own that a query of an exact window sees."""
-    return window.look_backward * window.size, window.ahead * window.size
+    return window.before, window.after
 
 
 _NO_BACKWARD = "FlexAttention has no backward pass on the CPU"

@@ -47,7 +47,7 @@ def attempt(trial: Trial) -> Outcome:
     train = candidate.kind == "training"
     try:
         # Or the kernel of another candidate would be served: all are made from one function.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with _alone(trial.lock):  # what others time would wait for the reference
             tensors, reference = _given(trial.problem, trial.dtype, device)
         attend = attention(trial.problem, candidate.tuning(trial.forward), device)

@@ -293,7 +293,7 @@ def test_low_precision_inside_a_compiler(name):
     """Traced whole, the path may run other code than it does alone: dtypes are easily lost."""
 
     def traced(layer):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return torch.compile(layer, backend="aot_eager", fullgraph=True)
 
     check_case(DERIVED[name], torch.bfloat16, traced)

@@ -24,7 +24,7 @@ def test_compiled_training_gives_the_same(name):
     case = feature(name, n=205, lead=(2, 6))
     layer = LocalAttention(**case.arguments(), backend="eager")
     call = case.tensors(torch.float64)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for ours, plain in zip(run(compiled, case, call), run(layer, case, call), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
@@ -35,7 +35,7 @@ def test_inductor_trains_it():
     case = feature("plain", n=96, lead=(1, 2), d=8, d_v=8)
     layer = LocalAttention(**case.arguments())
     call = case.tensors(torch.float32)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     for ours, plain in zip(run(compiled, case, call), run(layer, case, call), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)

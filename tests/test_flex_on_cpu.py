@@ -64,7 +64,7 @@ def test_random_calls_against_upstream(case):
 
 def test_lengths_share_kernels_and_give_the_right_result():
     """At most three compiles for a layer, whatever lengths it meets."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     layer = LocalAttention(29, causal=True, dropout=0.0, autopad=True, backend="flex")
@@ -120,7 +120,7 @@ def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
 
 def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():
     """As a GPU's callables are compiled; here on a sum, since attention has no gradient there."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     total = torch.compile(lambda x, y: 2 * x + y, fullgraph=True, backend=flex._inductor)
     x, y, grad = (torch.randn(2, 30, 4, 16).transpose(1, 2) for _ in range(3))
     leaves = [x.requires_grad_(), y.requires_grad_()]

@@ -59,7 +59,7 @@ def drawn(which):
 @pytest.mark.parametrize("which", range(40))
 def test_forty_layers_of_three_lengths(which, inside):
     if inside:  # each in a graph of its own, as in a model of its own
-        torch._dynamo.reset()
+        torch.compiler.reset()
     case, dtype = drawn(which)
     run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
     before = graphs()

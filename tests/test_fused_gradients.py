@@ -24,7 +24,7 @@ def dense_on_the_cpu(monkeypatch):
     # Kernels of the CPU have no backward pass; these operators have one.
     monkeypatch.setattr(flex, "refusal", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def compiled(case, **more):
@@ -54,7 +54,7 @@ def test_arguments(name):
 @settings(max_examples=8, phases=[Phase.generate])
 @given(cases())
 def test_random_calls(case):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     check_case(case)
 
 
@@ -152,7 +152,7 @@ def test_dropout(name):
 @settings(max_examples=8, phases=[Phase.generate])
 @given(cases())
 def test_dropout_of_random_calls(case):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     check_dropout(case)
 
 

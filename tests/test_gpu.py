@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Each test compiles its own kernels, and none is counted against another's limit."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def on_gpu(call):

@@ -137,7 +137,7 @@ def test_axes_are_not_transposed_and_edges_are_drawn():
 def test_the_text_of_a_png_says_what_it_shows():
     window = Window(5, causal=True)
     first = drawn(inspect(window, 20).png).text
-    assert first["Title"] == window.reach
+    assert first["Title"] == window.words
     assert first["Description"] == "window_5_back_1_forward_0_causal, 20 queries, 20 keys"
     again, other, longer = (
         drawn(inspect(x, n).png).text["Digest"]

@@ -78,7 +78,7 @@ def test_a_preset_says_its_source_and_its_count(name):
     text = str(found)
     assert found.name == name and f"{found.keys} keys at most" in text
     assert found.sources and all(x.startswith("https://") and x in text for x in found.sources)
-    assert found.window.reach in text
+    assert found.window.words in text
     assert len(found.convention) > 30
 
 

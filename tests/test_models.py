@@ -167,7 +167,7 @@ def never_dense(n):
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Each test starts with nothing compiled and nothing counted."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
 
 

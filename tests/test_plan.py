@@ -13,7 +13,7 @@ MASK = torch.ones(2, 20, dtype=torch.bool)
 GOOD_THEN_BAD = [
     ({"scale": 1.0}, {"scale": True}, TypeError, "scale"),
     ({"dropout": 0.0}, {"dropout": False}, TypeError, "dropout"),
-    ({"window": 1}, {"window": True}, TypeError, "window_size"),
+    ({"window": 1}, {"window": True}, TypeError, "window"),
     ({"mask": MASK}, {"mask": MASK.int()}, ValueError, "mask"),
     ({"mask": MASK}, {"mask": MASK[:, :-1]}, ValueError, "mask"),
     ({"attn_bias": BIAS}, {"attn_bias": BIAS.long()}, ValueError, "attn_bias"),
@@ -23,6 +23,8 @@ GOOD_THEN_BAD = [
     ({}, {"k": K[:, :2], "v": V[:, :2]}, ValueError, "k"),
     ({}, {"v": V[..., :-1, :]}, ValueError, "v"),
     ({}, {"v": None}, TypeError, "v"),
+    ({"shared_qk": True}, {"shared_qk": 1}, TypeError, "shared_qk"),
+    ({}, {"rotary": True}, TypeError, "rotary"),
     ({}, {"backend": "flux"}, ValueError, "backend"),
     ({}, {"dropout_seed": 3, "dropout": 0.1}, TypeError, "dropout_seed"),
 ]

@@ -16,7 +16,7 @@ PORTIONS = st.sampled_from([1, 100, 700, 3000, 20000])
 
 
 def portions_of(scores):
-    return patch.dict(eager._SCORES_AT_A_TIME, {"cpu": scores})
+    return patch.object(eager, "_SCORES_ON_CPU", scores)
 
 
 @settings(max_examples=120)

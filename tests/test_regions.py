@@ -14,7 +14,7 @@ def test_no_region_in_a_compiled_graph():
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     layer = torch.compile(LocalAttention(4, dim=4, dropout=0.0), fullgraph=True, backend=look)
     q = torch.randn(1, 1, 8, 4)
     with labelled():

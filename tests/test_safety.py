@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def tensors(n=512, d=64, heads=2, dtype=torch.bfloat16, grad=False, seed=0):
@@ -98,7 +98,7 @@ def test_a_captured_graph_owns_what_it_reads():
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         out = layer(q, k, v)
-    flex._kept_lists.cache_clear()
+    flex._cached_lists.cache_clear()
     torch.cuda.empty_cache()
     junk = [torch.full((2**20,), 7, device="cuda", dtype=torch.int32) for _ in range(8)]
     for seed in (1, 2):
