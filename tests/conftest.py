@@ -44,6 +44,20 @@ def exact_float32():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled, and nothing counted against a limit."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def no_limit_is_hit():
+    """torch raises where it would give up compiling, in any graph."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """The tensors here are small: more threads only wait for each other."""

@@ -76,6 +76,14 @@ class Call:
         cotangent = self.cotangent.to(dtype)
         return Call(leaf(self.q), leaf(self.k), leaf(self.v), self.mask, leaf(self.bias), cotangent)
 
+    def cuda(self):
+        """The same tensors on a GPU, leaves where they are leaves."""
+        moved = {
+            name: None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
+            for name, x in vars(self).items()
+        }
+        return Call(**moved)
+
     def learned(self):
         """name -> every tensor that has a gradient."""
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias}

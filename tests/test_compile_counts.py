@@ -9,35 +9,21 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from features import PLAIN, windows_of
-from test_eager_against_oracle import assert_within_budget, gradients, sizes
-from test_gpu import on_gpu
-from test_models import (
-    fresh_compiler,  # noqa: F401  a fixture that every test here uses by itself
+from budget import gradients
+from compilers import (
+    MOST_GRAPHS,
+    called,
+    check_fused,
     graphs,
     needs_compiled_kernels_on_the_cpu,
     never_dense,
+    report,
 )
+from features import PLAIN, windows_of
 
 from flexlocal import LocalAttention
 
-MOST_GRAPHS = 3  # one of a first length, one of any, and one more for lengths of another kind
-
-
-@pytest.fixture(autouse=True)
-def no_limit_is_hit():
-    """torch raises where it would give up compiling, in any graph."""
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-
-
-def called(layer, inside):
-    """The layer as a user calls it: by itself, or as part of what is compiled."""
-    return torch.compile(layer, fullgraph=True) if inside else layer
-
-
-def report(what, count):
-    print(f"{count} graphs: {what}")
+pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_limit_is_hit")
 
 
 @needs_compiled_kernels_on_the_cpu
@@ -60,32 +46,6 @@ def test_shapes_share_graphs_inside_a_compiled_model():
 # On a GPU
 
 
-def check(case, dtype, run):
-    """Output and gradients on the GPU against the oracle, and no dense arithmetic."""
-    call = case.tensors(dtype)
-    ours, exact, plain = on_gpu(call), call.to(torch.float64), call.to(dtype)
-    out = case.run(run, ours)
-    found = gradients(out, ours)
-    out_exact, out_plain = case.truth(exact), case.truth(plain, dtype)
-    assert_within_budget(out.cpu(), out_plain, out_exact, dtype, "the output")
-    truth, rough, size = (
-        gradients(out_exact, exact),
-        gradients(out_plain, plain),
-        sizes(case, exact),
-    )
-    for name in found:
-        assert_within_budget(
-            found[name].cpu(),
-            rough[name],
-            truth[name],
-            dtype,
-            f"the gradient of {name}",
-            size[name],
-        )
-    with never_dense(case.n):
-        gradients(case.run(run, ours), ours)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 def test_twelve_layers_in_one_process(inside):
@@ -101,7 +61,7 @@ def test_twelve_layers_in_one_process(inside):
     for n in (200, 333):
         cases = [dataclasses.replace(case, n=n) for case in cases]
         call = cases[0].tensors(torch.float32)
-        ours = on_gpu(call)
+        ours = call.cuda()
         outs, truths = run(ours.q, ours.k, ours.v), [case.truth(call) for case in cases]
         for out, truth in zip(outs, truths, strict=True):
             torch.testing.assert_close(out.cpu().double(), truth, rtol=1e-4, atol=1e-4)
@@ -124,6 +84,6 @@ def test_one_layer_over_twenty_lengths(dtype, inside):
     lengths = (130, 200, 128, 257, 300, 411, 512, 640, 777, 900)
     lengths += (131, 256, 384, 399, 450, 513, 600, 701, 768, 1024)
     for n in lengths:
-        check(dataclasses.replace(case, n=n), dtype, run)
+        check_fused(dataclasses.replace(case, n=n), dtype, run)
     report(f"one layer, {len(lengths)} lengths, {dtype}", graphs())
     assert graphs() <= MOST_GRAPHS

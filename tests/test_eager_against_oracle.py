@@ -1,82 +1,19 @@
-"""The eager path against the brute-force oracle: outputs, gradients and precision.
-
-An error budget is never picked by hand. The oracle's plain arithmetic is run once in float64 (the
-truth) and once in the dtype under test; the layer may be a small factor worse than the second.
-"""
+"""The eager path against the brute-force oracle: outputs, gradients and precision."""
 
 from dataclasses import asdict, replace
 
+import budget
 import oracle
 import pytest
 import torch
+from budget import assert_within_budget, gradients
+from eager_cases import CAUSAL, SMALL, WIDE, check_case, dropped, layer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import EXAMPLES, Case, cases
+from strategies import EXAMPLES, cases
 from strategies import Window as Rule
 
 from flexlocal import LocalAttention, Window, local_attention
-
-# The plain arithmetic may be lucky in its largest error, and it may be exact (a query with one
-# key), so that a few roundings of a number of the result's own size are always allowed.
-FACTOR = 3
-ROUNDINGS = 4
-
-
-def layer_of(case, **more):
-    return LocalAttention(**case.arguments(), backend="eager", **more)
-
-
-def gradients(out, call):
-    named = call.learned()
-    found = torch.autograd.grad((out * call.cotangent).sum(), list(named.values()))
-    return dict(zip(named, found, strict=True))
-
-
-def sizes(case, call):
-    """The size of the numbers that each gradient is a difference of.
-
-    The gradient of a score is its weight times a difference of <cotangent, v>: it may be exactly 0
-    by cancelling, and then a rounding of what cancelled is no error.
-    """
-    heads = call.q.shape[-3] // call.k.shape[-3] if case.kv_heads else 1
-    v = call.v.repeat_interleave(heads, dim=-3) if heads > 1 else call.v
-    swing = (call.cotangent.abs() @ v.abs().transpose(-1, -2)).max().item()
-    scale = abs(case.d**-0.5 if case.scale is None else case.scale)
-    q, k = (x.norm(dim=-1).max().item() for x in (call.q, call.k))
-    return {"q": swing * scale * k, "k": swing * scale * q, "bias": swing, "v": 1.0}
-
-
-def assert_within_budget(ours, plain, truth, dtype, what, size=1.0):
-    ours, plain = ours.detach().double(), plain.detach().double()
-    truth = truth.detach()
-    assert ours.shape == truth.shape
-    assert ours.isfinite().all(), f"{what} is not finite"
-    size = max(size, truth.abs().max().item())
-    allowed = FACTOR * (plain - truth).abs().max().item()
-    allowed += ROUNDINGS * torch.finfo(dtype).eps * size
-    worst = (ours - truth).abs().max().item()
-    assert worst <= allowed, f"{what} is {worst:.3g} off, {allowed:.3g} is allowed"
-
-
-def check_case(case, dtype, wrap=lambda layer: layer):
-    call = case.tensors(dtype)
-    exact = call.to(torch.float64)  # the rounded inputs: their rounding is nobody's error
-    plain = call.to(dtype)
-
-    out = case.run(wrap(layer_of(case)), call)
-    assert out.dtype == dtype
-    assert out.shape == (*case.lead, case.n, case.d_v)
-    out_exact, out_plain = case.truth(exact), case.truth(plain, dtype)
-    assert_within_budget(out, out_plain, out_exact, dtype, "the output")
-
-    ours = gradients(out, call)
-    truth, plain = gradients(out_exact, exact), gradients(out_plain, plain)
-    size = sizes(case, exact)
-    for name in ours:
-        assert ours[name].dtype == dtype
-        assert_within_budget(
-            ours[name], plain[name], truth[name], dtype, f"the gradient of {name}", size[name]
-        )
 
 
 @settings(max_examples=3 * EXAMPLES)
@@ -119,27 +56,22 @@ def test_float64_is_float64_throughout(case):
 def test_the_function_takes_ragged_lengths(case, n):
     """`local_attention` needs no autopad and no padding: its answer is that of n tokens."""
     case = replace(case, n=n, override=None)
-    call = case.tensors(torch.float32)
-    out = local_attention(
-        call.q,
-        call.k,
-        call.v,
-        Window(**asdict(case.window)),
-        mask=call.mask,
-        attn_bias=call.bias,
-        scale=case.scale,
-        shared_qk=case.shared_qk,
-        rotary=layer_of(case).rel_pos,
-        backend="eager",
-    )
-    exact, plain = call.to(torch.float64), call.to(torch.float32)
-    truth, rough = case.truth(exact), case.truth(plain, torch.float32)
-    assert_within_budget(out, rough, truth, torch.float32, "the output")
-    ours, size = gradients(out, call), sizes(case, exact)
-    truth, rough = gradients(truth, exact), gradients(rough, plain)
-    for name in ours:
-        what = f"the gradient of {name}"
-        assert_within_budget(ours[name], rough[name], truth[name], torch.float32, what, size[name])
+
+    def attend(call):
+        return local_attention(
+            call.q,
+            call.k,
+            call.v,
+            Window(**asdict(case.window)),
+            mask=call.mask,
+            attn_bias=call.bias,
+            scale=case.scale,
+            shared_qk=case.shared_qk,
+            rotary=layer_of(case).rel_pos,
+            backend="eager",
+        )
+
+    budget.check(case, torch.float32, attend)
 
 
 def test_the_function_takes_an_int_for_a_window():
@@ -190,38 +122,6 @@ def test_broadcast_tensors():
     torch.testing.assert_close(out, oracle.attend(q, k, v, 5), rtol=1e-9, atol=1e-9)
 
 
-# Second order and dropout are run on few, small, all-different shapes: gradcheck is quadratic.
-SMALL = Case(
-    window=Rule(size=3, causal=False, look_backward=1, look_forward=None, exact=False),
-    n=9,
-    lead=(2,),
-    kv_heads=None,
-    d=4,
-    d_v=5,
-    autopad=False,
-    scale=None,
-    shared_qk=False,
-    rotary=False,
-    xpos=False,
-    base=None,
-    override=None,
-    bias_heads=None,
-    mask_batch=None,
-    mask_name="mask",
-    hide_a_row=False,
-    empty_queries=True,
-    transposed=False,
-    seed=11,
-)
-CAUSAL = Rule(size=3, causal=True, look_backward=2, look_forward=None, exact=True)
-# So many scores that whatever works in portions needs several for one head: seven windows of 150.
-WIDE = replace(
-    SMALL,
-    window=Rule(size=150, causal=False, look_backward=2, look_forward=2, exact=False),
-    n=1050,
-    lead=(1, 4),
-    kv_heads=2,
-)
 WIDE_CAUSAL = Rule(size=150, causal=True, look_backward=4, look_forward=None, exact=True)
 PORTIONS = {
     "rotary": replace(WIDE, rotary=True),
@@ -324,105 +224,6 @@ def test_autocast_decides_the_dtype():
     rough = case.truth(call.to(torch.bfloat16), torch.bfloat16)
     truth = case.truth(call.to(torch.float64))
     assert_within_budget(out, rough, truth, torch.bfloat16, "the output")
-
-
-# --- dropout ---------------------------------------------------------------------------------
-
-
-def dropped(case, p, seed, lead=None):
-    """What dropout makes of the weights themselves: values that are a unit per key show them."""
-    call = case.tensors(torch.float64)
-    layer = LocalAttention(**{**case.arguments(), "dropout": p}, backend="eager").double()
-    unit = torch.eye(case.n, dtype=torch.float64).expand(*call.k.shape[:-2], case.n, case.n)
-    return layer(call.q, call.k, unit, call.mask, attn_bias=call.bias, dropout_seed=seed).detach()
-
-
-def dropout_case(**changes):
-    return replace(SMALL, **{"n": 36, "lead": (2, 3), "bias_heads": 3, **changes})
-
-
-def plain_weights(case):
-    """(*lead, n, n) weights without dropout, by the oracle."""
-    unit = torch.eye(case.n, dtype=torch.float64)
-    call = case.tensors(torch.float64)
-    unit = unit.expand(*call.k.shape[:-2], case.n, case.n)
-    return case.truth(replace(call, v=unit)).detach()
-
-
-def test_dropout_keeps_or_drops_whole_weights():
-    """A kept weight is divided by 1 - p; the normaliser counts the dropped ones too."""
-    case = dropout_case(mask_batch=2, hide_a_row=False)
-    p = 0.4
-    found, full = dropped(case, p, torch.tensor(1234)), plain_weights(case)
-    keep = found != 0
-    torch.testing.assert_close(found, full * keep / (1 - p), rtol=1e-9, atol=1e-12)
-    share = keep[full > 1e-9].double().mean().item()
-    count = int((full > 1e-9).sum())
-    assert abs(share - (1 - p)) < 4 * (p * (1 - p) / count) ** 0.5
-
-
-def test_dropout_is_the_seeds():
-    case = dropout_case()
-    first, again, other = (dropped(case, 0.4, torch.tensor(s)) for s in (7, 7, 8))
-    assert torch.equal(first, again)
-    seen = plain_weights(case) != 0
-    agree = ((first != 0) == (other != 0))[seen].double().mean().item()
-    assert abs(agree - (0.4**2 + 0.6**2)) < 0.06  # two independent draws
-
-
-def test_dropout_differs_between_rows_queries_and_keys():
-    """Independent along every axis: a hash that forgets one repeats itself along it."""
-    window = Rule(size=36, causal=False, look_backward=0, look_forward=0, exact=False)
-    keep = dropped(dropout_case(window=window, bias_heads=None), 0.5, torch.tensor(3)) != 0
-    keep = keep.reshape(6, 36, 36).double()
-    for axis in range(3):
-        left = keep.narrow(axis, 0, keep.shape[axis] - 1)
-        right = keep.narrow(axis, 1, keep.shape[axis] - 1)
-        assert abs((left == right).double().mean().item() - 0.5) < 0.05, f"axis {axis}"
-
-
-def test_dropout_draws_anew_without_a_seed():
-    case = dropout_case()
-    torch.manual_seed(0)
-    first, second = dropped(case, 0.4, None), dropped(case, 0.4, None)
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    assert torch.equal(first, dropped(case, 0.4, None))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"shared_qk": True, "rotary": True},
-        {"window": CAUSAL},
-        {"kv_heads": 1, "bias_heads": None},
-        {"autopad": True, "n": 31},
-        {"window": WIDE.window, "n": WIDE.n, "lead": (1, 4), "kv_heads": 2, "bias_heads": 2},
-    ],
-    ids=["plain", "shared_qk", "causal exact", "grouped", "autopad", "wide"],
-)
-def test_gradients_under_dropout(changes):
-    """The same seed drops the same weights whatever the values: the oracle can be told which."""
-    case = dropout_case(**changes)
-    p, seed = 0.3, torch.tensor(99)
-    keep = dropped(case, p, seed) != 0
-    call = case.tensors(torch.float64)
-    layer = LocalAttention(**{**case.arguments(), "dropout": p}, backend="eager").double()
-    out = layer(call.q, call.k, call.v, attn_bias=call.bias, dropout_seed=seed)
-    truth = case.truth(call, keep=keep, dropout=p)
-    torch.testing.assert_close(out, truth, rtol=1e-9, atol=1e-9)
-    ours, exact = gradients(out, call), gradients(truth, call)
-    for name in ours:
-        torch.testing.assert_close(ours[name], exact[name], rtol=1e-8, atol=1e-8)
-
-
-def test_no_dropout_in_evaluation():
-    case = dropout_case()
-    call = case.tensors(torch.float64)
-    layer = LocalAttention(**{**case.arguments(), "dropout": 0.9}, backend="eager").double().eval()
-    out = layer(call.q, call.k, call.v, attn_bias=call.bias, dropout_seed=torch.tensor(1))
-    torch.testing.assert_close(out, case.truth(call), rtol=1e-9, atol=1e-9)
 
 
 @given(cases())

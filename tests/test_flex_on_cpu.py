@@ -11,19 +11,17 @@ import sys
 import oracle
 import pytest
 import torch
+from budget import assert_within_budget
+from compilers import MOST_GRAPHS, graphs, needs_compiled_kernels_on_the_cpu
 from features import feature
 from hypothesis import Phase, given, settings
 from local_attention import LocalAttention as Upstream
 from strategies import cases
-from test_eager_against_oracle import assert_within_budget
 
 from flexlocal import LocalAttention, Window, flex, local_attention, plan
 from flexlocal.rotary import Rotary
 
-pytestmark = pytest.mark.skipif(
-    flex.unavailable(torch.device("cpu")) is not None,
-    reason=f"no compiled kernel here: {flex.unavailable(torch.device('cpu'))}",
-)
+pytestmark = needs_compiled_kernels_on_the_cpu
 
 
 def run(case, call):
@@ -62,11 +60,9 @@ def test_random_calls_against_upstream(case):
     torch.testing.assert_close(run(case, call), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_lengths_share_kernels_and_give_the_right_result():
     """At most three compiles for a layer, whatever lengths it meets."""
-    torch.compiler.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
     layer = LocalAttention(29, causal=True, dropout=0.0, autopad=True, backend="flex")
     for n in (301, 499, 130, 257, 640, 1025):
         q, k, v = torch.randn(3, 1, 2, n, 16)
@@ -74,7 +70,7 @@ def test_lengths_share_kernels_and_give_the_right_result():
             fused = layer(q, k, v).double()
         truth = oracle.attend(q, k, v, 29, causal=True)
         torch.testing.assert_close(fused, truth, rtol=1e-5, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] <= 3
+    assert graphs() <= MOST_GRAPHS
 
 
 def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):

@@ -9,19 +9,12 @@ import random
 
 import pytest
 import torch
+from compilers import MOST_GRAPHS, called, check_fused, graphs, report
 from features import PLAIN, windows_of
-from test_compile_counts import (
-    MOST_GRAPHS,
-    called,
-    check,
-    no_limit_is_hit,  # noqa: F401  a fixture that every test here uses by itself
-    report,
-)
-from test_models import graphs
 
 from flexlocal import LocalAttention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_limit_is_hit")]
 
 
 def drawn(which):
@@ -64,6 +57,6 @@ def test_forty_layers_of_three_lengths(which, inside):
     run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
     before = graphs()
     for n in (150 + which, 333, 256):
-        check(dataclasses.replace(case, n=n), dtype, run)
+        check_fused(dataclasses.replace(case, n=n), dtype, run)
     report(f"layer {which}, {dtype}, 3 lengths", graphs() - before)
     assert graphs() - before <= MOST_GRAPHS

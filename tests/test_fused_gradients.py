@@ -6,12 +6,13 @@ the fused path's own: rotary, xpos's layout, the scores and masks, and dropout's
 
 from functools import partial
 
+import budget
 import pytest
 import torch
+from budget import gradients
 from features import FEATURES, feature
 from hypothesis import Phase, given, settings
 from strategies import cases
-from test_eager_against_oracle import assert_within_budget, gradients, sizes
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -33,17 +34,8 @@ def compiled(case, **more):
 
 
 def check_case(case):
-    call, exact = case.tensors(torch.float32), case.tensors(torch.float64)
-    plain = call.to(torch.float32)
-    out = case.run(compiled(case), call)
-    out_exact, out_plain = case.truth(exact), case.truth(plain, torch.float32)
-    assert_within_budget(out, out_plain, out_exact, torch.float32, "the output")
-    found = gradients(out, call)
-    truth, rough = gradients(out_exact, exact), gradients(out_plain, plain)
-    size = sizes(case, exact)
-    for name in found:
-        what = f"the gradient of {name}"
-        assert_within_budget(found[name], rough[name], truth[name], torch.float32, what, size[name])
+    run = compiled(case)
+    budget.check(case, torch.float32, lambda call: case.run(run, call))
 
 
 @pytest.mark.parametrize("name", FEATURES)

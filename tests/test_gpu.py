@@ -5,17 +5,18 @@ Every case compiles a kernel or two, so these run best in parallel: `pytest -m g
 
 import dataclasses
 
+import budget
 import oracle
 import pytest
 import torch
+from budget import gradients
 from features import FEATURES, PLAIN, feature, windows_of
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from strategies import cases
-from test_eager_against_oracle import assert_within_budget, gradients, sizes
+from strategies import Call, cases
 
-from flexlocal import LocalAttention, Window, flex, local_attention
+from flexlocal import LocalAttention, flex
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
 FEW = settings(
     deadline=None,
@@ -29,36 +30,9 @@ FEW = settings(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Each test compiles its own kernels, and none is counted against another's limit."""
-    torch.compiler.reset()
-
-
-def on_gpu(call):
-    moved = {
-        name: None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
-        for name, x in vars(call).items()
-    }
-    return type(call)(**moved)
-
-
-def check_case(case, dtype, backend="flex"):
-    call = case.tensors(dtype)
-    ours = on_gpu(call)
-    exact, plain = call.to(torch.float64), call.to(dtype)
-    layer = LocalAttention(**case.arguments(), backend=backend).cuda()
-    out = case.run(layer, ours)
-    assert out.dtype == dtype
-    assert out.shape == (*case.lead, case.n, case.d_v)
-    out_exact, out_plain = case.truth(exact), case.truth(plain, dtype)
-    assert_within_budget(out.cpu(), out_plain, out_exact, dtype, "the output")
-    found = gradients(out, ours)
-    truth, rough = gradients(out_exact, exact), gradients(out_plain, plain)
-    size = sizes(case, exact)
-    for name in found:
-        what = f"the gradient of {name}"
-        assert_within_budget(found[name].cpu(), rough[name], truth[name], dtype, what, size[name])
+def check_case(case, dtype):
+    layer = LocalAttention(**case.arguments(), backend="flex").cuda()
+    budget.check(case, dtype, lambda call: case.run(layer, call), Call.cuda)
 
 
 # Every head size, length and window of the list at least once with every dtype.
@@ -104,7 +78,7 @@ def test_random_calls_against_upstream(start):
     @settings(FEW, max_examples=3)
     @given(cases(upstream=True))
     def check(case):
-        call = on_gpu(case.tensors(torch.float32))
+        call = case.tensors(torch.float32).cuda()
         found = []
         for make in (upstream.LocalAttention, LocalAttention):
             out = case.run(make(**case.arguments()).cuda(), call)
@@ -122,7 +96,7 @@ def test_dropout_drops_what_the_eager_path_drops(name):
     case = feature(name, n=301, d_v=40)
     found = []
     for backend in ("flex", "eager"):
-        call = on_gpu(case.tensors(torch.float32))
+        call = case.tensors(torch.float32).cuda()
         layer = LocalAttention(**{**case.arguments(), "dropout": 0.3}, backend=backend).cuda()
         named = {"mask": call.mask, "attn_bias": call.bias}
         drop = torch.tensor(5, device="cuda")
@@ -176,7 +150,7 @@ def test_rotary_at_a_million_tokens():
 
 def test_what_comes_of_transposed_views_lies_as_they_do():
     case = feature("views")
-    call = on_gpu(case.tensors(torch.bfloat16))
+    call = case.tensors(torch.bfloat16).cuda()
     assert not call.q.is_contiguous()
     out = case.run(LocalAttention(**case.arguments(), backend="flex").cuda(), call)
     found = torch.autograd.grad(out, (call.q, call.k, call.v), torch.ones_like(out))
@@ -190,7 +164,7 @@ def test_inside_a_compiled_model(name):
     named = {}
     found = []
     for run in (torch.compile(layer, fullgraph=True), layer):
-        call = on_gpu(case.tensors(torch.float32))
+        call = case.tensors(torch.float32).cuda()
         named = {"mask": call.mask, "attn_bias": call.bias}
         out = run(call.q, call.k, call.v, **named)
         found.append((out, *gradients(out, call).values()))
@@ -207,30 +181,6 @@ def test_autocast_gives_its_dtype():
     assert out.dtype == torch.bfloat16
     truth = oracle.attend(q.cpu(), k.cpu(), v.cpu(), 128, causal=True, rotary=True)
     torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=3e-2)
-
-
-def test_one_layer_over_many_lengths_compiles_three_times_at_most():
-    counts = torch._dynamo.utils.counters
-    counts.clear()
-    layer = LocalAttention(64, causal=True, dropout=0.0, autopad=True, backend="flex")
-    for n in (130, 200, 257, 300, 411, 512, 640, 777, 900, 1024):
-        q, k, v = torch.randn(3, 1, 2, n, 64)
-        fused = layer(q.cuda(), k.cuda(), v.cuda()).cpu().double()
-        torch.testing.assert_close(
-            fused, oracle.attend(q, k, v, 64, causal=True), rtol=1e-4, atol=1e-4
-        )
-    assert counts["stats"]["unique_graphs"] <= 3
-
-
-def test_many_layers_never_meet_the_recompile_limit():
-    """Twelve windows, over the limit of eight: each is compiled, none falls back."""
-    for size in range(20, 32):
-        q, k, v = torch.randn(3, 1, 2, 300, 32)
-        fused = local_attention(
-            q.cuda(), k.cuda(), v.cuda(), Window(size, causal=True), backend="flex"
-        )
-        truth = oracle.attend(q, k, v, size, causal=True)
-        torch.testing.assert_close(fused.cpu().double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_float64_goes_to_the_eager_path(monkeypatch):

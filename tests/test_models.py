@@ -7,96 +7,20 @@ GPU.
 
 import copy
 import io
-import itertools
 import pickle
 import warnings
-from contextlib import contextmanager
 
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
+from compilers import graphs, needs_compiled_kernels_on_the_cpu, never_dense, noting_dtypes
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint
+from transformer import LAYERS, TOKENS, TWELVE_WINDOWS, Transformer, batch, loss_of, seeded
 
-from flexlocal import LocalAttention, flex
-
-VOCABULARY, EMBEDDING, HEADS = 50, 64, 4
-LAYERS = 12
-WINDOWS = (
-    {"window_size": 16},
-    {"window_size": 24, "exact_windowsize": True},
-    {"window_size": 40, "look_backward": 0},
-)
-TWELVE_WINDOWS = tuple({"window_size": size} for size in range(20, 20 + LAYERS))
-TOKENS = 130  # in a sequence: over a block of the kernel, and a multiple of no window
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 PLACES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
-
-
-class Block(nn.Module):
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention
-        self.before, self.between = nn.LayerNorm(EMBEDDING), nn.LayerNorm(EMBEDDING)
-        self.inputs = nn.Linear(EMBEDDING, 3 * EMBEDDING)
-        self.output = nn.Linear(EMBEDDING, EMBEDDING)
-        self.mlp = nn.Sequential(
-            nn.Linear(EMBEDDING, 2 * EMBEDDING), nn.GELU(), nn.Linear(2 * EMBEDDING, EMBEDDING)
-        )
-
-    def forward(self, x):
-        heads = self.inputs(self.before(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2)
-        mixed = self.attention(*heads.chunk(3, dim=1))
-        x = x + self.output(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.between(x))
-
-
-class Transformer(nn.Module):
-    """A causal language model; its layers take the windows in turn."""
-
-    def __init__(self, layers=LAYERS, windows=WINDOWS, dropout=0.0, backend="auto"):
-        super().__init__()
-        self.checkpointed = False
-        self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
-        self.norm = nn.LayerNorm(EMBEDDING)
-        self.logits = nn.Linear(EMBEDDING, VOCABULARY)
-        self.blocks = nn.ModuleList(
-            Block(
-                LocalAttention(
-                    **window,
-                    causal=True,
-                    autopad=True,
-                    dim=EMBEDDING // HEADS,
-                    dropout=dropout,
-                    backend=backend,
-                )
-            )
-            for window in itertools.islice(itertools.cycle(windows), layers)
-        )
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return self.logits(self.norm(x))
-
-
-def seeded(device="cpu", dtype=torch.float32, **options):
-    """A model whose weights do not depend on where and in what dtype it is."""
-    torch.manual_seed(0)
-    return Transformer(**options).to(device, dtype)
-
-
-def batch(device="cpu", seed=1, n=TOKENS, sequences=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCABULARY, (sequences, n), generator=generator).to(device)
-
-
-def loss_of(model, tokens):
-    logits = model(tokens)[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits, tokens[:, 1:].flatten())
 
 
 def gradients(model, tokens, run=None):
@@ -143,42 +67,6 @@ def assert_as_exact(found, plain, truth, dtype):
         error, allowed = (x[name].double().sub(exact).norm() / size for x in (found, plain))
         allowed = 3 * allowed + 4 * torch.finfo(dtype).eps
         assert error <= allowed, f"{name} is {error:.3g} off, {allowed:.3g} is allowed"
-
-
-@contextmanager
-def never_dense(n):
-    """Fails where an operator that ran inside was given all pairs of `n` tokens.
-
-    So does FlexAttention where torch's compiler gave up on it: it then computes every score.
-    """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
-    ) as profile:
-        yield
-    dense = {
-        event.name
-        for event in profile.events()
-        for shape in event.input_shapes
-        if list(shape[-2:]) == [n, n]
-    }
-    assert not dense, f"computed for all pairs of tokens: {sorted(dense)}"
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Each test starts with nothing compiled and nothing counted."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-needs_compiled_kernels_on_the_cpu = pytest.mark.skipif(
-    flex.unavailable(torch.device("cpu")) is not None,
-    reason=f"no compiled kernel here: {flex.unavailable(torch.device('cpu'))}",
-)
 
 
 # Training, compiled as a whole
@@ -296,30 +184,13 @@ def test_dense_attention_would_be_seen():
 # Autocast
 
 
-class DtypesOfKernels(torch.fx.Interpreter):
-    """Runs a captured graph and notes what FlexAttention is called with."""
-
-    def __init__(self, graph, found):
-        super().__init__(graph)
-        self.found = found
-
-    def call_function(self, target, args, kwargs):
-        if target is torch.ops.higher_order.flex_attention:
-            self.found.append({x.dtype for x in args[:3]})
-        return super().call_function(target, args, kwargs)
-
-
 @pytest.mark.parametrize("device", PLACES)
 def test_autocast_calls_the_kernel_in_its_dtype(device):
     """Rotary works in fp32; the kernel must not, or it takes several times as long."""
     model = seeded(device, layers=3, backend="flex")
     kernels = []
-
-    def note(graph, example_inputs):
-        return DtypesOfKernels(graph, kernels).run
-
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
-        torch.compile(model, fullgraph=True, backend=note)(batch(device))
+        torch.compile(model, fullgraph=True, backend=noting_dtypes(kernels))(batch(device))
     assert kernels == [{torch.bfloat16}] * 3
 
 

@@ -4,10 +4,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from budget import gradients
+from eager_cases import check_case, layer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
-from test_eager_against_oracle import check_case, gradients, layer_of
 
 from flexlocal import LocalAttention, eager
 

@@ -8,19 +8,13 @@ import threading
 
 import pytest
 import torch
-from features import FEATURES, feature
-from test_eager_against_oracle import gradients
-from test_gpu import on_gpu
-from test_models import DtypesOfKernels
+from budget import gradients
+from compilers import noting_dtypes
+from features import feature
 
 from flexlocal import LocalAttention, Window, explain, flex, local_attention
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def tensors(n=512, d=64, heads=2, dtype=torch.bfloat16, grad=False, seed=0):
@@ -62,7 +56,7 @@ def test_what_a_mask_hides_never_gets_out(poison, compiled):
 def test_the_same_bits_again(name):
     dropout = 0.2 if name == "dropout" else 0.0
     case = feature(name, n=777)
-    call = on_gpu(case.tensors(torch.bfloat16))
+    call = case.tensors(torch.bfloat16).cuda()
     layer = LocalAttention(**{**case.arguments(), "dropout": dropout}, backend="flex").cuda()
     seed = torch.tensor(3, device="cuda")
     runs = []
@@ -75,13 +69,9 @@ def test_the_same_bits_again(name):
 
 def test_auto_is_fused_in_a_compiled_model():
     kernels = []
-
-    def note(graph, example_inputs):
-        return DtypesOfKernels(graph, kernels).run
-
     q, k, v = tensors()
     layer = LocalAttention(64, causal=True, dropout=0.0)
-    torch.compile(layer, fullgraph=True, backend=note)(q, k, v)
+    torch.compile(layer, fullgraph=True, backend=noting_dtypes(kernels))(q, k, v)
     assert kernels == [{torch.bfloat16}]
 
 
@@ -197,10 +187,9 @@ def test_flash_attention_4_gets_what_it_was_tried_on():
 @pytest.mark.parametrize("name", ["bias", "bias over rows", "xpos, mask, bias, shared", "mask"])
 def test_whole_blocks_are_scored_within_bounds(name):
     """For memcheck: biases and masks at every edge, lengths on and off the blocks."""
-    assert name in FEATURES
     for n in (128, 256, 301):
         case = feature(name, n=n)
-        call = on_gpu(case.tensors(torch.bfloat16))
+        call = case.tensors(torch.bfloat16).cuda()
         layer = LocalAttention(**case.arguments(), backend="flex").cuda()
         out = case.run(layer, call)
         assert all(x.isfinite().all() for x in (out, *gradients(out, call).values()))

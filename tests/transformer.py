@@ -1,0 +1,84 @@
+"""A small language model whose layers take windows in turn, for tests that train one."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flexlocal import LocalAttention
+
+VOCABULARY, EMBEDDING, HEADS = 50, 64, 4
+LAYERS = 12
+WINDOWS = (
+    {"window_size": 16},
+    {"window_size": 24, "exact_windowsize": True},
+    {"window_size": 40, "look_backward": 0},
+)
+TWELVE_WINDOWS = tuple({"window_size": size} for size in range(20, 20 + LAYERS))
+TOKENS = 130  # in a sequence: over a block of the kernel, and a multiple of no window
+
+
+class Block(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.before, self.between = nn.LayerNorm(EMBEDDING), nn.LayerNorm(EMBEDDING)
+        self.inputs = nn.Linear(EMBEDDING, 3 * EMBEDDING)
+        self.output = nn.Linear(EMBEDDING, EMBEDDING)
+        self.mlp = nn.Sequential(
+            nn.Linear(EMBEDDING, 2 * EMBEDDING), nn.GELU(), nn.Linear(2 * EMBEDDING, EMBEDDING)
+        )
+
+    def forward(self, x):
+        heads = self.inputs(self.before(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2)
+        mixed = self.attention(*heads.chunk(3, dim=1))
+        x = x + self.output(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.between(x))
+
+
+class Transformer(nn.Module):
+    """A causal language model; its layers take the windows in turn."""
+
+    def __init__(self, layers=LAYERS, windows=WINDOWS, dropout=0.0, backend="auto"):
+        super().__init__()
+        self.checkpointed = False
+        self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
+        self.norm = nn.LayerNorm(EMBEDDING)
+        self.logits = nn.Linear(EMBEDDING, VOCABULARY)
+        self.blocks = nn.ModuleList(
+            Block(
+                LocalAttention(
+                    **window,
+                    causal=True,
+                    autopad=True,
+                    dim=EMBEDDING // HEADS,
+                    dropout=dropout,
+                    backend=backend,
+                )
+            )
+            for window in itertools.islice(itertools.cycle(windows), layers)
+        )
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.logits(self.norm(x))
+
+
+def seeded(device="cpu", dtype=torch.float32, **options):
+    """A model whose weights do not depend on where and in what dtype it is."""
+    torch.manual_seed(0)
+    return Transformer(**options).to(device, dtype)
+
+
+def batch(device="cpu", seed=1, n=TOKENS, sequences=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (sequences, n), generator=generator).to(device)
+
+
+def loss_of(model, tokens):
+    logits = model(tokens)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, tokens[:, 1:].flatten())
