@@ -1,6 +1,7 @@
 """What compilers make of a call, seen from outside."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import budget
 import pytest
@@ -70,7 +71,7 @@ def report(what, count):
 
 def check_fused(case, dtype, run):
     """Output and gradients on the GPU against the oracle, and no dense arithmetic."""
-    budget.check(case, dtype, lambda call: case.run(run, call), Call.cuda)
+    budget.check(case, dtype, partial(case.run, run), Call.cuda)
     call = case.tensors(dtype).cuda()
     with never_dense(case.n):
         gradients(case.run(run, call), call)

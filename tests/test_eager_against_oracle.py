@@ -215,15 +215,15 @@ def test_positions_stay_exact_in_a_million_tokens(use_xpos):
     assert_within_budget(out, plain, truth, torch.float32, "the output")
 
 
-def test_autocast_decides_the_dtype():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_decides_the_dtype(dtype):
     case = replace(SMALL, rotary=True)
     call = case.tensors(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         out = case.run(layer_of(case), call)
-    assert out.dtype == torch.bfloat16
-    rough = case.truth(call.to(torch.bfloat16), torch.bfloat16)
-    truth = case.truth(call.to(torch.float64))
-    assert_within_budget(out, rough, truth, torch.bfloat16, "the output")
+    assert out.dtype == dtype
+    rough, truth = case.truth(call.to(dtype), dtype), case.truth(call.to(torch.float64))
+    assert_within_budget(out, rough, truth, dtype, "the output")
 
 
 @given(cases())

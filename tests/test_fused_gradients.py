@@ -35,7 +35,7 @@ def compiled(case, **more):
 
 def check_case(case):
     run = compiled(case)
-    budget.check(case, torch.float32, lambda call: case.run(run, call))
+    budget.check(case, torch.float32, partial(case.run, run))
 
 
 @pytest.mark.parametrize("name", FEATURES)

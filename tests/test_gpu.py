@@ -4,6 +4,7 @@ Every case compiles a kernel or two, so these run best in parallel: `pytest -m g
 """
 
 import dataclasses
+from functools import partial
 
 import budget
 import oracle
@@ -32,7 +33,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def check_case(case, dtype):
     layer = LocalAttention(**case.arguments(), backend="flex").cuda()
-    budget.check(case, dtype, lambda call: case.run(layer, call), Call.cuda)
+    budget.check(case, dtype, partial(case.run, layer), Call.cuda)
 
 
 # Every head size, length and window of the list at least once with every dtype.
