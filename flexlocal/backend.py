@@ -6,6 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from . import flex
+from .masks import Window
+from .rotary import Rotary
 
 BackendName = Literal["auto", "flex", "eager"]
 
@@ -36,11 +38,13 @@ def choose(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    window: Window,
     bias: Tensor | None,
     dropout: float,
+    rotary: Rotary | None,
     flash: bool,
 ) -> Choice:
-    """The path for these tensors.
+    """The path for a call with these arguments.
 
     Args:
         flash: take FlashAttention 4's kernel for the fused path, see ``flex.prefers_flash``.
@@ -53,7 +57,7 @@ def choose(
     if backend == "auto" and q.device.type != "cuda":
         reason = f"auto takes the fused kernel on a GPU, and q is on {q.device.type}"
         return Choice("eager", reason)
-    refusal = flex.refusal(q, k, v, bias, dropout)
+    refusal = flex.refusal(q, k, v, window, bias, dropout, rotary)
     if refusal is None:
         words = "one fused kernel on the GPU" if backend == "auto" else "asked for by name"
         return Choice("flex", words + _KERNEL[flash], flash)

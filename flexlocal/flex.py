@@ -20,6 +20,7 @@ from .dropped import let_through
 from .fused import MOST_HEAD, Settings, fused
 from .kernel import Blocks
 from .masks import Window
+from .rotary import Rotary, xpos_fits
 from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, decodes, nearest
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +62,15 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> str | None:
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    bias: Tensor | None,
+    dropout: float,
+    rotary: Rotary | None,
+) -> str | None:
     """Why this call cannot run fused; None when it can."""
     reason = unavailable(q.device, q.dtype)
     if reason is not None:
@@ -70,6 +79,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
         return "torch.export cannot hold FlexAttention's kernel"
     if q.numel() == 0 or v.numel() == 0:
         return "there is nothing to compute: a tensor is empty"
+    xpos = None if rotary is None else rotary.xpos
+    if xpos is not None and not xpos_fits(window, xpos.base, q.dtype):
+        return f"xpos's factors of windows that reach so far overflow {q.dtype}"
     if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
         return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":

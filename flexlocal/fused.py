@@ -93,6 +93,8 @@ def fused(
     q, k = q.to(dtype), k.to(dtype)
 
     kept = None if key_mask is None else _by_slot(rule, key_mask)
+    if bias is not None and bias.dtype == torch.float64:
+        bias = written_out(bias.to(torch.float32))  # kernels read no float64
     margin, on_gpu = None, q.device.type == "cuda"
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if bias is not None and on_gpu and rule is window and n % STOCK_BLOCK == 0:
@@ -139,11 +141,11 @@ def _by_slot(rule: Rule, x: Tensor) -> Tensor:
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
     """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
+    ahead, dtype = window.after, torch.float32
     if isinstance(rule, Segments):
-        query, slot = xpos.scales(window, rule.queries, torch.float32)
+        query, slot = xpos.scales(rule.queries, window.before, window.after, ahead, dtype)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)
-    query, key = xpos.scales(window, n, torch.float32)
-    return query, key[window.before :][:n]
+    return xpos.scales(n, 0, 0, ahead, dtype)
 
 
 def _padded_head(x: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ from .masks.buffer import written_out
 _THETA = 10000
 
 # How many powers of two xpos may scale by before a dtype's range is in danger.
-_RANGE_BITS = {torch.float16: 11}
+_RANGE_BITS = {torch.float16: 11, torch.float64: 900}
 _WIDE_RANGE_BITS = 64
+
+_STEEPEST = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,25 @@ class Xpos:
     zeta: Tensor
     base: float
 
-    def scales(self, window: Window, queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def scales(
+        self, queries: int, before: int, after: int, ahead: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Factors of ``queries`` queries in a row and of the keys around them.
 
-        The run begins at the start of a window; its origin is the middle of its keys, so that
-        the factors stay as near to 1 as they can.
+        Their origin is in the middle, so that the factors stay as near to 1 as they can.
+
+        Args:
+            before: keys before the first query.
+            after: keys after the last one.
+            ahead: tokens that queries are counted further than keys, ``window.after``.
 
         Returns:
-            ``(queries, d / 2)`` and ``(queries + (look_backward + look_forward) * size, d / 2)``,
-            for either half of the channels.
+            ``(queries, d / 2)`` and ``(before + queries + after, d / 2)``, the same for both
+            halves of the channels.
         """
-        before, after = window.before, window.after
-        origin = (queries + after - before) // 2
-        query = torch.arange(queries, device=self.zeta.device) + after - origin
-        key = torch.arange(queries + before + after, device=self.zeta.device) - before - origin
+        origin = (queries + max(after, ahead) - before) // 2
+        query = torch.arange(queries, device=self.zeta.device) + ahead - origin
+        key = torch.arange(before + queries + after, device=self.zeta.device) - before - origin
         return self._decay(query, dtype), self._decay(-key, dtype)
 
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,9 +62,14 @@ class Xpos:
 def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
     """Most windows that may share an origin of xpos at ``dtype`` without overflow, at least 1."""
     bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
-    steepest = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
-    windows = int(2 * bits * base / (steepest * window.size))
+    windows = int(2 * bits * base / (_STEEPEST * window.size))
     return max(1, windows - window.look_backward - window.ahead)
+
+
+def xpos_fits(window: Window, base: float, dtype: torch.dtype) -> bool:
+    """Whether a window and those that it looks at may share an origin of xpos at ``dtype``."""
+    bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+    return _STEEPEST * window.span <= 2 * bits * base
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -114,7 +126,7 @@ class Rotary(nn.Module):
         use_xpos: scale queries and keys by their distance as well.
         scale_base: tokens per unit of xpos's exponent; needed with ``use_xpos``.
 
-    Buffers, fp32 whatever dtype the module is cast to:
+    Buffers, fp32 whatever the default dtype is and the module is cast to:
         inv_freq: ``(dim / 2,)``, saved in checkpoints.
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
     """
@@ -125,8 +137,8 @@ class Rotary(nn.Module):
     def __init__(self, dim: int, use_xpos: bool = False, scale_base: float | None = None) -> None:
         super().__init__()
         self.dim, self.use_xpos, self.scale_base = dim, use_xpos, scale_base
-        self.register_buffer("inv_freq", torch.empty(dim // 2))
-        self.register_buffer("scale", torch.empty(dim // 2), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
+        self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
