@@ -10,7 +10,7 @@ from torch import Tensor
 from .backend import BackendName
 from .masks import Window
 from .masks.arguments import check_count, kind_of
-from .rotary import Rotary
+from .rotary import Rotary, xpos_fits
 
 
 def check_backend(backend: object) -> None:
@@ -113,7 +113,7 @@ def check_mask(mask: object, q: Tensor, name: str = "mask") -> None:
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be boolean (True = keep), got {mask.dtype}")
     rows, n = math.prod(q.shape[:-2]), q.shape[-2]
-    if mask.dim() != 2 or mask.shape[1] != n or mask.shape[0] == 0 or rows % mask.shape[0]:
+    if mask.dim() != 2 or mask.shape[1] != n or not _divides(mask.shape[0], rows):
         raise ValueError(
             f"{name} must have the shape (batch, {n}), batch a divisor of q's {rows} rows, "
             f"got {_shape(mask)}"
@@ -131,7 +131,7 @@ def check_bias(bias: object, q: Tensor, window: Window) -> None:
         raise ValueError(f"attn_bias must be of a floating-point dtype, got {bias.dtype}")
     rows = math.prod(q.shape[:-2])
     right = bias.dim() == 3 and tuple(bias.shape[1:]) == (window.size, window.span)
-    if not right or bias.shape[0] == 0 or rows % bias.shape[0]:
+    if not right or not _divides(bias.shape[0], rows):
         raise ValueError(
             f"attn_bias must have the shape (heads, {window.size}, {window.span}), heads a "
             f"divisor of q's {rows} rows, got {_shape(bias)}"
@@ -156,6 +156,15 @@ def check_head_size(dim: int, q: Tensor) -> None:
     """Rotary's ``dim`` is q's head size."""
     if q.shape[-1] != dim:
         raise ValueError(f"dim must be q's head size, got dim {dim} and q of shape {_shape(q)}")
+
+
+def check_xpos_reach(rotary: Rotary, window: Window) -> None:
+    """xpos's factors within a window's reach are numbers."""
+    if rotary.xpos is not None and not xpos_fits(window, rotary.xpos.base, torch.float64):
+        raise ValueError(
+            "xpos_scale_base must be larger for windows that reach so far: factors over "
+            f"{window.span} tokens overflow, got {rotary.xpos.base}"
+        )
 
 
 def check_length(n: int, window_size: int) -> None:
@@ -183,6 +192,10 @@ def _check_leads(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _divides(part: int, rows: int) -> bool:
+    return rows % part == 0 if part else rows == 0
 
 
 def _check_number(name: str, value: object, wanted: str) -> None:

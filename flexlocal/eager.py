@@ -7,19 +7,20 @@ at once, and the compiler fuses what it can. Shapes are those of ``tiles``.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .masks import Window
 from .masks.dropout import keeps, key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.rule import sees
 from .masks.scores import SELF_SCORE, unit_keys
 from .regions import region
-from .rotary import Xpos, rotate
+from .rotary import Xpos, rotate, xpos_fits
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
 _LEAST_TILE = 64
@@ -68,10 +69,15 @@ def attend(
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
-    compute = torch.promote_types(q.dtype, torch.float32)
+    if 0 < n <= sizes.tile:  # keys around the only tile would lie outside of the sequence
+        sizes = replace(sizes, tile=n, before=0, after=0)
+        if bias is not None:
+            bias = bias[:, :n, window.before : window.before + n]
+    compute = _dtype(q, window, xpos)
     hidden = _hidden(window, sizes, q, compute)
+    bias = _cleared(bias, hidden)
     formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute, hidden)
-    with torch.autocast(q.device.type, enabled=False), region("attention"):
+    with without_autocast(q.device), region("attention"):
         if torch.compiler.is_compiling():
             return formula.output(every_tile(sizes), q, k, v, bias, key_mask)
         out: Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
@@ -102,11 +108,12 @@ def weights(
         k = without_padding(k, key_mask)
     q, k = _placed(q, k, window, shared_qk, inv_freq)
     sizes = _sizes(q, k, window, windows=1)
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = _dtype(q, window, xpos)
     hidden = _hidden(window, sizes, q, compute)
+    bias = _cleared(bias, hidden)
     formula = _Formula(window, scale, shared_qk, 0.0, None, xpos, compute, hidden)
     out = q.new_empty((*q.shape[:-1], window.span), dtype=compute)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         for tiles in _portions(sizes, q.device):
             part = formula.of_tiles(tiles, q, k, bias, key_mask).flatten(2, 3)
             start = tiles.first * sizes.tile
@@ -141,6 +148,17 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
         before=window.before,
         after=window.after,
     )
+
+
+def _dtype(q: Tensor, window: Window, xpos: Xpos | None) -> torch.dtype:
+    """What scores and weights are computed in."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return dtype if xpos is None or xpos_fits(window, xpos.base, dtype) else torch.float64
+
+
+def _cleared(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """``bias`` without what it holds where the window hides a key, which may be NaN."""
+    return None if bias is None else bias.masked_fill(hidden < 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -184,7 +202,8 @@ class _Formula:
         """What a tile's queries and keys are multiplied by before their product."""
         if self.xpos is None:
             return self.scale, None
-        scales = self.xpos.scales(self.window, tiles.sizes.tile, self.compute)
+        sizes, ahead = tiles.sizes, self.window.after
+        scales = self.xpos.scales(sizes.tile, sizes.before, sizes.after, ahead, self.compute)
         q_factor, k_factor = (half.repeat(1, 2) for half in scales)
         return q_factor * self.scale, k_factor
 
@@ -266,7 +285,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, output = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False), region("attention backward"):
+        with without_autocast(grad.device), region("attention backward"):
             if torch.is_grad_enabled():
                 grads = _differentiable_gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
             else:

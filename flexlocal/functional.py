@@ -8,7 +8,7 @@ from torch import Tensor
 from . import eager
 from .backend import BackendName, Choice
 from .masks import Window
-from .masks.keys import mask_of_rows
+from .masks.keys import by_mask, mask_of_rows
 from .masks.picture import MOST_DENSE
 from .masks.spans import from_spans
 from .masks.window import as_window
@@ -81,7 +81,10 @@ def local_attention(
         return plan.run(q, k, v, None, attn_bias, dropout_seed, inv_freq, xpos)
     lead = q.shape[:-2]
     q, k, v = (four_dimensional(x, mask) for x in (q, k, v))
-    key_mask = None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1])
+    key_mask = None
+    if mask is not None:
+        key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
+        k, v = by_mask(k, key_mask), by_mask(v, key_mask)
     out = plan.run(q, k, v, key_mask, attn_bias, dropout_seed, inv_freq, xpos)
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -122,11 +125,15 @@ def attention_map(
             f"dense must be False for q of length {n}: its square is above {MOST_DENSE} pairs"
         )
     q, k = (four_dimensional(x, mask) for x in (q, k))
+    key_mask = None
+    if mask is not None:
+        key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
+        k = by_mask(k, key_mask)
     found = eager.weights(
         q,
         k,
         window=window,
-        key_mask=None if mask is None else mask_of_rows(mask, q.shape[0], q.shape[1]),
+        key_mask=key_mask,
         bias=attn_bias,
         scale=d**-0.5 if scale is None else scale,
         shared_qk=shared_qk,

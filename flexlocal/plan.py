@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import eager, flex
+from .autocast import autocast_dtype
 from .backend import BackendName, Choice, choose
 from .checks import (
     check_backend,
@@ -26,6 +27,7 @@ from .checks import (
     check_rotary,
     check_scale,
     check_seed,
+    check_xpos_reach,
 )
 from .masks import Window
 from .masks.arguments import check_flag
@@ -62,7 +64,7 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
     try:
         kind = (
             _kind(q), _kind(k), _kind(v), *map(_kind, arguments), torch.is_grad_enabled(),
-            torch.is_autocast_enabled(q.device.type) and torch.get_autocast_dtype(q.device.type),
+            autocast_dtype(q.device),
         )  # fmt: skip
         plan = _PLANS.get(kind)
     except (AttributeError, TypeError):  # no tensor, or nothing to look up by: the checks will say
@@ -166,8 +168,9 @@ def checked(
     check_rotary(rotary)
     if rotary is not None:
         check_head_size(rotary.dim, q)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+        check_xpos_reach(rotary, window)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
 
@@ -189,7 +192,7 @@ def choice_of(
     plain = mask is None and attn_bias is None and not shared_qk and dropout == 0
     plain = plain and (rotary is None or not rotary.use_xpos)
     flash = flex.prefers_flash(q, k, v, window, plain, kernel_options)
-    return choose(backend, q, k, v, attn_bias, dropout, flash)
+    return choose(backend, q, k, v, window, attn_bias, dropout, rotary, flash)
 
 
 def four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -34,18 +34,18 @@ def heat_map(weights: Tensor, window: Window, file: File, *, dense: bool = False
         ModuleNotFoundError: matplotlib is missing; the message says what to install.
     """
     n = weights.shape[0] if weights.dim() else 0
-    if tuple(weights.shape) != (n, n if dense else window.span):
+    if n < 1 or tuple(weights.shape) != (n, n if dense else window.span):
         wanted = "(n, n), dense" if dense else f"(n, {window.span})"
         raise ValueError(
             f"weights must have the shape {wanted}, those of one head, got {tuple(weights.shape)}"
         )
     values = weights.detach().double().cpu()
-    query, key = torch.arange(n)[:, None], torch.arange(n)
+    query, key = torch.arange(n, device="cpu")[:, None], torch.arange(n, device="cpu")
     subtitle, side = f"{window.label}, {n} queries, {n} keys", "key"
     if not dense and n <= _MOST_TOKENS:
         values = from_spans(values, window)
     elif not dense:
-        key = window.span_start(query) + torch.arange(window.span)
+        key = window.span_start(query) + torch.arange(window.span, device="cpu")
         subtitle = f"{window.label}, {n} queries, by place in the query's windows"
         side = "key's place in the query's windows"
     inside = sees(window, query, key) & (key >= 0) & (key < n)
@@ -75,8 +75,8 @@ def bias_map(bias: Tensor, window: Window, file: File) -> None:
             f"bias must have the shape ({window.size}, {window.span}), one head of an attn_bias, "
             f"got {tuple(bias.shape)}"
         )
-    query = torch.arange(window.size)[:, None]
-    key = window.span_start(query) + torch.arange(window.span)
+    query = torch.arange(window.size, device="cpu")[:, None]
+    key = window.span_start(query) + torch.arange(window.span, device="cpu")
     values = bias.detach().double().cpu().masked_fill(~sees(window, query, key), torch.nan)
     sides = "query's place in its window", "key's place in the query's windows"
     _draw(values, window.size, window, "Bias over its window", window.label, sides, file, True)

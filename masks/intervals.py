@@ -39,7 +39,7 @@ class Intervals:
         """How many columns each row sees, ``(m,)``, some rows at a time."""
         rank = self._ranks()
         for start in range(0, self.rows, _ROWS_AT_A_TIME):
-            rows = torch.arange(start, min(start + _ROWS_AT_A_TIME, self.rows))
+            rows = torch.arange(start, min(start + _ROWS_AT_A_TIME, self.rows), device="cpu")
             first, stop = self._clipped(rows)
             yield stop - first if rank is None else rank[stop] - rank[first]
 
@@ -50,7 +50,9 @@ class Intervals:
             int64 ``(ceil(rows / step), ceil(columns / step))``.
         """
         rank = self._ranks()
-        edges = at_most(torch.arange(-(-self.columns // step) + 1) * step, self.columns)
+        edges = at_most(
+            torch.arange(-(-self.columns // step) + 1, device="cpu") * step, self.columns
+        )
         if rank is not None:
             edges = rank[edges]
         lines = -(-self.rows // step)
@@ -64,7 +66,7 @@ class Intervals:
     def _lines(
         self, start: int, stop: int, step: int, edges: Tensor, rank: Tensor | None
     ) -> Tensor:
-        rows = torch.arange(start * step, stop * step)
+        rows = torch.arange(start * step, stop * step, device="cpu")
         begin, end = self._clipped(at_most(rows, self.rows - 1))
         end = torch.where(rows < self.rows, end, begin)  # rows past the last one see nothing
         # Before an edge lies what it is past a row's first column, less what it is past its end.
@@ -98,7 +100,7 @@ def step_of(lengths: tuple[int, int], cells: int) -> int:
 
 def sides_of(length: int, step: int) -> Tensor:
     """How many of ``length`` places each cell of ``step`` holds; the last may hold fewer."""
-    return (torch.arange(0, length, step) - length).neg().clamp(max=step)
+    return (torch.arange(0, length, step, device="cpu") - length).neg().clamp(max=step)
 
 
 def _passed(columns: Tensor, step: int, edges: Tensor, rank: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
 
     Rows, counted over batch and heads, share a mask in runs of ``batch * heads / m``.
     """
+    if batch * heads == 0:
+        return key_mask.new_ones(batch, 1, key_mask.shape[1])
     rows_each = batch * heads // key_mask.shape[0]
     if rows_each % heads == 0:
         return key_mask.repeat_interleave(rows_each // heads, dim=0)[:, None]
@@ -31,13 +33,20 @@ def padding_mod(kept: Tensor) -> MaskMod:
     return keeps
 
 
+def by_mask(keys: Tensor, key_mask: Tensor) -> Tensor:
+    """``keys`` ``(batch, kv_heads, n, d)`` with a head for each of ``key_mask``'s.
+
+    What one query head of a group hides, another may keep: each needs a copy to clear.
+    """
+    heads, kv_heads = key_mask.shape[1], keys.shape[1]
+    return keys if heads in (1, kv_heads) else keys.repeat_interleave(heads // kv_heads, dim=1)
+
+
 def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
-    """``keys`` ``(batch, kv_heads, n, d)``, zeros where ``(batch, heads or 1, n)`` hides them.
+    """``keys`` ``(batch, heads, n, d)``, zeros where ``(batch, heads or 1, n)`` hides them.
 
     A hidden NaN or inf would spread otherwise: its weight is 0, and 0 * NaN is NaN.
     """
-    if key_mask.shape[1] > 1:  # a key head stays where one of its query heads keeps it
-        key_mask = key_mask.unflatten(1, (keys.shape[1], -1)).any(2)
     cleared: Tensor = _Cleared.apply(keys, key_mask)  # type: ignore[no-untyped-call]
     return cleared
 

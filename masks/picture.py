@@ -172,7 +172,10 @@ class MaskPicture:
                 f"n times n_keys must be at most {MOST_DENSE} for a dense mask, got "
                 f"{self.n} times {self.n_keys}; png, html, text and blocks take any length"
             )
-        query, key = torch.arange(self.n)[:, None], torch.arange(self.n_keys)
+        query, key = (
+            torch.arange(self.n, device="cpu")[:, None],
+            torch.arange(self.n_keys, device="cpu"),
+        )
         kinds = torch.where(sees(self.rule, query, key), SEEN, HIDDEN)
         own = (kinds == SEEN) & (self.rule.key_position(query, key) == query)
         kinds = kinds.masked_fill(own, OWN)

@@ -23,13 +23,13 @@ def query_words(picture: "MaskPicture", i: int) -> str:
     first = at_least(rule.first_key(i), 0)
     last = at_most(rule.last_key(i), picture.n_keys - 1)
     lines = []
-    keys = torch.arange(first, max(last + 1, first))
+    keys = torch.arange(first, max(last + 1, first), device="cpu")
     struck = keys[:0]
     if picture.key_mask is not None:
         kept = picture.key_mask[keys]
         keys, struck = keys[kept], keys[~kept]
     if len(keys):
-        own = i in rule.key_position(torch.tensor(i), keys).tolist()
+        own = i in rule.key_position(torch.tensor(i, device="cpu"), keys).tolist()
         count = "1 key" if len(keys) == 1 else f"{len(keys):,} keys"
         included = "included" if own else "not among them"
         lines.append(f"query {i} sees {count}: {_listed(keys)}, the query's own {included}")
@@ -63,8 +63,8 @@ def _cut(window: Window, i: int, n_keys: int) -> list[str]:
 def _listed(keys: torch.Tensor) -> str:
     """Runs of neighbouring keys: ``3 to 7, 9``."""
     breaks = (keys.diff() != 1).nonzero().flatten() + 1
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), breaks))
-    stops = torch.cat((breaks, torch.tensor([len(keys)])))
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), breaks))
+    stops = torch.cat((breaks, torch.tensor([len(keys)], device="cpu")))
     runs = [
         (int(keys[a]), int(keys[b - 1]))
         for a, b in zip(starts[:_MOST_RUNS].tolist(), stops[:_MOST_RUNS].tolist(), strict=True)

@@ -20,8 +20,10 @@ SELF_SCORE = -5e4
 
 def unit_keys(key: Tensor) -> Tensor:
     """``key`` scaled to length 1 over its last dimension (Reformer, arXiv:2001.04451)."""
-    compute = torch.promote_types(key.dtype, torch.float32)
-    return F.normalize(key.to(compute), dim=-1).to(key.dtype)
+    long = key.to(torch.promote_types(key.dtype, torch.float32))
+    # Not F.normalize: the second derivative of its norm is NaN at 0, where a mask puts keys.
+    square = long.square().sum(-1, keepdim=True)
+    return (long / square.clamp_min(1e-24).sqrt()).to(key.dtype)
 
 
 def with_margin(bias: Tensor, margin: int) -> Tensor:

@@ -19,6 +19,8 @@ from .arguments import check_count, check_flag, kind_of
 
 Index = TypeVar("Index", int, Tensor)
 
+_MOST_SPAN = 2**62  # positions are int64
+
 
 @dataclass(frozen=True)
 class Window:
@@ -55,6 +57,11 @@ class Window:
             object.__setattr__(self, "look_forward", 0 if self.causal else 1)
         check_count("look_forward", self.ahead, least=0)
         check_flag("exact", self.exact)
+        if self.span > _MOST_SPAN:
+            raise ValueError(
+                "size times the windows looked at must be at most 2**62 tokens, "
+                f"got {self.size} times {1 + self.look_backward + self.ahead}"
+            )
         if self.causal and self.ahead > 0:
             raise ValueError(
                 f"look_forward must be 0 or None when causal is True, got {self.ahead}"

@@ -99,6 +99,90 @@ def test_hidden_keys_may_hold_anything():
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [9, 2])
+def test_a_bias_may_hold_anything_where_the_window_hides_a_key(junk, n):
+    """A bias by distance is easily NaN for the keys after a query."""
+    case = replace(SMALL, n=n, autopad=True, window=CAUSAL, bias_heads=2)
+    call = case.tensors(torch.float64)
+    place, key = torch.arange(3)[:, None], torch.arange(9)
+    unseen = (key > place + 6) | (key < place)
+    junked = replace(call, bias=call.bias.detach().masked_fill(unseen, junk).requires_grad_())
+    layer = layer_of(case).double()
+    clean, found = (case.run(layer, x) for x in (call, junked))
+    torch.testing.assert_close(found, clean)
+    assert torch.equal(
+        layer.attention_map(junked.q, junked.k, attn_bias=junked.bias),
+        layer.attention_map(call.q, call.k, attn_bias=call.bias),
+    )
+    expected, found = gradients(clean, call), gradients(found, junked)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+    assert not found["bias"][:, unseen].any()
+
+
+def test_keys_that_one_head_of_a_group_hides_may_hold_anything_for_it():
+    """For the heads that keep them they are what they are."""
+    case = replace(SMALL, lead=(1, 2), kv_heads=1, mask_batch=2)
+    call = case.tensors(torch.float64)
+    hides = ~call.mask[0] & call.mask[1]
+    assert hides.any()
+    k, v = (x.detach().masked_fill(hides[:, None], torch.nan) for x in (call.k, call.v))
+    garbage = replace(call, k=k, v=v)
+    layer = layer_of(case).double()
+    clean, found = (case.run(layer, x)[:, 0] for x in (call, garbage))
+    torch.testing.assert_close(found, clean)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rotary": True},
+        {"rotary": True, "xpos": True},
+        {"shared_qk": True, "mask_batch": 2},
+        {"window": Rule(2**40, causal=False, look_backward=2, look_forward=1, exact=True)},
+    ],
+    ids=str,
+)
+def test_windows_far_longer_than_the_sequence_cost_nothing(changes):
+    window = Rule(2**40, causal=True, look_backward=1, look_forward=None, exact=False)
+    case = replace(SMALL, **{"window": window, "autopad": True, **changes})
+    call = case.tensors(torch.float64)
+    layer = layer_of(case).double()
+    out = case.run(layer, call)
+    frequencies, decay = {}, {}
+    if case.rotary:
+        frequencies, decay = layer.rel_pos.inv_freq, layer.rel_pos.scale
+    # The same keys are seen with a window as long as the sequence.
+    near = replace(case, window=replace(case.window, size=64, look_backward=1), base=2.0**39)
+    more = {"frequencies": frequencies, "decay": decay} if case.rotary else {}
+    torch.testing.assert_close(out, near.truth(call, **more), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Rule(8, causal=True, look_backward=80, look_forward=None, exact=False),
+        Rule(8, causal=True, look_backward=150, look_forward=None, exact=True),
+    ],
+    ids=str,
+)
+def test_xpos_of_windows_that_reach_beyond_float32(window):
+    """Its factors overflow there, and their products do not."""
+    case = replace(
+        SMALL, window=window, n=1000, lead=(1,), rotary=True, xpos=True, d=8, autopad=True
+    )
+    check_case(case, torch.float32)
+
+
+def test_xpos_of_windows_that_reach_beyond_float64():
+    layer = LocalAttention(8, True, 2000, dim=8, use_xpos=True, dropout=0.0)
+    q = torch.zeros(1, 8, 8)
+    with pytest.raises(ValueError, match="xpos_scale_base must be larger.*16008 tokens.*got 4"):
+        layer(q, q, q)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
 def test_one_gradient_alone(name):
     """A frozen encoder wants the gradient of its queries, or of its bias, and nothing else."""
@@ -149,6 +233,7 @@ DERIVED = {
     "shared_qk": replace(SMALL, shared_qk=True),
     "bias": replace(SMALL, bias_heads=2),
     "bias, shared_qk, causal": replace(SMALL, bias_heads=1, shared_qk=True, window=CAUSAL),
+    "shared_qk, mask": replace(SMALL, shared_qk=True, mask_batch=2),
     "mask with empty queries": replace(SMALL, mask_batch=2, hide_a_row=True),
     "dropout": SMALL,
 }

@@ -86,6 +86,30 @@ def test_a_cast_keeps_the_frequencies():
         assert torch.equal(x, before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_frequencies_are_float32_whatever_the_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        layer = LocalAttention(7, dim=6, use_xpos=True)
+    finally:
+        torch.set_default_dtype(before)
+    for (name, x), (_, expected) in zip(
+        layer.named_buffers(),
+        LocalAttention(7, dim=6, use_xpos=True).named_buffers(),
+        strict=True,
+    ):
+        assert x.dtype == torch.float32, name
+        assert torch.equal(x, expected)
+
+
+def test_shapes_on_the_meta_device():
+    q = torch.empty(2, 3, 35, 6, device="meta")
+    layer = LocalAttention(7, dim=6).to("meta")
+    mask = torch.ones(2, 35, dtype=torch.bool, device="meta")
+    assert layer(q, q, q, mask=mask).shape == q.shape
+
+
 def test_the_meta_device_and_back():
     with torch.device("meta"):
         layer = LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)

@@ -143,6 +143,23 @@ def test_lengths_with_xpos_and_a_mask():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_in_float64():
+    case = feature("bias")
+    call = case.tensors(torch.float32)
+    bias = call.bias.double()
+    with torch.no_grad():
+        layer = LocalAttention(**case.arguments(), backend="flex")
+        found, expected = (layer(call.q, call.k, call.v, attn_bias=x) for x in (bias, call.bias))
+    assert torch.equal(found, expected)
+
+
+def test_xpos_that_would_overflow_is_refused():
+    layer = LocalAttention(16, True, 8, dim=16, use_xpos=True, dropout=0.0, backend="flex")
+    q = torch.randn(1, 2, 64, 16, dtype=torch.float16)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"xpos.*overflow torch\.float16"):
+        layer(q, q, q)
+
+
 def test_it_raises_rather_than_compute_every_score():
     q = torch.randn(1, 1, 64, 16)
     layer = LocalAttention(8, dropout=0.0, backend="flex")

@@ -340,6 +340,19 @@ def test_errors_of_a_picture():
         inspect(Window(4), 8192).dense()
 
 
+def test_pictures_are_drawn_on_the_cpu_whatever_the_default():
+    keep = torch.arange(40) % 7 > 0
+
+    def drawn():
+        picture = inspect(Window(5, causal=True), 40, key_mask=keep, block_size=8)
+        words = [picture.text(), picture.text(cells=8), picture.blocks.text(), picture.query(9)]
+        return [*words, str(picture.describe()), picture.html(), picture.dense().tolist()]
+
+    with torch.device("meta"):
+        found = drawn()
+    assert found == drawn()
+
+
 def test_one_entry_of_a_batch_is_a_key_mask():
     keep = torch.arange(8) < 5
     assert torch.equal(

@@ -47,6 +47,11 @@ def test_dropout_drops_the_same(case, scores):
 def test_nothing_in_nothing_out(lead_and_length):
     """No batch entries, no heads or no tokens are no portions."""
     x = torch.randn(*lead_and_length, 4, requires_grad=True)
-    out = LocalAttention(4, dropout=0.0)(x, x, x)
+    layer = LocalAttention(4, dropout=0.0)
+    batch, _, n = lead_and_length
+    mask = torch.ones(batch, n, dtype=torch.bool)
+    assert layer(x, x, x, mask=mask).shape == x.shape
+    assert layer(x[0] if batch else x, *[x[0] if batch else x] * 2, mask=mask[:1]).numel() == 0
+    out = layer(x, x, x)
     assert out.shape == x.shape
     assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape

@@ -149,6 +149,7 @@ def test_frozen_and_hashable():
         ({"size": 2.5}, TypeError, ["size must be an int", "2.5"]),
         ({"size": "8"}, TypeError, ["size must be an int", "8"]),
         ({"size": True}, TypeError, ["size must be an int", "True"]),
+        ({"size": 2**62}, ValueError, ["size times the windows", "2**62"]),
         ({"size": 4, "causal": "no"}, TypeError, ["causal must be True or False", "'no'"]),
         ({"size": 4, "exact": 1}, TypeError, ["exact must be True or False", "1"]),
         ({"size": 4, "look_backward": -1}, ValueError, ["look_backward", "-1"]),
