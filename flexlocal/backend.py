@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from . import flex
-from .masks import Window
-from .rotary import Rotary
-
-BackendName = Literal["auto", "flex", "eager"]
+from .call import Call
+from .tuning import prefers_flash
 
 
 @dataclass(frozen=True)
@@ -33,35 +29,23 @@ class Choice:
 _KERNEL = {False: "", True: ", FlashAttention 4's: measured to be faster at this size"}
 
 
-def choose(
-    backend: BackendName,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    bias: Tensor | None,
-    dropout: float,
-    rotary: Rotary | None,
-    flash: bool,
-) -> Choice:
-    """The path for a call with these arguments.
-
-    Args:
-        flash: take FlashAttention 4's kernel for the fused path, see ``flex.prefers_flash``.
+def choose(call: Call) -> Choice:
+    """The path for a call whose arguments fit.
 
     Raises:
         ValueError: ``backend="flex"`` where the fused kernel cannot run; says why.
     """
-    if backend == "eager":
+    if call.backend == "eager":
         return Choice("eager", "asked for by name")
-    if backend == "auto" and q.device.type != "cuda":
-        reason = f"auto takes the fused kernel on a GPU, and q is on {q.device.type}"
-        return Choice("eager", reason)
-    refusal = flex.refusal(q, k, v, window, bias, dropout, rotary)
+    device = call.q.device.type
+    if call.backend == "auto" and device != "cuda":
+        return Choice("eager", f"auto takes the fused kernel on a GPU, and q is on {device}")
+    refusal = flex.refusal(call)
     if refusal is None:
-        words = "one fused kernel on the GPU" if backend == "auto" else "asked for by name"
+        flash = prefers_flash(call)
+        words = "one fused kernel on the GPU" if call.backend == "auto" else "asked for by name"
         return Choice("flex", words + _KERNEL[flash], flash)
-    if backend == "auto":
+    if call.backend == "auto":
         return Choice("eager", refusal)
     raise ValueError(
         f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"

@@ -7,10 +7,28 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .backend import BackendName
+from .call import BackendName, Call
 from .masks import Window
-from .masks.arguments import check_count, kind_of
+from .masks.arguments import check_count, check_flag, kind_of
 from .rotary import Rotary, xpos_fits
+
+
+def check_call(call: Call) -> None:
+    """All arguments of a call fit, each for itself and to each other.
+
+    Raises:
+        ValueError, TypeError: as ``local_attention``.
+    """
+    check_backend(call.backend)
+    check_scale(call.scale)
+    check_flag("shared_qk", call.shared_qk)
+    check_dropout(call.dropout)
+    check_kernel_options(call.kernel_options)
+    check_qkv(call.q, call.k, call.v)
+    check_mask(call.mask, call.q)
+    check_bias(call.attn_bias, call.q, call.window)
+    check_seed(call.dropout_seed, call.q)
+    check_rotary(call.rotary, call.q, call.window)
 
 
 def check_backend(backend: object) -> None:
@@ -51,12 +69,6 @@ def check_kernel_options(options: object) -> None:
         raise TypeError(
             f"kernel_options must be a dict or None, got {options!r} of {kind_of(options)}"
         )
-
-
-def check_rotary(rotary: object) -> None:
-    """``rotary`` is a ``Rotary`` or None."""
-    if rotary is not None and not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
 
 
 def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
@@ -152,14 +164,16 @@ def check_seed(seed: object, q: Tensor) -> None:
     _check_device("dropout_seed", seed, q)
 
 
-def check_head_size(dim: int, q: Tensor) -> None:
-    """Rotary's ``dim`` is q's head size."""
-    if q.shape[-1] != dim:
-        raise ValueError(f"dim must be q's head size, got dim {dim} and q of shape {_shape(q)}")
-
-
-def check_xpos_reach(rotary: Rotary, window: Window) -> None:
-    """xpos's factors within a window's reach are numbers."""
+def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
+    """``rotary`` is None or turns heads of q's size, by factors that are numbers."""
+    if rotary is None:
+        return
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
+    if q.shape[-1] != rotary.dim:
+        raise ValueError(
+            f"dim must be q's head size, got dim {rotary.dim} and q of shape {_shape(q)}"
+        )
     if rotary.xpos is not None and not xpos_fits(window, rotary.xpos.base, torch.float64):
         raise ValueError(
             "xpos_scale_base must be larger for windows that reach so far: factors over "

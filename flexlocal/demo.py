@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import LocalAttention, flex
-from .backend import BackendName
+from .call import BackendName
 
 STEPS = 220  # with the rest about a minute on two CPU cores
 SECONDS = 90.0  # of training at most, unless asked for

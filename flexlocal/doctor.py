@@ -12,7 +12,7 @@ import time
 import torch
 
 from . import LocalAttention, __version__, flex
-from .backend import BackendName
+from .call import BackendName
 
 Row = tuple[str, str]
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Call
 from .dropped import let_through
 from .fused import MOST_HEAD, Settings, fused
 from .kernel import Blocks
-from .masks import Window
-from .rotary import Rotary, xpos_fits
-from .tuning import FLASH, STOCK, STOCK_BLOCK, Tuning, decodes, nearest
+from .rotary import xpos_fits
+from .tuning import capability, flash_installed, tuning_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,16 +62,9 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    bias: Tensor | None,
-    dropout: float,
-    rotary: Rotary | None,
-) -> str | None:
+def refusal(call: Call) -> str | None:
     """Why this call cannot run fused; None when it can."""
+    q, k, v, xpos = call.q, call.k, call.v, call.xpos
     reason = unavailable(q.device, q.dtype)
     if reason is not None:
         return reason
@@ -79,48 +72,37 @@ def refusal(
         return "torch.export cannot hold FlexAttention's kernel"
     if q.numel() == 0 or v.numel() == 0:
         return "there is nothing to compute: a tensor is empty"
-    xpos = None if rotary is None else rotary.xpos
-    if xpos is not None and not xpos_fits(window, xpos.base, q.dtype):
+    if xpos is not None and not xpos_fits(call.window, xpos.base, q.dtype):
         return f"xpos's factors of windows that reach so far overflow {q.dtype}"
     if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
         return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":
-        tensors = [q, k, v] if bias is None else [q, k, v, bias]
+        tensors = [x for x in (q, k, v, call.attn_bias) if x is not None]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return "FlexAttention has no backward pass on the CPU; torch.no_grad() would do"
-        if dropout > 0:
+        if call.dropout > 0:
             return "FlexAttention gives no log-sum-exp on the CPU, which dropout needs"
     return None
 
 
-def prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: Window,
-    scale: float,
-    shared_qk: bool,
-    dropout: float,
-    xpos_base: float | None,
-    masked: bool,
-    biased: bool,
-    rotated: bool,
-    flash: bool,
-    kernel_options: dict[str, Any] | None,
-) -> Callable[..., Tensor]:
-    """Local attention in one fused kernel, for calls with tensors like these.
+def prepared(call: Call, flash: bool) -> Callable[..., Tensor]:
+    """Local attention in one fused kernel, for calls like this one, its q and k of 4 dimensions.
+
+    Args:
+        flash: take FlashAttention 4's kernel.
 
     Returns:
         A function of ``eager.attend``'s tensors, with its result.
     """
-    tuned = _tuning(q, v, window, flash, kernel_options)
-    settings = Settings(window, scale, shared_qk, dropout, xpos_base, tuned)
+    q, k, v, masked = call.q, call.k, call.v, call.mask is not None
+    xpos_base = None if call.xpos is None else call.xpos.base
+    tuned = tuning_of(call, flash)
+    settings = Settings(call.window, call.factor, call.shared_qk, call.dropout, xpos_base, tuned)
     if torch.compiler.is_compiling():
         return partial(fused, settings, None)
     # What makes another kernel makes another callable: each has torch's recompile limit to itself.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
-    given = masked, biased, rotated
+    given = masked, call.attn_bias is not None, call.rotary is not None
     compiled = _compiled(settings, *kind, q.shape[1], k.shape[1], *given, torch.is_grad_enabled())
     device, blocks = q.device, settings.blocks(q.shape[-2], q.dtype, masked)
 
@@ -148,65 +130,11 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def prefers_flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    plain: bool,
-    kernel_options: dict[str, Any] | None,
-) -> bool:
-    """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
-
-    It is young, so that it gets what it was tried on: bf16, heads of 128, contiguous tensors with
-    as many key heads as query heads, and a length of whole blocks.
-
-    Args:
-        plain: nothing but the window, and rotary, decides the scores.
-        kernel_options: the caller's, which settle the question.
-    """
-    if not plain or kernel_options is not None or q.device.type != "cuda":
-        return False
-    if q.dtype != torch.bfloat16 or q.shape[-1] != 128 or not _flash_installed():
-        return False
-    entry = nearest(_capability(q.device), q.dtype, q.shape[-1], window)
-    if entry is None or not entry.flash:
-        return False
-    # Asked last: a compiler makes one graph for lengths of whole blocks and one for the others.
-    fits = q.shape == k.shape == v.shape and q.shape[-2] % STOCK_BLOCK == 0
-    return fits and all(x.is_contiguous() for x in (q, k, v))
-
-
-def _tuning(
-    q: Tensor, v: Tensor, window: Window, flash: bool, kernel_options: dict[str, Any] | None
-) -> Tuning:
-    """The caller's options over FlexAttention's own, or the table's."""
-    if kernel_options is not None:
-        return Tuning(STOCK_BLOCK, tuple(sorted(kernel_options.items())))
-    if flash:
-        return FLASH
-    if q.device.type != "cuda" or decodes(q.shape[-2]):
-        return STOCK
-    entry = nearest(_capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), window)
-    return STOCK if entry is None else entry.tuning
-
-
-def _flash_installed() -> bool:
-    try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        return False
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 # What torch.compiler.assume_constant_result does; calling it would import the compiler here. It
 # has a compiler call these: torch 2.11's takes is_exporting() for true wherever it finds it.
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+flash_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 let_through._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

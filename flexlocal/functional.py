@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .backend import BackendName, Choice
+from .backend import Choice, choose
+from .call import BackendName, Call
 from .masks import Window
 from .masks.keys import by_mask, mask_of_rows
 from .masks.picture import MOST_DENSE
 from .masks.spans import from_spans
 from .masks.window import as_window
-from .plan import checked, choice_of, four_dimensional, plan_of
+from .plan import checked, four_dimensional, plan_of
 from .rotary import Rotary
 
 
@@ -115,16 +116,14 @@ def attention_map(
     Raises:
         ValueError, TypeError: as ``local_attention``, and for a dense map that is too large.
     """
-    window = as_window(window)
-    q, k, _ = checked(
-        q, k, k, window, mask, attn_bias, scale, shared_qk, 0.0, rotary, "eager", None
-    )
-    n, lead, d = q.shape[-2], q.shape[:-2], q.shape[-1]
+    call = Call(q, k, k, as_window(window), mask, attn_bias, scale, shared_qk, rotary=rotary)
+    call = checked(call)
+    n, lead, span = q.shape[-2], q.shape[:-2], call.window.span
     if dense and n * n > MOST_DENSE:
         raise ValueError(
             f"dense must be False for q of length {n}: its square is above {MOST_DENSE} pairs"
         )
-    q, k = (four_dimensional(x, mask) for x in (q, k))
+    q, k = four_dimensional(call.q, mask), four_dimensional(call.k, mask)
     key_mask = None
     if mask is not None:
         key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
@@ -132,15 +131,15 @@ def attention_map(
     found = eager.weights(
         q,
         k,
-        window=window,
+        window=call.window,
         key_mask=key_mask,
         bias=attn_bias,
-        scale=d**-0.5 if scale is None else scale,
+        scale=call.factor,
         shared_qk=shared_qk,
-        inv_freq=None if rotary is None else rotary.inv_freq,
-        xpos=None if rotary is None else rotary.xpos,
-    ).reshape(*lead, n, window.span)
-    return from_spans(found, window) if dense else found
+        inv_freq=call.inv_freq,
+        xpos=call.xpos,
+    ).reshape(*lead, n, span)
+    return from_spans(found, call.window) if dense else found
 
 
 def explain(
@@ -163,10 +162,8 @@ def explain(
     Raises:
         ValueError, TypeError: as ``local_attention``.
     """
-    window = as_window(window)
-    q, k, v = checked(
-        q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, rotary, backend, kernel_options
-    )
-    return choice_of(
-        q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
-    )
+    call = Call(
+        q, k, v, as_window(window), mask, attn_bias, scale, shared_qk, dropout, None, rotary,
+        backend, kernel_options,
+    )  # fmt: skip
+    return choose(checked(call))

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backend import BackendName, Choice
+from .backend import Choice
+from .call import BackendName
 from .checks import (
     check_backend,
     check_dim,

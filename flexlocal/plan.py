@@ -6,7 +6,7 @@ than launching the kernel.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,22 +15,10 @@ from torch import Tensor
 
 from . import eager, flex
 from .autocast import autocast_dtype
-from .backend import BackendName, Choice, choose
-from .checks import (
-    check_backend,
-    check_bias,
-    check_dropout,
-    check_head_size,
-    check_kernel_options,
-    check_mask,
-    check_qkv,
-    check_rotary,
-    check_scale,
-    check_seed,
-    check_xpos_reach,
-)
+from .backend import choose
+from .call import Call
+from .checks import check_call
 from .masks import Window
-from .masks.arguments import check_flag
 from .masks.window import as_window
 from .rotary import Rotary
 
@@ -90,109 +78,36 @@ def _kind(argument: Any) -> Any:
     return argument if argument is None else (type(argument), argument)
 
 
-def _made(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window | int,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | None,
-    shared_qk: bool,
-    dropout: float,
-    dropout_seed: Tensor | None,
-    rotary: Rotary | None,
-    backend: BackendName,
-    kernel_options: dict[str, Any] | None,
-) -> Plan:
+def _made(q: Tensor, k: Tensor, v: Tensor, window: Window | int, *arguments: Any) -> Plan:
     """Checks the arguments and picks the path."""
-    window = as_window(window)
-    dtype = q.dtype if isinstance(q, Tensor) else None
-    q, k, v = checked(
-        q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, rotary, backend, kernel_options
-    )
-    check_seed(dropout_seed, q)
-    choice = choice_of(
-        q, k, v, window, mask, attn_bias, shared_qk, dropout, rotary, backend, kernel_options
-    )
-    settled: dict[str, Any] = {
-        "window": window,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "shared_qk": shared_qk,
-        "dropout": dropout,
-    }
-    if choice.backend == "eager":
-        if backend == "auto" and q.device.type == "cuda" and q.numel() and v.numel():
-            flex.warn_once(choice.reason)
-        run: Callable[..., Tensor] = partial(eager.attend, **settled)
-    else:
-        xpos_base = None if rotary is None or rotary.xpos is None else rotary.xpos.base
-        run = flex.prepared(
-            four_dimensional(q, mask),
-            four_dimensional(k, mask),
-            v,
-            xpos_base=xpos_base,
-            masked=mask is not None,
-            biased=attn_bias is not None,
-            rotated=rotary is not None,
-            flash=choice.flash,
-            kernel_options=kernel_options,
-            **settled,
+    call = checked(Call(q, k, v, as_window(window), *arguments))
+    choice = choose(call)
+    if choice.backend == "flex":
+        rows = replace(
+            call, q=four_dimensional(call.q, call.mask), k=four_dimensional(call.k, call.mask)
         )
-    return Plan(run, None if q.dtype == dtype else q.dtype)
+        run = flex.prepared(rows, choice.flash)
+    else:
+        on_gpu = call.q.device.type == "cuda" and call.q.numel() and call.v.numel()
+        if call.backend == "auto" and on_gpu:
+            flex.warn_once(choice.reason)
+        run = partial(
+            eager.attend,
+            window=call.window,
+            scale=call.factor,
+            shared_qk=call.shared_qk,
+            dropout=call.dropout,
+        )
+    return Plan(run, None if call.q.dtype == q.dtype else call.q.dtype)
 
 
-def checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float | None,
-    shared_qk: bool,
-    dropout: float,
-    rotary: Rotary | None,
-    backend: BackendName,
-    kernel_options: dict[str, Any] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of the call, once everything fits."""
-    check_backend(backend)
-    check_scale(scale)
-    check_flag("shared_qk", shared_qk)
-    check_dropout(dropout)
-    check_kernel_options(kernel_options)
-    check_qkv(q, k, v)
-    check_mask(mask, q)
-    check_bias(attn_bias, q, window)
-    check_rotary(rotary)
-    if rotary is not None:
-        check_head_size(rotary.dim, q)
-        check_xpos_reach(rotary, window)
-    dtype = autocast_dtype(q.device)
-    if dtype is not None and q.dtype != torch.float64:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    return q, k, v
-
-
-def choice_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    mask: Tensor | None,
-    attn_bias: Tensor | None,
-    shared_qk: bool,
-    dropout: float,
-    rotary: Rotary | None,
-    backend: BackendName,
-    kernel_options: dict[str, Any] | None,
-) -> Choice:
-    """The path for checked arguments, and why."""
-    plain = mask is None and attn_bias is None and not shared_qk and dropout == 0
-    plain = plain and (rotary is None or not rotary.use_xpos)
-    flash = flex.prefers_flash(q, k, v, window, plain, kernel_options)
-    return choose(backend, q, k, v, window, attn_bias, dropout, rotary, flash)
+def checked(call: Call) -> Call:
+    """The call in its dtype, once everything fits."""
+    check_call(call)
+    dtype = autocast_dtype(call.q.device)
+    if dtype is None or call.q.dtype == torch.float64:
+        return call
+    return replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
 
 
 def four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -203,5 +118,5 @@ def four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
         return x.flatten(0, -4)
     rows = math.prod(x.shape[:-2])
     # Rows that share a mask become heads of one batch entry, so that the mask has no heads.
-    batch = 1 if mask is None else mask.shape[0]
+    batch = 1 if mask is None else max(1, mask.shape[0])
     return x.reshape(batch, rows // batch, *x.shape[-2:])

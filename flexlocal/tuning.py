@@ -6,6 +6,7 @@ is nearest in ratio; where the table knows nothing of the GPU or the dtype, Flex
 options stand.
 """
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .call import Call
 from .masks import Window
 
 STOCK_BLOCK = 128
@@ -106,3 +108,55 @@ def nearest(
 
 def _ratio(one: int, other: int) -> float:
     return max(one / other, other / one)
+
+
+def tuning_of(call: Call, flash: bool) -> Tuning:
+    """The caller's options over FlexAttention's own, or the table's.
+
+    Args:
+        flash: take FlashAttention 4's kernel.
+    """
+    q, v = call.q, call.v
+    if call.kernel_options is not None:
+        return Tuning(STOCK_BLOCK, tuple(sorted(call.kernel_options.items())))
+    if flash:
+        return FLASH
+    if q.device.type != "cuda" or decodes(q.shape[-2]):
+        return STOCK
+    entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), call.window)
+    return STOCK if entry is None else entry.tuning
+
+
+def prefers_flash(call: Call) -> bool:
+    """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
+
+    It is young, so that it gets what it was tried on: nothing but the window and rotary decides
+    the scores, bf16, heads of 128, contiguous tensors with as many key heads as query heads, and a
+    length of whole blocks. ``kernel_options`` of the caller's settle the question.
+    """
+    q, k, v = call.q, call.k, call.v
+    plain = call.mask is None and call.attn_bias is None and not call.shared_qk
+    plain = plain and call.dropout == 0 and call.xpos is None
+    if not plain or call.kernel_options is not None or q.device.type != "cuda":
+        return False
+    if q.dtype != torch.bfloat16 or q.shape[-1] != 128 or not flash_installed():
+        return False
+    entry = nearest(capability(q.device), q.dtype, q.shape[-1], call.window)
+    if entry is None or not entry.flash:
+        return False
+    # Asked last: a compiler makes one graph for lengths of whole blocks and one for the others.
+    fits = q.shape == k.shape == v.shape and q.shape[-2] % STOCK_BLOCK == 0
+    return fits and all(x.is_contiguous() for x in (q, k, v))
+
+
+def flash_installed() -> bool:
+    """Whether flash-attn-4 can be imported."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU, ``(9, 0)`` for an H100."""
+    return torch.cuda.get_device_capability(device)

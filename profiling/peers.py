@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from flexlocal import LocalAttention, Window
-from flexlocal.backend import BackendName
+from flexlocal.call import BackendName
 from flexlocal.masks import block_mask
 
 from .check import visible

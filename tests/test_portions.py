@@ -51,6 +51,8 @@ def test_nothing_in_nothing_out(lead_and_length):
     batch, _, n = lead_and_length
     mask = torch.ones(batch, n, dtype=torch.bool)
     assert layer(x, x, x, mask=mask).shape == x.shape
+    if not batch:
+        assert layer(x[:, 0], x[:, 0], x[:, 0], mask=mask).numel() == 0
     assert layer(x[0] if batch else x, *[x[0] if batch else x] * 2, mask=mask[:1]).numel() == 0
     out = layer(x, x, x)
     assert out.shape == x.shape
