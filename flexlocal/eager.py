@@ -73,10 +73,8 @@ def attend(
         sizes = replace(sizes, tile=n, before=0, after=0)
         if bias is not None:
             bias = bias[:, :n, window.before : window.before + n]
-    compute = _dtype(q, window, xpos)
-    hidden = _hidden(window, sizes, q, compute)
-    bias = _cleared(bias, hidden)
-    formula = _Formula(window, scale, shared_qk, dropout, draws, xpos, compute, hidden)
+    formula = _formula(q, sizes, window, scale, shared_qk, xpos, dropout, draws)
+    bias = _cleared(bias, formula.hidden)
     with without_autocast(q.device), region("attention"):
         if torch.compiler.is_compiling():
             return formula.output(every_tile(sizes), q, k, v, bias, key_mask)
@@ -108,11 +106,9 @@ def weights(
         k = without_padding(k, key_mask)
     q, k = _placed(q, k, window, shared_qk, inv_freq)
     sizes = _sizes(q, k, window, windows=1)
-    compute = _dtype(q, window, xpos)
-    hidden = _hidden(window, sizes, q, compute)
-    bias = _cleared(bias, hidden)
-    formula = _Formula(window, scale, shared_qk, 0.0, None, xpos, compute, hidden)
-    out = q.new_empty((*q.shape[:-1], window.span), dtype=compute)
+    formula = _formula(q, sizes, window, scale, shared_qk, xpos)
+    bias = _cleared(bias, formula.hidden)
+    out = q.new_empty((*q.shape[:-1], window.span), dtype=formula.compute)
     with without_autocast(q.device):
         for tiles in _portions(sizes, q.device):
             part = formula.of_tiles(tiles, q, k, bias, key_mask).flatten(2, 3)
@@ -148,12 +144,6 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
         before=window.before,
         after=window.after,
     )
-
-
-def _dtype(q: Tensor, window: Window, xpos: Xpos | None) -> torch.dtype:
-    """What scores and weights are computed in."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return dtype if xpos is None or xpos_fits(window, xpos.base, dtype) else torch.float64
 
 
 def _cleared(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -241,12 +231,24 @@ class _Formula:
         return keep.to(self.compute) / (1 - self.dropout)
 
 
-def _hidden(window: Window, sizes: Sizes, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a tile's query may see the tile's key, -inf elsewhere: ``(t, s)``."""
-    # Tiles are whole windows, so what the first one sees, every one sees.
-    query = torch.arange(sizes.tile, device=like.device)[:, None]
-    key = torch.arange(sizes.span, device=like.device) - sizes.before
-    return _hiding(sees(window, query, key), dtype)
+def _formula(
+    q: Tensor,
+    sizes: Sizes,
+    window: Window,
+    scale: float,
+    shared_qk: bool,
+    xpos: Xpos | None,
+    dropout: float = 0.0,
+    draws: tuple[Tensor, Tensor] | None = None,
+) -> _Formula:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    if xpos is not None and not xpos_fits(window, xpos.base, compute):
+        compute = torch.float64
+    # Tiles are whole windows, or there is one: what the first one sees, every one sees.
+    query = torch.arange(sizes.tile, device=q.device)[:, None]
+    key = torch.arange(sizes.span, device=q.device) - sizes.before
+    hidden = _hiding(sees(window, query, key), compute)
+    return _Formula(window, scale, shared_qk, dropout, draws, xpos, compute, hidden)
 
 
 def _hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
