@@ -20,7 +20,7 @@ from .masks.keys import without_padding
 from .masks.rule import sees
 from .masks.scores import SELF_SCORE, unit_keys
 from .regions import region
-from .rotary import Xpos, rotate, xpos_fits
+from .rotary import Xpos, rotate, xpos_bits
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
 _LEAST_TILE = 64
@@ -28,6 +28,10 @@ _LEAST_TILE = 64
 
 _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 """Scores held at a time: few enough to be held cheaply, many enough to hide an operator's start."""
+
+
+_MOST_BITS = 56
+"""Powers of two that xpos may scale by in fp32: hidden scores, off by their square, are finite."""
 
 
 def attend(
@@ -69,7 +73,9 @@ def attend(
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
-    if 0 < n <= sizes.tile:  # keys around the only tile would lie outside of the sequence
+    # Keys around the only tile would lie outside of the sequence. A compiler is not to ask: it
+    # would make a graph for each length.
+    if not torch.compiler.is_compiling() and 0 < n <= sizes.tile:
         sizes = replace(sizes, tile=n, before=0, after=0)
         if bias is not None:
             bias = bias[:, :n, window.before : window.before + n]
@@ -242,7 +248,7 @@ def _formula(
     draws: tuple[Tensor, Tensor] | None = None,
 ) -> _Formula:
     compute = torch.promote_types(q.dtype, torch.float32)
-    if xpos is not None and not xpos_fits(window, xpos.base, compute):
+    if xpos is not None and xpos_bits(window, xpos.base) > _MOST_BITS:
         compute = torch.float64
     # Tiles are whole windows, or there is one: what the first one sees, every one sees.
     query = torch.arange(sizes.tile, device=q.device)[:, None]

@@ -9,7 +9,7 @@ from . import eager
 from .backend import Choice, choose
 from .call import BackendName, Call
 from .masks import Window
-from .masks.keys import by_mask, mask_of_rows
+from .masks.keys import for_each_head, mask_of_rows
 from .masks.picture import MOST_DENSE
 from .masks.spans import from_spans
 from .masks.window import as_window
@@ -85,7 +85,8 @@ def local_attention(
     key_mask = None
     if mask is not None:
         key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
-        k, v = by_mask(k, key_mask), by_mask(v, key_mask)
+        if key_mask.shape[1] > 1:
+            k, v = for_each_head(k, q.shape[1]), for_each_head(v, q.shape[1])
     out = plan.run(q, k, v, key_mask, attn_bias, dropout_seed, inv_freq, xpos)
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -127,7 +128,8 @@ def attention_map(
     key_mask = None
     if mask is not None:
         key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
-        k = by_mask(k, key_mask)
+        if key_mask.shape[1] > 1:
+            k = for_each_head(k, q.shape[1])
     found = eager.weights(
         q,
         k,

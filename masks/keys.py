@@ -33,13 +33,13 @@ def padding_mod(kept: Tensor) -> MaskMod:
     return keeps
 
 
-def by_mask(keys: Tensor, key_mask: Tensor) -> Tensor:
-    """``keys`` ``(batch, kv_heads, n, d)`` with a head for each of ``key_mask``'s.
+def for_each_head(keys: Tensor, heads: int) -> Tensor:
+    """``(batch, kv_heads, n, d)`` as ``(batch, heads, n, d)``: each query head of a group a copy.
 
-    What one query head of a group hides, another may keep: each needs a copy to clear.
+    What a mask by head hides from one of them, another may see.
     """
-    heads, kv_heads = key_mask.shape[1], keys.shape[1]
-    return keys if heads in (1, kv_heads) else keys.repeat_interleave(heads // kv_heads, dim=1)
+    kv_heads = keys.shape[1]
+    return keys if heads == kv_heads else keys.repeat_interleave(heads // kv_heads, dim=1)
 
 
 def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:

@@ -165,13 +165,22 @@ def test_windows_far_longer_than_the_sequence_cost_nothing(changes):
     [
         Rule(8, causal=True, look_backward=80, look_forward=None, exact=False),
         Rule(8, causal=True, look_backward=150, look_forward=None, exact=True),
+        Rule(256, causal=True, look_backward=0, look_forward=None, exact=False),  # later keys
     ],
     ids=str,
 )
 def test_xpos_of_windows_that_reach_beyond_float32(window):
     """Its factors overflow there, and their products do not."""
     case = replace(
-        SMALL, window=window, n=1000, lead=(1,), rotary=True, xpos=True, d=8, autopad=True
+        SMALL,
+        window=window,
+        n=1000,
+        lead=(8,),
+        d=8,
+        autopad=True,
+        rotary=True,
+        xpos=True,
+        base=4 if window.size == 8 else 3.62,
     )
     check_case(case, torch.float32)
 

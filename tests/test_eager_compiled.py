@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from compilers import MOST_GRAPHS, graphs
 from features import feature
 
 from flexlocal import LocalAttention
@@ -41,10 +42,27 @@ def test_inductor_trains_it():
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [16, 256], ids=["of some windows", "below one window"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_lengths_share_graphs(size):
+    """Those of one tile as well: a graph for each would soon meet torch's limit."""
+    layer = LocalAttention(size, causal=True, dropout=0.0, autopad=True, backend="eager")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for n in (10, 20, 30, 41, 50, 60):
+        q = torch.randn(1, 2, n, 8, requires_grad=True)
+        (found,), (expected,) = (
+            torch.autograd.grad(attend(q, q, q).square().sum(), q) for attend in (compiled, layer)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert graphs() <= MOST_GRAPHS
+
+
+@pytest.mark.parametrize("lengths", [(205, 133, 377), (50, 40, 61)], ids=["tiles", "one tile"])
 @pytest.mark.parametrize("name", ["rotary, exact both ways", "xpos", "mask"])
-def test_export_with_dynamic_length(name):
+def test_export_with_dynamic_length(name, lengths):
     """Exported at a ragged length of some windows, it holds for others like it."""
-    case = feature(name, n=205)
+    n = lengths[0]
+    case = feature(name, n=n, autopad=True)
     layer = LocalAttention(**case.arguments()).eval()
     call = case.tensors(torch.float32)
     inputs = tuple(x.detach() for x in (call.q, call.k, call.v))
@@ -54,7 +72,7 @@ def test_export_with_dynamic_length(name):
         inputs += (call.mask,)
         shapes += [{1: length}]
     exported = torch.export.export(layer, inputs, dynamic_shapes=tuple(shapes)).module()
-    for n in (205, 133, 377):
+    for n in lengths:
         other = feature(name, n=n).tensors(torch.float32)
         tensors = [other.q, other.k, other.v] + ([] if other.mask is None else [other.mask])
         with torch.no_grad():
