@@ -175,12 +175,13 @@ def test_xpos_of_windows_that_reach_beyond_float32(window):
         SMALL,
         window=window,
         n=1000,
-        lead=(8,),
+        lead=(2,),
         d=8,
         autopad=True,
         rotary=True,
         xpos=True,
         base=4 if window.size == 8 else 3.62,
+        scale=4.0,
     )
     check_case(case, torch.float32)
 
