@@ -184,6 +184,32 @@ def test_autocast_gives_its_dtype():
     torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=3e-2)
 
 
+def test_a_bias_in_float64():
+    case = feature("bias")
+    call = case.tensors(torch.float32).cuda()
+    layer = LocalAttention(**case.arguments(), backend="flex").cuda()
+    found = []
+    for bias in (call.bias.detach().double(), call.bias.detach().clone()):
+        out = layer(call.q, call.k, call.v, attn_bias=bias.requires_grad_())
+        wanted = call.q, call.k, call.v, bias
+        found.append([out, *torch.autograd.grad((out * call.cotangent).sum(), wanted)])
+    *double, bias_double = found[0]
+    *single, bias_single = found[1]
+    assert all(torch.equal(x, y) for x, y in zip(double, single, strict=True))
+    assert bias_double.dtype == torch.float64
+    torch.testing.assert_close(bias_double.float(), bias_single, rtol=1e-4, atol=1e-4)  # atomics
+
+
+def test_xpos_that_would_overflow_goes_to_the_eager_path(monkeypatch):
+    monkeypatch.setattr(flex, "_SAID", set())
+    layer = LocalAttention(16, True, 8, dim=16, use_xpos=True, dropout=0.0).cuda()
+    q, k, v = torch.randn(3, 1, 2, 256, 16, device="cuda", dtype=torch.float16)
+    with pytest.warns(UserWarning, match="eager path.*xpos.*overflow torch.float16"):
+        out = layer(q, k, v)
+    assert out.isfinite().all()
+    assert layer.explain(q.bfloat16()).backend == "flex"
+
+
 def test_float64_goes_to_the_eager_path(monkeypatch):
     monkeypatch.setattr(flex, "_SAID", set())
     q, k, v = torch.randn(3, 1, 2, 100, 32, device="cuda", dtype=torch.float64)
