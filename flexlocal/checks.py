@@ -10,7 +10,7 @@ from torch import Tensor
 from .call import BackendName, Call
 from .masks import Window
 from .masks.arguments import check_count, check_flag, kind_of
-from .rotary import Rotary, xpos_fits
+from .rotary import Rotary, xpos_products_fit
 
 
 def check_call(call: Call) -> None:
@@ -174,7 +174,7 @@ def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
         raise ValueError(
             f"dim must be q's head size, got dim {rotary.dim} and q of shape {_shape(q)}"
         )
-    if rotary.xpos is not None and not xpos_fits(window, rotary.xpos.base, torch.float64):
+    if rotary.xpos is not None and not xpos_products_fit(window, rotary.xpos.base, torch.float64):
         raise ValueError(
             "xpos_scale_base must be larger for windows that reach so far: factors over "
             f"{window.span} tokens overflow, got {rotary.xpos.base}"

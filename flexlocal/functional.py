@@ -82,11 +82,7 @@ def local_attention(
         return plan.run(q, k, v, None, attn_bias, dropout_seed, inv_freq, xpos)
     lead = q.shape[:-2]
     q, k, v = (four_dimensional(x, mask) for x in (q, k, v))
-    key_mask = None
-    if mask is not None:
-        key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
-        if key_mask.shape[1] > 1:
-            k, v = for_each_head(k, q.shape[1]), for_each_head(v, q.shape[1])
+    key_mask, (k, v) = _masked(mask, q, k, v)
     out = plan.run(q, k, v, key_mask, attn_bias, dropout_seed, inv_freq, xpos)
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -125,11 +121,7 @@ def attention_map(
             f"dense must be False for q of length {n}: its square is above {MOST_DENSE} pairs"
         )
     q, k = four_dimensional(call.q, mask), four_dimensional(call.k, mask)
-    key_mask = None
-    if mask is not None:
-        key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
-        if key_mask.shape[1] > 1:
-            k = for_each_head(k, q.shape[1])
+    key_mask, (k,) = _masked(mask, q, k)
     found = eager.weights(
         q,
         k,
@@ -169,3 +161,15 @@ def explain(
         backend, kernel_options,
     )  # fmt: skip
     return choose(checked(call))
+
+
+def _masked(
+    mask: Tensor | None, q: Tensor, *keys: Tensor
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The key mask of ``q``'s rows, and the keys, by query head where the mask is."""
+    if mask is None:
+        return None, keys
+    key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
+    if key_mask.shape[1] > 1:
+        keys = tuple(for_each_head(x, q.shape[1]) for x in keys)
+    return key_mask, keys

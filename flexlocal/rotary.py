@@ -18,9 +18,11 @@ from .masks.buffer import written_out
 
 _THETA = 10000
 
-# How many powers of two xpos may scale by before a dtype's range is in danger.
-_RANGE_BITS = {torch.float16: 11, torch.float64: 480}
+# How many powers of two xpos may scale by before a dtype's range is in danger, and so that the
+# product of a query's and a key's factor, of a hidden score perhaps, is in range as well.
+_RANGE_BITS = {torch.float16: 11}
 _WIDE_RANGE_BITS = 64
+_PRODUCT_BITS = {torch.float32: 56, torch.float64: 480}
 
 _STEEPEST = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
 
@@ -66,14 +68,19 @@ def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
     return max(1, windows - window.look_backward - window.ahead)
 
 
-def xpos_bits(window: Window, base: float) -> float:
-    """Powers of two that xpos scales a window and those that it looks at by, at most."""
-    return _STEEPEST * window.span / (2 * base)
-
-
 def xpos_fits(window: Window, base: float, dtype: torch.dtype) -> bool:
     """Whether a window and those that it looks at may share an origin of xpos at ``dtype``."""
-    return xpos_bits(window, base) <= _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+    return _bits(window, base) <= _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+
+
+def xpos_products_fit(window: Window, base: float, dtype: torch.dtype) -> bool:
+    """Whether hidden scores are finite there as well, at ``dtype``: fp32 or fp64."""
+    return _bits(window, base) <= _PRODUCT_BITS[dtype]
+
+
+def _bits(window: Window, base: float) -> float:
+    """Powers of two that xpos scales a window and those that it looks at by, at most."""
+    return _STEEPEST * window.span / (2 * base)
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:

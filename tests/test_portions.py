@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
 
-from flexlocal import LocalAttention, eager
+from flexlocal import LocalAttention, tiled
 
 PORTIONS = st.sampled_from([1, 100, 700, 3000, 20000])
 """Scores at a time: one tile of one head, some tiles, a head, some batch entries, all at once."""
 
 
 def portions_of(scores):
-    return patch.object(eager, "_SCORES_ON_CPU", scores)
+    return patch.object(tiled, "_SCORES_ON_CPU", scores)
 
 
 @settings(max_examples=120)

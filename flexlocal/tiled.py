@@ -1,0 +1,132 @@
+"""The eager path's tiles worked off some at a time, forward and backward.
+
+Their scores stay in the cache and memory stays linear in the sequence: the backward pass computes
+the weights again. Shapes are those of ``tiles``.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autocast import without_autocast
+from .formula import Formula, times
+from .regions import region
+from .tiles import Sizes, Tiles, every_tile, some_at_a_time
+
+_SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
+"""Scores held at a time: few enough to be held cheaply, many enough to hide an operator's start."""
+
+
+def attend_tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    formula: Formula,
+    sizes: Sizes,
+) -> Tensor:
+    """All tiles' output, ``(b, h, n, d_v)``, and its gradients."""
+    out: Tensor = _Tiled.apply(q, k, v, bias, mask, formula, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    """``Formula`` some tiles at a time, its backward pass likewise."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        formula: Formula,
+        sizes: Sizes,
+    ) -> Tensor:
+        out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else _empty(q, v.shape[-1])
+        for tiles in portions(sizes, q.device):
+            part = formula.output(tiles, q, k, v, bias, mask)
+            start = tiles.first * sizes.tile
+            out[tiles.batch, tiles.heads, start : start + part.shape[2]] = part
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.formula, ctx.sizes = inputs
+        ctx.save_for_backward(*tensors, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, output = ctx.saved_tensors
+        with without_autocast(grad.device), region("attention backward"):
+            if torch.is_grad_enabled():
+                grads = _differentiable_gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
+            else:
+                grads = _gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, output, grad)
+        return (*grads, None, None, None)
+
+
+def _gradients(
+    formula: Formula,
+    sizes: Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor,
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v and bias, as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
+    compute = formula.compute
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
+    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute)
+    for tiles in portions(sizes, q.device):
+        q_factor, k_factor = formula.factors(tiles)
+        q_tiles = tiles.queries(q).to(compute) * q_factor
+        k_tiles = times(tiles.keys(k).to(compute), k_factor)
+        grad_out = tiles.queries(grad).to(compute)
+        weights = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
+        keep = formula.keep(tiles)
+        tiles.add_keys(grad_v, times(weights, keep).transpose(-1, -2) @ grad_out)
+        grad_weights = grad_out @ tiles.keys(v).to(compute).transpose(-1, -2)
+        along = (grad_out * tiles.queries(output)).sum(-1, keepdim=True)
+        grad_scores = times(grad_weights, keep).sub_(along).mul_(weights)
+        if formula.shared_qk:
+            formula.self_scores(tiles, grad_scores).zero_()
+        if grad_bias is not None:
+            rows = tiles.rows(q.device).flatten() % grad_bias.shape[0]
+            grad_bias.index_add_(0, rows, grad_scores.sum(2).flatten(0, 1))
+        tiles.add_queries(grad_q, grad_scores @ k_tiles * q_factor)
+        tiles.add_keys(grad_k, times(grad_scores.transpose(-1, -2) @ q_tiles, k_factor))
+    grads = [grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)]
+    return [*grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)]
+
+
+def _differentiable_gradients(
+    formula: Formula,
+    sizes: Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The same gradients with a graph of their own, for gradients of gradients."""
+    wanted = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
+    output = formula.output(every_tile(sizes), q, k, v, bias, mask)
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in (q, k, v, bias)]
+
+
+def portions(sizes: Sizes, device: torch.device) -> Iterator[Tiles]:
+    """Tiles in portions that suit the device."""
+    return some_at_a_time(sizes, _SCORES_ON_CPU if device.type == "cpu" else _SCORES_ELSEWHERE)
+
+
+def _empty(q: Tensor, d_v: int) -> Tensor:
+    return q.new_empty((*q.shape[:-1], d_v))
