@@ -80,16 +80,16 @@ def fused(
             k = without_padding(k, key_mask)
     if settings.shared_qk:
         k = unit_keys(k)
-    if isinstance(rule, Segments):
-        k, v = rule.in_slots(k), rule.in_slots(v)
+    v = rule.in_slots(v)
     if inv_freq is not None:
         q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
         position, ahead = torch.arange(n, device=q.device), window.after
         # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
         q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
         if isinstance(rule, Segments):
-            position = rule.slot_positions(q.device)
-        k = _rotated(k, position, inv_freq, k_factor)
+            k = rotate(k, rule.slot_positions(k.device), inv_freq, k_factor, rule)
+        else:
+            k = _rotated(k, position, inv_freq, k_factor)
     q, k = q.to(dtype), k.to(dtype)
 
     kept = None if key_mask is None else _by_slot(rule, key_mask)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masks import Window
+from .masks import Segments, Window
 from .masks.buffer import written_out
 
 _THETA = 10000
@@ -83,7 +83,13 @@ def _bits(window: Window, base: float) -> float:
     return _STEEPEST * window.span / (2 * base)
 
 
-def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None = None) -> Tensor:
+def rotate(
+    x: Tensor,
+    position: Tensor,
+    inv_freq: Tensor,
+    factor: Tensor | None = None,
+    layout: Segments | None = None,
+) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by its positions, in fp32 at least, not cast back.
 
     Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
@@ -91,42 +97,51 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None 
     Args:
         position: ``(n,)``, or what broadcasts to ``x``'s dimensions before the last.
         factor: ``(n, d / 2)`` in the same way, which multiplies both halves of the result.
+        layout: lay ``x`` out in its slots; position, factor and the result are by slot then.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     angle = position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), dtype)  # type: ignore[no-untyped-call]
+    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), layout)  # type: ignore[no-untyped-call]
     return turned
 
 
 class _Turned(torch.autograd.Function):
-    """The halves of ``x`` turned against each other, in ``dtype``; backward the other way.
+    """The halves of ``x``, or of its slots, turned against each other; backward the other way.
 
     Written so that a compiler makes one pass each way that loads several channels at a time, and
-    a table of half of them only: autograd's own backward pass adds the halves up one by one.
+    a table of half of them only: autograd's own backward pass adds the halves up one by one, and
+    a key's copies after it has written each of them.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        halves = first * cos - second * sin, second * cos + first * sin
-        return torch.cat([half.to(dtype) for half in halves], dim=-1)
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: Segments | None) -> Tensor:
+        laid_out = x if layout is None else layout.in_slots(x)
+        return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, cos, sin, _ = inputs
+        x, cos, sin, ctx.layout = inputs
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        back: Tensor = _Turned.apply(grad, cos, -sin, ctx.dtype)  # type: ignore[no-untyped-call]
-        return back, None, None, None
+        halves = _turned(grad, cos, -sin, ctx.dtype)
+        if ctx.layout is not None:  # before they are joined: a compiler would write them out
+            halves = tuple(ctx.layout.from_slots(half) for half in halves)
+        return torch.cat(halves, dim=-1), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Both halves of ``x`` by themselves, turned in ``cos``'s dtype."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
 class Rotary(nn.Module):
