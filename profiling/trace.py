@@ -46,26 +46,27 @@ class Traced:
     memory: dict[str, Memory]
 
 
-def layer_step(
-    problem: Problem, options: argparse.Namespace, device: torch.device
-) -> Callable[[], None]:
+Step = Callable[[], object]
+"""One step; returns the tensors that it made and nobody else holds."""
+
+
+def layer_step(problem: Problem, options: argparse.Namespace, device: torch.device) -> Step:
     """One call of the layer, and its backward pass unless only the forward one is wanted."""
     layer = layer_of(problem, options).to(device)
     q, k, v, grad = problem.tensors(dtype_of(options, device), device)
 
-    def step() -> None:
+    def step() -> object:
         with record_function("forward"):
             out = layer(q, k, v)
-        if not options.forward_only:
-            with record_function("backward"):
-                torch.autograd.grad(out, (q, k, v), grad)
+        if options.forward_only:
+            return out
+        with record_function("backward"):
+            return torch.autograd.grad(out, (q, k, v), grad)
 
     return step
 
 
-def model_step(
-    problem: Problem, options: argparse.Namespace, device: torch.device
-) -> Callable[[], None]:
+def model_step(problem: Problem, options: argparse.Namespace, device: torch.device) -> Step:
     """One step of training of a small language model, or only its forward pass."""
     model: nn.Module = Model(problem.heads, problem.d, lambda: layer_of(problem, options))
     model.to(device, dtype_of(options, device))
@@ -86,9 +87,7 @@ def model_step(
     return step
 
 
-def record(
-    step: Callable[[], None], device: torch.device, folder: Path, steps: int, gzip: bool
-) -> Traced:
+def record(step: Step, device: torch.device, folder: Path, steps: int, gzip: bool) -> Traced:
     """Runs ``steps`` steps under the profiler, after others that it does not see."""
     for _ in range(WARM_UP):
         step()
@@ -107,8 +106,11 @@ def record(
     with labelled(), profiler:
         for number in range(steps):
             with record_function(f"{STEP}{number}"):
-                step()
+                made = step()
                 synchronize(device)
+                # By now the backward pass's thread has let go of them. If it were the last to, the
+                # profiler, which does not look there, would take them for held for ever.
+                del made
     (file,) = set(folder.glob("*.pt.trace.json*")) - before
     trace = Trace(file)
     wall = sum(step.duration for step in trace.steps)

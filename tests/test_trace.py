@@ -142,6 +142,5 @@ def test_a_trace_of_a_gpu(tmp_path, monkeypatch):
         rows = [row for row in found.rows if (row.phase, row.part) == (phase, part)]
         assert any("flex_attention" in row.name for row in rows)
         assert all(row.calls % steps == 0 for row in rows)
-    # What the first step under the profiler returned, its three gradients, may stay.
-    assert found.memory["cuda:0"].growth < steps * tensor
+    assert found.memory["cuda:0"].growth < tensor  # no step leaves anything
     assert found.memory["cuda:0"].peak >= 4 * tensor  # the output and three gradients
