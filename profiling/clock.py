@@ -56,7 +56,8 @@ def host_us(run: Callable[[], Any], device: torch.device, calls: int = 200) -> f
 def kernels_ms(run: Callable[[], Any], device: torch.device, calls: int = 5) -> float | None:
     """Milliseconds that the kernels of a warm call take on a GPU, one after the other.
 
-    Where the host takes longer to launch them, a call takes longer than they do. None elsewhere.
+    Where the host takes longer to launch them, a call takes longer than they do. The cache is as
+    the call before left it. None elsewhere.
     """
     if device.type != "cuda":
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .check import complaint, errors, results, shortened, truth
-from .clock import first_call, host_us, median_ms, peak_bytes
+from .clock import first_call, host_us, kernels_ms, median_ms, peak_bytes
 from .peers import OURS, REFERENCE, Attend, Peer
 from .problems import Problem
 
@@ -35,7 +35,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found of a peer; ``reason`` says why there is nothing, or nothing of training."""
+    """What was found of a peer; ``reason`` says why there is nothing, or nothing of training.
+
+    Kernels take less than a call where the host takes longer to launch them. A GPU's alone.
+    """
 
     peer: str
     status: Status
@@ -43,6 +46,8 @@ class Measurement:
     error: float | None = None
     forward_ms: float | None = None
     train_ms: float | None = None
+    forward_kernels_ms: float | None = None
+    train_kernels_ms: float | None = None
     first_forward_s: float | None = None
     first_train_s: float | None = None
     peak_bytes: int | None = None
@@ -132,6 +137,7 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
         error=max(off.values()),
         first_forward_s=first,
         forward_ms=median_ms(forward, device, task.seconds),
+        forward_kernels_ms=kernels_ms(forward, device),
         host_us=host_us(forward, device) if task.host else None,
     )
     if untrained is not None:
@@ -140,6 +146,7 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
         found,
         first_train_s=first_train,
         train_ms=median_ms(train, device, task.seconds),
+        train_kernels_ms=kernels_ms(train, device),
         peak_bytes=peak_bytes(train, device),
     )
 

@@ -17,6 +17,17 @@ Entry = dict[str, Any]
 KINDS = ("forward", "train")
 OURS = "flexlocal"
 
+TIMES = {
+    "forward_ms": "forward ms",
+    "forward_kernels_ms": "its kernels",
+    "train_ms": "train ms",
+    "train_kernels_ms": "its kernels",
+}
+"""The times of a row and what a table calls them."""
+
+PACED = 0.9
+"""Of a call's time, the most that its kernels take where they are said to wait."""
+
 
 def number(value: float | None) -> str:
     """Three digits, or a dash where there is nothing."""
@@ -38,23 +49,15 @@ def row_of(entry: Entry, peer: str) -> dict[str, Any]:
 def table(entry: Entry) -> str:
     """A problem's measurements for a terminal; who was not measured stands below, with reasons."""
     ours = row_of(entry, OURS)
-    heads = ("", "forward ms", "ours/it", "train ms", "ours/it", "peak GB", "first s", "error")
-    lines = [heads]
-    for row in entry["rows"]:
-        if row["status"] != "measured":
-            continue
-        lines.append(
-            (
-                row["peer"],
-                number(row["forward_ms"]),
-                ratio(ours.get("forward_ms"), row["forward_ms"]),
-                number(row["train_ms"]),
-                ratio(ours.get("train_ms"), row["train_ms"]),
-                _gigabytes(row),
-                " + ".join(_seconds(row[f"first_{kind}_s"]) for kind in KINDS),
-                f"{row['error']:.0e}",
-            )
-        )
+    rows = [row for row in entry["rows"] if row["status"] == "measured"]
+    times = [name for name in TIMES if any(row.get(name) is not None for row in rows)]
+    heads = [column for name in times for column in (TIMES[name], "ours/it")]
+    lines = [("", *heads, "peak GB", "first s", "error")]
+    for row in rows:
+        found = [(row[name], ours.get(name)) for name in times]
+        cells = [cell for its, mine in found for cell in (number(its), ratio(mine, its))]
+        first = " + ".join(_seconds(row[f"first_{kind}_s"]) for kind in KINDS)
+        lines.append((row["peer"], *cells, _gigabytes(row), first, f"{row['error']:.0e}"))
     return "\n".join([_title(entry), *_aligned(lines), *_comparisons(entry), *_absent(entry)])
 
 
@@ -99,7 +102,10 @@ def _comparisons(entry: Entry) -> Iterator[str]:
         ]
         best = best_peer(entry, kind)
         if best is not None:
-            parts.insert(0, f"{ratio(mine, best[f'{kind}_ms'])} x the best peer, {best['peer']}")
+            alone = ratio(ours.get(f"{kind}_kernels_ms"), best.get(f"{kind}_kernels_ms"))
+            words = "" if alone == "-" else f" (kernels {alone} x its kernels)"
+            times = ratio(mine, best[f"{kind}_ms"])
+            parts.insert(0, f"{times} x the best peer, {best['peer']}{words}")
         yield f"flexlocal {kind}: {'; '.join(parts)}"
 
 
@@ -157,7 +163,9 @@ def _caption(record: dict[str, Any]) -> str:
         what = (
             f"Milliseconds of {passes.format('of ')}, in brackets how many times flexlocal's time"
         )
-    then = "; then the most memory that the step holds" if memory else ""
+    wait = any(kernels_wait(entry, kind) for entry in record["problems"] for kind in KINDS)
+    then = f", and of its kernels where some take less than {PACED:.0%} of it" if wait else ""
+    then += "; then the most memory that the step holds" if memory else ""
     return f"{record['device']} ({versions}), {', '.join(extras)}. {what}{then}:"
 
 
@@ -167,8 +175,26 @@ def _cell(entry: Entry, peer: str, absolute: bool) -> str:
         return row["status"]
     if row.get("forward_ms") is None:
         return "-"
-    times = " / ".join(_time(row[f"{kind}_ms"], ours.get(f"{kind}_ms"), absolute) for kind in KINDS)
+    times = " / ".join(_times(entry, row, ours, kind, absolute) for kind in KINDS)
     return times if row["peak_bytes"] is None else f"{times}, {_gigabytes(row)} GB"
+
+
+def _times(
+    entry: Entry, row: dict[str, Any], ours: dict[str, Any], kind: str, absolute: bool
+) -> str:
+    """A call's time and, where some peer's kernels wait for the host, its kernels'."""
+    call, kernels = f"{kind}_ms", f"{kind}_kernels_ms"
+    time = _time(row[call], ours.get(call), absolute)
+    if row.get(kernels) is None or not kernels_wait(entry, kind):
+        return time
+    return f"{time}, kernels {_time(row[kernels], ours.get(kernels), absolute)}"
+
+
+def kernels_wait(entry: Entry, kind: str) -> bool:
+    """Whether some peer's kernels take much less than its calls, as where a host is slow."""
+    call, kernels = f"{kind}_ms", f"{kind}_kernels_ms"
+    timed = [row for row in entry["rows"] if row.get(kernels) is not None]
+    return any(row[kernels] < PACED * row[call] for row in timed)
 
 
 def _time(other: float | None, ours: float | None, absolute: bool) -> str:

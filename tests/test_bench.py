@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,7 +59,7 @@ def test_peers_are_checked_timed_and_written(tmp_path, capsys):
         for kind in ("forward", "train"):
             assert row[f"{kind}_ms"] > 0 and row[f"first_{kind}_s"] > 0
         assert row["host_us"] > 0
-        assert row["peak_bytes"] is None  # a GPU's
+        assert row["forward_kernels_ms"] is row["peak_bytes"] is None  # a GPU's
     assert rows["dense SDPA"]["error"] > 0
     assert entry["shape"] == [1, 2, 256, 16]
     assert entry["window"]["size"] == 32
@@ -311,7 +312,9 @@ def test_every_peer_is_right_on_a_gpu(tmp_path, rule, layout):
     assert set(rows) == set(PEERS)
     for row in rows.values():
         assert row["status"] in ("measured", "missing", "refused"), row
-        assert row["status"] != "measured" or row["peak_bytes"] > 0
+        if row["status"] == "measured":
+            assert row["peak_bytes"] > 0
+            assert 0 < row["forward_kernels_ms"] < row["train_kernels_ms"]
     assert rows["FlashAttention 2"]["status"] == "measured"
 
 
@@ -476,6 +479,36 @@ def test_times_of_a_processor_are_no_figures_to_quote():
     table = report.markdown({**record(), "device_type": "cpu"})
     assert "| quick | 0.80x / 1.50x, 2.00 GB | - |" in table
     assert "illiseconds" not in table
+
+
+def test_kernels_that_wait_for_the_host_are_told_apart():
+    paced = record()
+    one, two = paced["problems"]
+    kernels = {"flexlocal": (0.2, 1.9), "quick": (0.4, 2.9), "slow": (4.9, None)}
+    for line in one["rows"]:
+        line["forward_kernels_ms"], line["train_kernels_ms"] = kernels.get(line["peer"], [None] * 2)
+    table = report.markdown(paced)
+    assert "flexlocal's time, and of its kernels where some take less than 90% of it; then" in table
+    first = "0.400 (0.80x), kernels 0.400 (2.00x) / 3.00 (1.50x), 2.00 GB"  # training takes longer
+    assert f"| quick | {first} | - |" in table
+    assert "| slow | 5.00 (10.0x), kernels 4.90 (24.5x) / 30.0 (15.0x), 1.00 GB | - |" in table
+    assert "| 1.00 (1.00x) / 4.00 (1.00x), 1.00 GB |" in table  # nothing is known of two's
+    text = report.table(one)
+    heads, ours = (re.split(r"  +", line.strip()) for line in text.splitlines()[1:3])
+    assert heads[:4] == ["forward ms", "ours/it", "its kernels", "ours/it"]
+    assert ours[:9] == [
+        "flexlocal",
+        "0.500",
+        "1.00",
+        "0.200",
+        "1.00",
+        "2.00",
+        "1.00",
+        "1.90",
+        "1.00",
+    ]
+    assert "1.25 x the best peer, quick (kernels 0.50 x its kernels); 5.00 x the" in text
+    assert "its kernels" not in report.table(two)
 
 
 def test_the_text_compares_ours():

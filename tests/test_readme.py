@@ -17,7 +17,6 @@ TABLES = {
     "h100_doc256.json": (report.markdown, README),
     "cpu.json": (report.markdown, README),
     "h100_rotary.json": (report.markdown, RESULTS / "README.md"),
-    "h100_rotary_encoder64.json": (report.markdown, RESULTS / "README.md"),
     "h100_arguments.json": (argument_costs.markdown, RESULTS / "README.md"),
     "h100_scale.json": (scale.markdown, RESULTS / "README.md"),
 }
