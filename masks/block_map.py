@@ -13,11 +13,12 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from .blocks import EMPTY, FULL, PARTIAL, Runs, block_mask_bytes, block_runs, kept_blocks
+from .blocks import EMPTY, FULL, PARTIAL
 from .html import block_html, block_page
 from .intervals import Intervals, sides_of, step_of
 from .png import block_png
 from .rule import Rule
+from .runs import Runs, block_mask_bytes, block_runs, kept_blocks
 from .text import block_text
 
 

@@ -1,10 +1,7 @@
 """From a rule's bounds to FlexAttention's BlockMask, without evaluating the mask.
 
-A block of queries sees the key blocks between its first query's first key and its last query's
-last key. Among these a block is full when even the last query's first key and the first query's
-last key enclose it. So a row of the grid is a short band of block states, and the whole grid
-costs time and memory linear in the sequence. The transposed lists, for the backward pass, follow
-in the same way from the rule's inverse bounds.
+A row of the grid of blocks is a short run (``runs``), so that the whole grid costs time and memory
+linear in the sequence.
 
 FlexAttention wants the partial and the full blocks in lists of their own. Where a list has no
 gaps its kernels need not look blocks up one by one (``lists_have_gaps``).
@@ -12,8 +9,7 @@ gaps its kernels need not look blocks up one by one (``lists_have_gaps``).
 Block masks: https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,25 +22,9 @@ from .buffer import written_out
 from .clip import at_least, at_most
 from .keys import padding_mod
 from .rule import MaskMod, Rule, mask_mod
+from .runs import Runs, Side, kept_blocks, runs_of, trimmed, widths
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-
-_ALWAYS_HELD = 64
-"""Columns of index tensors that are not worth cutting down to the grid's."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The key blocks that each block of queries sees, one run of them, and the full ones in it.
-
-    All integer ``(rows,)``, the ends of a run ``(batch, heads, rows)`` where a key mask decides
-    them; ends included. A run is empty where its last is below its first.
-    """
-
-    first: Tensor
-    last: Tensor
-    first_full: Tensor
-    last_full: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,31 +113,22 @@ def block_lists(
         For queries and for keys, the partial and the full list, each ``(batch, heads, rows)`` and
         ``(batch, heads, rows, width)``: eight tensors, or four with ``one_list``.
     """
-    queries, keys = map(_Side, lengths, block_size)
-    forward = _runs(queries, keys, rule.first_key, rule.last_key, device)
-    backward = _runs(keys, queries, rule.first_query, rule.last_query, device)
-    grid = keys.blocks, queries.blocks
-    widths = (
-        _width(queries, keys, rule.most_keys, rule),
-        _width(keys, queries, rule.most_queries, rule),
-    )
+    queries, keys = map(Side, lengths, block_size)
+    rows = runs_of(queries, keys, rule.first_key, rule.last_key, device)
+    columns = runs_of(keys, queries, rule.first_query, rule.last_query, device)
+    grid, band = (keys.blocks, queries.blocks), widths(rule, queries, keys)
     if one_list:
-        forward, backward = (replace(x, last_full=x.first_full - 1) for x in (forward, backward))
+        rows, columns = (replace(runs, last_full=runs.first_full - 1) for runs in (rows, columns))
         if kept is not None:
-            forward, backward = _trimmed(forward, backward, _kept(kept, keys)[0], widths[0])
+            rows, columns = trimmed(rows, columns, kept_blocks(kept, keys.block)[0], band[0])
     if kept is None or one_list:
-        wide = grid if full_width else widths
+        wide = grid if full_width else band
         lists = [
-            *_lists_of_runs(forward, keys.blocks, wide[0]),
-            *_lists_of_runs(backward, queries.blocks, wide[1]),
+            *_lists_of_runs(rows, grid[0], wide[0]),
+            *_lists_of_runs(columns, grid[1], wide[1]),
         ]
     else:
-        some, every = _kept(kept, keys)
-        rows = _band(forward, keys.blocks, widths[0])
-        rows = _with_keys(rows, some[..., rows.columns], every[..., rows.columns])
-        columns = _band(backward, queries.blocks, widths[1])
-        columns = _with_keys(columns, some[..., None], every[..., None])
-        lists = [_listed(band, state) for band in (rows, columns) for state in (PARTIAL, FULL)]
+        lists = _lists_of_states(rows, columns, kept_blocks(kept, keys.block), grid, band)
         if full_width:
             lists = [
                 (count, F.pad(indices, (0, grid[i // 2] - indices.shape[-1])))
@@ -195,88 +166,6 @@ def from_lists(
     return BlockMask(lengths, *kv, *q, block_size, mod)  # type: ignore[call-arg, arg-type]
 
 
-def block_runs(
-    rule: Rule, n_queries: int, n_keys: int, block_size: int | tuple[int, int] = 128
-) -> Runs:
-    """The blocks that ``block_mask`` lists for each block of queries, as runs, on the CPU.
-
-    A key mask would make a block empty where ``kept_blocks`` says that it keeps no key, and
-    partial where it does not keep every key.
-    """
-    queries, keys = map(_Side, (n_queries, n_keys), check_block_size(block_size))
-    return _runs(queries, keys, rule.first_key, rule.last_key, "cpu")
-
-
-def kept_blocks(key_mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Which key blocks of ``(..., n_keys)`` keep some key, and which all: ``(..., blocks)``."""
-    return _kept(key_mask, _Side(key_mask.shape[-1], block_size))
-
-
-def block_mask_bytes(
-    rule: Rule,
-    n_queries: int,
-    n_keys: int,
-    *,
-    block_size: int | tuple[int, int] = 128,
-    full_width: bool = False,
-) -> int:
-    """Bytes of the index tensors that ``block_mask`` makes for one batch entry and head."""
-    queries, keys = map(_Side, (n_queries, n_keys), check_block_size(block_size))
-    forward = keys.blocks if full_width else _width(queries, keys, rule.most_keys, rule)
-    backward = queries.blocks if full_width else _width(keys, queries, rule.most_queries, rule)
-    # Both lists hold the partial and the full blocks: a count and the indices of each row, int32.
-    return 4 * 2 * (queries.blocks * (1 + forward) + keys.blocks * (1 + backward))
-
-
-@dataclass(frozen=True)
-class _Side:
-    """The queries or the keys, cut into blocks."""
-
-    length: int
-    block: int
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.length // self.block)
-
-
-def _runs(
-    rows: _Side,
-    columns: _Side,
-    first: Callable[[Tensor], Tensor],
-    last: Callable[[Tensor], Tensor],
-    device: torch.device | str,
-) -> Runs:
-    row = torch.arange(rows.blocks, device=device)
-    top = row * rows.block
-    bottom = at_most(top + rows.block, rows.length) - 1
-    # Touched: all that any token of the row's block sees. Full: what every one of them sees.
-    touched_first, touched_last = at_least(first(top), 0), at_most(last(bottom), columns.length - 1)
-    full_first, full_last = at_least(first(bottom), 0), at_most(last(top), columns.length - 1)
-    whole = top + rows.block <= rows.length
-    return Runs(
-        first=touched_first // columns.block,
-        last=torch.where(touched_first <= touched_last, touched_last // columns.block, -1),
-        first_full=(full_first + columns.block - 1) // columns.block,
-        last_full=torch.where(whole, (full_last + 1) // columns.block, 0) - 1,
-    )
-
-
-def _trimmed(forward: Runs, backward: Runs, some: Tensor, width: int) -> tuple[Runs, Runs]:
-    """Runs of query blocks from the first to the last block that keeps ``some`` key.
-
-    Runs of key blocks are empty where a block keeps none. Both get ``some``'s leading sizes.
-    """
-    place = torch.arange(width, device=some.device)
-    column = forward.first[:, None] + place
-    inside = (column <= forward.last[:, None]) & some[..., at_most(column, some.shape[-1] - 1)]
-    first = torch.where(inside, column, some.shape[-1]).amin(-1)
-    last = torch.where(inside, column, -1).amax(-1)
-    rows = replace(forward, first=first, last=last)
-    columns = replace(backward, last=torch.where(some, backward.last, -1))
-    return rows, columns
-
-
 def _lists_of_runs(runs: Runs, blocks: int, width: int) -> list[tuple[Tensor, Tensor]]:
     """The partial and the full blocks of each row: counts ``(batch, heads, rows)`` and indices.
 
@@ -300,28 +189,27 @@ def _by_head(x: Tensor, dimensions: int) -> Tensor:
     return x if x.dim() == dimensions else x[None, None]
 
 
+def _lists_of_states(
+    rows: Runs,
+    columns: Runs,
+    kept: tuple[Tensor, Tensor],
+    grid: tuple[int, int],
+    band: tuple[int, int],
+) -> list[tuple[Tensor, Tensor]]:
+    """As ``_lists_of_runs``, of both sides, where ``kept_blocks`` decides block by block."""
+    some, every = kept
+    across, down = _band(rows, grid[0], band[0]), _band(columns, grid[1], band[1])
+    across = _with_keys(across, some[..., across.columns], every[..., across.columns])
+    down = _with_keys(down, some[..., None], every[..., None])
+    return [_listed(states, state) for states in (across, down) for state in (PARTIAL, FULL)]
+
+
 def _band(runs: Runs, blocks: int, width: int) -> Band:
     column = runs.first[:, None] + torch.arange(width, device=runs.first.device)
     touched = column <= runs.last[:, None]
     full = (runs.first_full[:, None] <= column) & (column <= runs.last_full[:, None])
     states = touched.to(torch.int32) + (touched & full).to(torch.int32)
     return Band(states[None, None], at_most(column, blocks - 1))
-
-
-def _width(rows: _Side, columns: _Side, most: Callable[[int], int], rule: Rule) -> int:
-    # The band's first key lies at a multiple of `grain`, so it begins a block or this far into it.
-    grain = math.gcd(rows.block, rule.size, columns.block)
-    width = (most(rows.block) - 1 + columns.block - grain) // columns.block + 1
-    # Where the grid is narrower, a narrow band keeps its width all the same: a compiler that asked
-    # for the lesser one would make other kernels for short sequences.
-    return width if width <= _ALWAYS_HELD or width < columns.blocks else columns.blocks
-
-
-def _kept(key_mask: Tensor, keys: _Side) -> tuple[Tensor, Tensor]:
-    """Which blocks of ``(batch, heads, n_keys)`` keep some key, and which keep every key."""
-    missing = keys.blocks * keys.block - keys.length
-    blocks = F.pad(key_mask, (0, missing)).unflatten(-1, (-1, keys.block))
-    return blocks.any(-1), blocks.all(-1)
 
 
 def _with_keys(band: Band, some: Tensor, every: Tensor) -> Band:

@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flexlocal.masks import block_mask
-from flexlocal.masks.blocks import block_mask_bytes
+from flexlocal.masks.runs import block_mask_bytes
 from flexlocal.tuning import STOCK_BLOCK, nearest
 
 from . import machine
