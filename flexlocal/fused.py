@@ -82,38 +82,16 @@ def fused(
         k = unit_keys(k)
     v = rule.in_slots(v)
     if inv_freq is not None:
-        q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
-        position, ahead = torch.arange(n, device=q.device), window.after
-        # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
-        q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
-        if isinstance(rule, Segments):
-            k = rotate(k, rule.slot_positions(k.device), inv_freq, k_factor, rule)
-        else:
-            k = _rotated(k, position, inv_freq, k_factor)
-    q, k = q.to(dtype), k.to(dtype)
+        q, k = _positioned(q, k, window, rule, inv_freq, xpos)
 
-    kept = None if key_mask is None else _by_slot(rule, key_mask)
-    if bias is not None and bias.dtype == torch.float64:
-        bias = written_out(bias.to(torch.float32))  # kernels read no float64
-    margin, on_gpu = None, q.device.type == "cuda"
-    # Where a length divides evenly, kernels look up no query and no key beyond its end.
-    if bias is not None and on_gpu and rule is window and n % STOCK_BLOCK == 0:
-        margin = window.block_margin(settings.tuning.block)
-        bias = with_margin(bias, margin)
     blocks = settings.blocks(n, dtype, key_mask is not None)
-    grouped, biased = k.shape[1] != h, bias is not None
-    kernel = Kernel(blocks, h, grouped, settings.scale, biased, margin, on_gpu)
-    d_v = v.shape[-1]
-    if on_gpu:
-        q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
-        if decodes(n):
-            # torch 2.11 asks for the strides of a query there before they are settled: one
-            # computed from a transposed view was read wrongly.
-            q = written_out(q)
-    elif lists is None:  # part of a user's graph, perhaps
-        q, k, v = _made_anew(q), _made_anew(k), _made_anew(v)
+    kept = None if key_mask is None else _by_slot(rule, key_mask)
+    on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
+    q, k, v = _as_kernels_read(q, k, v, n, alone=lists is not None)
     if lists is None:
         lists = blocks.lists(q.device, kept)
+    bias, margin = (None, None) if bias is None else _bias_table(bias, blocks, on_gpu)
+    kernel = Kernel(blocks, h, grouped, settings.scale, bias is not None, margin, on_gpu)
     if settings.dropout == 0:
         out: Tensor = flex_attention(
             q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, kept)
@@ -123,6 +101,49 @@ def fused(
     draws = query_draws(seed, b * h, n), _by_slot(rule, key_draws(seed, b * h, n))
     out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, kept)
     return _narrowed(out, d_v)
+
+
+def _positioned(
+    q: Tensor, k: Tensor, window: Window, rule: Rule, inv_freq: Tensor, xpos: Xpos | None
+) -> tuple[Tensor, Tensor]:
+    """Queries rotated, and keys in their slots, in the dtypes that they came in."""
+    n, ahead = q.shape[-2], window.after
+    q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
+    position = torch.arange(n, device=q.device)
+    # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
+    turned_q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
+    if isinstance(rule, Segments):
+        turned_k = rotate(k, rule.slot_positions(k.device), inv_freq, k_factor, rule)
+    else:
+        turned_k = _rotated(k, position, inv_freq, k_factor)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int | None]:
+    """``bias`` as kernels look it up, and its margin, if it has one."""
+    if bias.dtype == torch.float64:
+        bias = written_out(bias.to(torch.float32))  # kernels read no float64
+    # Where a length divides evenly, kernels look up no query and no key beyond its end.
+    if not on_gpu or blocks.rule is not blocks.window or blocks.n % STOCK_BLOCK:
+        return bias, None
+    margin = blocks.window.block_margin(blocks.tuning.block)
+    return with_margin(bias, margin), margin
+
+
+def _as_kernels_read(
+    q: Tensor, k: Tensor, v: Tensor, n: int, alone: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head sizes that kernels take, and memory that they read rightly.
+
+    Args:
+        alone: this is a graph of its own, and no part of a user's.
+    """
+    if q.device.type != "cuda":
+        return (q, k, v) if alone else (_made_anew(q), _made_anew(k), _made_anew(v))
+    q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
+    # torch 2.11 asks decoding kernels' query for its strides before they are settled: one
+    # computed from a transposed view was read wrongly.
+    return written_out(q) if decodes(n) else q, k, v
 
 
 def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from .masks import (
     Rule,
-    Segments,
     Window,
     but_itself_mod,
     in_turn,
@@ -34,7 +33,7 @@ class Blocks:
 
     Attributes:
         window: the window.
-        rule: it, or the layout of its keys.
+        rule: the window, or the layout of its keys.
         n: tokens.
         masked: a key mask hides keys.
         shared_qk: a token attends to itself only when it sees nothing else.
@@ -51,8 +50,7 @@ class Blocks:
     @property
     def lengths(self) -> tuple[int, int]:
         """Queries and key slots."""
-        rule = self.rule
-        return self.n, rule.count * rule.slots if isinstance(rule, Segments) else self.n
+        return self.n, self.rule.key_slots(self.n)
 
     @property
     def one_list(self) -> bool:

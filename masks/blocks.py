@@ -169,7 +169,7 @@ def from_lists(
 def _lists_of_runs(runs: Runs, blocks: int, width: int) -> list[tuple[Tensor, Tensor]]:
     """The partial and the full blocks of each row: counts ``(batch, heads, rows)`` and indices.
 
-    By formula: to compile the sort that ``_listed`` would need takes longer than the kernel.
+    By formula, from the ends of the runs alone.
     """
     first_full = torch.maximum(runs.first, runs.first_full)[..., None]
     full_count = at_least(torch.minimum(runs.last, runs.last_full)[..., None] - first_full + 1, 0)
@@ -221,9 +221,7 @@ def _listed(band: Band, state: int) -> tuple[Tensor, Tensor]:
     """The blocks in ``state``: counts ``(batch, heads, rows)`` and indices, first in each row."""
     chosen = band.states == state
     width = chosen.shape[-1]
-    place = torch.arange(width, device=chosen.device)
-    before = place < place[:, None]
-    rank = (chosen[..., None, :] & before).sum(-1)
+    rank = chosen.cumsum(-1) - 1
     # The blocks in other states share one place past the end, which is cut off.
     target = torch.where(chosen, rank, width)
     indices = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)

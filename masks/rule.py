@@ -36,6 +36,9 @@ class Rule(Protocol):
     def key_position(self, query: Index, slot: Index) -> Index:
         """Position in the sequence of the key that ``query`` finds in ``slot``."""
 
+    def key_slots(self, n: int) -> int:
+        """Slots of ``n`` keys."""
+
     def in_slots(self, keys: Tensor) -> Tensor:
         """``(..., n, d)`` by position as ``(..., slots, d)``, zeros in slots without a key."""
 

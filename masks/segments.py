@@ -48,6 +48,10 @@ class Segments:
         """Segments in the sequence."""
         return _ceil(self.length, self.queries)
 
+    def key_slots(self, n: int) -> int:
+        """Those of all segments, for the ``n`` tokens of the layout."""
+        return self.count * self.slots
+
     def in_slots(self, keys: Tensor) -> Tensor:
         """``(..., length, d)`` as ``(..., count * slots, d)``, zeros where there is no key."""
         laid_out: Tensor = _InSlots.apply(keys, self)  # type: ignore[no-untyped-call]
@@ -55,7 +59,7 @@ class Segments:
 
     def slot_positions(self, device: torch.device | str) -> Tensor:
         """Position that each slot stands for, ``(count * slots,)``, in the sequence or beyond."""
-        slot = torch.arange(self.count * self.slots, device=device)
+        slot = torch.arange(self.key_slots(self.length), device=device)
         return slot - self._shift(slot // self.slots)
 
     def from_slots(self, copies: Tensor) -> Tensor:

@@ -112,6 +112,10 @@ class Window:
         """Position of the key in ``slot``, for ``query``: keys lie in their own order here."""
         return slot
 
+    def key_slots(self, n: int) -> int:
+        """One for each key."""
+        return n
+
     def in_slots(self, keys: Tensor) -> Tensor:
         """``keys`` as they are: each has one slot, its position."""
         return keys

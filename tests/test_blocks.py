@@ -220,7 +220,7 @@ def laid_out(rule, n, windows_each):
     if windows_each is None:
         return window, n
     layout = Segments(window, windows_each, n)
-    return layout, layout.count * layout.slots
+    return layout, layout.key_slots(layout.length)
 
 
 @settings(max_examples=6 * EXAMPLES)

@@ -19,7 +19,9 @@ from local_attention import LocalAttention as Upstream
 from strategies import cases
 
 from flexlocal import LocalAttention, Window, flex, local_attention, plan
+from flexlocal.fused import Settings
 from flexlocal.rotary import Rotary
+from flexlocal.tuning import STOCK
 
 pytestmark = needs_compiled_kernels_on_the_cpu
 
@@ -179,10 +181,20 @@ def test_a_compiler_that_is_switched_off_is_no_fused_path():
     assert "switched off" in done.stdout
 
 
-def test_blocks_are_skipped():
-    """A wrong block list shows in compiled kernels only: this one hides every block."""
+def test_blocks_that_no_list_names_are_skipped(monkeypatch):
+    """The mask alone would show their keys."""
+    listed = flex._lists
+    monkeypatch.setattr(flex, "_lists", lambda *kind: tuple(map(torch.zeros_like, listed(*kind))))
     q, k, v = torch.randn(3, 1, 2, 512, 16)
     layer = LocalAttention(64, causal=True, dropout=0.0, backend="flex")
-    hidden = torch.zeros(1, 512, dtype=torch.bool)
     with torch.no_grad():
-        assert torch.equal(layer(q, k, v, mask=hidden), torch.zeros_like(v))
+        assert torch.equal(layer(q, k, v), torch.zeros_like(v))
+
+
+def test_blocks_whose_keys_are_all_hidden_are_not_listed():
+    kept = torch.ones(1, 1, 512, dtype=torch.bool)
+    kept[..., :256] = False
+    made_for = Settings(Window(64, causal=True), 1.0, False, 0.0, None, STOCK)
+    counts, _, by_key, _ = made_for.blocks(512, torch.float32, masked=True).lists(kept.device, kept)
+    assert counts.flatten().tolist() == [0, 0, 1, 2]  # blocks of 128 tokens
+    assert by_key.flatten().tolist() == [0, 0, 2, 1]

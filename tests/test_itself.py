@@ -20,7 +20,7 @@ def expected(visible):
 def test_by_the_window_alone(rule, n, windows_each):
     window = Window(**asdict(rule))
     layout = window if windows_each is None else Segments(window, windows_each, n)
-    slots = n if windows_each is None else layout.count * layout.slots
+    slots = n if windows_each is None else layout.key_slots(n)
     query, slot = torch.arange(n)[:, None], torch.arange(slots)
     visible = but_itself_mod(layout, window, n)(0, 0, query, slot)
     # Kernels leave keys out that are not there, and slots of other segments.

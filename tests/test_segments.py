@@ -27,7 +27,7 @@ def copies(layout, n):
 def test_slots_hold_their_keys_and_keys_gather_their_gradients(rule, windows_each, n, flags):
     layout = Segments(Window(**asdict(rule)), windows_each, n)
     held = copies(layout, n).double()
-    assert held.shape[0] == layout.count * layout.slots
+    assert held.shape[0] == layout.key_slots(n)
     keys = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
     found = layout.in_slots(keys)
     torch.testing.assert_close(found, held @ keys)
