@@ -18,7 +18,7 @@ from .html import block_html, block_page
 from .intervals import Intervals, sides_of, step_of
 from .png import block_png
 from .rule import Rule
-from .runs import Runs, block_mask_bytes, block_runs, kept_blocks
+from .runs import block_mask_bytes, block_runs, kept_blocks
 from .text import block_text
 
 
@@ -97,8 +97,9 @@ class BlockMap:
         some = every = None
         if self.key_mask is not None:
             some, every = kept_blocks(self.key_mask, self.block_size[1])
-        return self._run(runs, "", some), self._run(runs, "_full", every)
-
-    def _run(self, runs: Runs, which: str, kept: Tensor | None) -> Intervals:
-        first, last = getattr(runs, f"first{which}"), getattr(runs, f"last{which}")
-        return Intervals(*self.shape, lambda rows: (first[rows], last[rows]), kept)
+        return (
+            Intervals(*self.shape, lambda rows: (runs.first[rows], runs.last[rows]), some),
+            Intervals(
+                *self.shape, lambda rows: (runs.first_full[rows], runs.last_full[rows]), every
+            ),
+        )

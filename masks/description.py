@@ -13,6 +13,8 @@ from .window import Window
 if TYPE_CHECKING:
     from .picture import MaskPicture
 
+_PREFIXES = {1000: ("", "k", "M", "G", "T", "P"), 1024: ("", "Ki", "Mi", "Gi", "Ti", "Pi")}
+
 _WASTEFUL = 1.5
 """Scores computed per score needed, above which advice is worth a line."""
 
@@ -195,11 +197,10 @@ def _percent(share: float) -> str:
 
 def _amount(count: float, base: int, unit: str) -> str:
     """A count with a prefix: powers of 1000 (k, M, G), or of 1024 (Ki, Mi, Gi)."""
-    for prefix in ("", "k" if base == 1000 else "Ki", "M", "G", "T", "P"):
-        if count < base or prefix == "P":
+    prefixes = _PREFIXES[base]
+    for prefix in prefixes:
+        if count < base or prefix == prefixes[-1]:
             break
         count /= base
-    if base == 1024 and prefix not in ("", "Ki"):
-        prefix += "i"
     digits = f"{count:.0f}" if not prefix else f"{count:.3g}"
     return f"{digits} {prefix}{unit}"

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .symbols import BLOCKS, HIDDEN, SHADES, TOKENS, Kind, shade
+from .symbols import BLOCKS, HIDDEN, SHADES, TOKENS, Kind, used_of
 
 if TYPE_CHECKING:
     from .block_map import BlockMap
@@ -34,12 +34,9 @@ def block_page(map_: "BlockMap", cells: int) -> str:
 def token_html(picture: "MaskPicture", cells: int) -> str:
     """The token picture and the numbers, as an element."""
     step = picture.step(cells)
-    kinds: tuple[Kind, ...]
-    if step == 1:
-        grid, kinds, unit = picture.kinds().tolist(), TOKENS, "a square is one query and one key"
-    else:
-        grid = [[shade(share) for share in row] for row in picture.shares(step).tolist()]
-        kinds = SHADES
+    grid, kinds = picture.grid(step)
+    unit = "a square is one query and one key"
+    if step > 1:
         unit = f"a square is {step} queries by {step} keys, shaded by the share of pairs seen"
     size = picture.rule.size
     room = size > 1 if step == 1 else size >= 2 * step
@@ -176,7 +173,7 @@ def _element(
     grid: list[list[int]],
     numbers: "Description | None",
 ) -> str:
-    used = [kinds[kind] for kind in sorted({kind for row in grid for kind in row})]
+    used = used_of(grid, kinds)
     name = "blocks" if kinds is BLOCKS else "tokens"
     legend = "".join(f"<span>{_sign(kind, name)}{escape(kind.words)}</span>" for kind in used)
     rows = "" if numbers is None else _table(numbers)

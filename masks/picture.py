@@ -19,7 +19,7 @@ from .intervals import Intervals, sides_of, step_of
 from .png import token_png
 from .query import query_words
 from .rule import Rule, sees
-from .symbols import HIDDEN, OWN, SEEN, STRUCK
+from .symbols import HIDDEN, OWN, SEEN, SHADES, STRUCK, TOKENS, Kind, shade
 from .text import token_text
 from .window import Window, as_window
 
@@ -182,6 +182,12 @@ class MaskPicture:
         if self.key_mask is not None:
             kinds = kinds.masked_fill((kinds >= SEEN) & ~self.key_mask, STRUCK)
         return kinds
+
+    def grid(self, step: int) -> tuple[list[list[int]], tuple[Kind, ...]]:
+        """Each cell of ``step`` tokens on a side as a place in kinds, and these."""
+        if step == 1:
+            return self.kinds().tolist(), TOKENS
+        return [[shade(share) for share in row] for row in self.shares(step).tolist()], SHADES
 
     def step(self, cells: int) -> int:
         """Tokens on a side of a picture's cell: the least power of two that ``cells`` allow."""

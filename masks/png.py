@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from .blocks import EMPTY, FULL, PARTIAL
 from .sheet import INK, PALE_INK, File, Sheet
-from .symbols import BLOCKS, SHADES, STRUCK, TOKENS, Kind, shade
+from .symbols import BLOCKS, STRUCK, Kind, used_of
 
 if TYPE_CHECKING:
     from .block_map import BlockMap
@@ -17,13 +17,8 @@ _MOST_SINGLE = 64
 def token_png(picture: "MaskPicture", file: File, cells: int) -> None:
     """Draws the token picture; arguments as ``MaskPicture.png``."""
     step = picture.step(cells)
-    kinds: tuple[Kind, ...]
-    if step == 1:
-        kinds, grid, subtitle = TOKENS, picture.kinds().tolist(), picture.title
-    else:
-        kinds = SHADES
-        grid = [[shade(share) for share in row] for row in picture.shares(step).tolist()]
-        subtitle = f"{picture.title}; one pixel is {step} x {step} tokens"
+    grid, kinds = picture.grid(step)
+    subtitle = picture.title + ("" if step == 1 else f"; one pixel is {step} x {step} tokens")
     sheet = Sheet(picture.n, picture.n_keys, picture.words, subtitle)
     with sheet.style():
         from matplotlib.patches import Patch
@@ -45,12 +40,11 @@ def token_png(picture: "MaskPicture", file: File, cells: int) -> None:
         if step == 1 or picture.rule.size >= 2 * step:
             sheet.edges(picture.rule.size)
         sheet.label("key", "query", picture.rule.size, offset=0.5 if step == 1 else 0)
-        used = [kinds[kind] for kind in sorted({kind for row in grid for kind in row})]
         words = "" if step == 1 else " of the pairs seen"
         sheet.legend(
             [
                 (Patch(facecolor=kind.color, edgecolor=PALE_INK, lw=0.5), kind.words + words)
-                for kind in used
+                for kind in used_of(grid, kinds)
             ]
         )
         sheet.save(file, ["tokens", step, grid, [kind.color for kind in kinds]])

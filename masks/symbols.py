@@ -6,6 +6,7 @@ blue and orange squares side by side; blocks are green tiles with gaps, so that 
 is taken for the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 HIDDEN, STRUCK, SEEN, OWN = 0, 1, 2, 3
@@ -58,6 +59,11 @@ BLOCKS = (
     Kind("full", "full: computed", "[F]", "[F]", "#006b4f", "#00c48f", 29),
 )
 """By ``blocks.EMPTY``, ``blocks.PARTIAL`` and ``blocks.FULL``."""
+
+
+def used_of(grid: list[list[int]], kinds: Sequence[Kind]) -> list[Kind]:
+    """The kinds that stand in a grid, for its legend."""
+    return [kinds[kind] for kind in sorted({kind for row in grid for kind in row})]
 
 
 def shade(share: float) -> int:

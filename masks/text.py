@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .symbols import BLOCKS, SHADES, TOKENS, Kind, shade
+from .symbols import BLOCKS, SHADES, TOKENS, Kind, used_of
 
 if TYPE_CHECKING:
     from .block_map import BlockMap
@@ -24,13 +24,9 @@ def token_text(picture: "MaskPicture", color: bool | None, plain: bool | None, c
     """The token picture; arguments as ``MaskPicture.text``."""
     step = picture.step(cells)
     size = picture.rule.size
-    kinds: Sequence[Kind]
-    if step == 1:
-        grid, kinds = picture.kinds().tolist(), TOKENS
-        legend = "one character is one query and one key"
-    else:
-        grid = [[shade(share) for share in row] for row in picture.shares(step).tolist()]
-        kinds = SHADES
+    grid, kinds = picture.grid(step)
+    legend = "one character is one query and one key"
+    if step > 1:
         legend = f"one character is {step} queries by {step} keys, shaded by the share seen"
     # Lines at the edges of windows, where these end with a character and leave room for it.
     edge = size // step if size % step == 0 and size > step * (1 if step == 1 else 3) else 0
@@ -91,7 +87,7 @@ def _drawn(
             for column in range(0, columns, run)
         ]
         lines.append(f"{row * step:>{margin}}  " + (gap + bar + gap).join(parts))
-    used = [kinds[kind] for kind in sorted({kind for row in grid for kind in row})]
+    used = used_of(grid, kinds)
     legend = "   ".join(f"{_sign(kind, color, plain)} {kind.words}" for kind in used)
     return [*lines, "", legend]
 
