@@ -3,8 +3,8 @@
     python -m profiling.argument_costs [--problem slide256] [--json FILE]
 
 By default slide256 in bf16 on a GPU, and a much smaller problem in fp32 on the CPU. The default
-path's result is compared with the eager path's before it is timed. xpos is compared with rotary,
-since it comes on top of it.
+path's output and gradients are compared with the eager path's before it is timed. xpos is compared
+with rotary, since it comes on top of it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from flexlocal import local_attention
 from flexlocal.rotary import Rotary
 
 from . import machine
-from .check import MOST_ERROR
+from .check import apart
 from .clock import kernels_ms, median_ms, peak_bytes
 from .options import add_problem, problem_of
 from .problems import PROBLEMS, Problem
@@ -61,13 +61,15 @@ def calls(problem: Problem, x: Tensor) -> dict[str, dict[str, Any]]:
     }
 
 
-def check(attend: Callable[..., Tensor], dtype: torch.dtype, name: str) -> None:
-    """End the program where the default path differs from the eager one."""
-    with torch.no_grad():
-        ours, eager = attend(), attend(backend="eager")
-    error = ((ours - eager).float().norm() / eager.float().norm()).item()
-    if not error < MOST_ERROR[dtype]:
-        sys.exit(f"not timed, {name} is wrong: off by {error:.1e}")
+def check(attend: Callable[..., Tensor], tensors: Sequence[Tensor], name: str) -> None:
+    """End the program where the default path differs from the eager one.
+
+    Args:
+        tensors: q, k, v and the output's gradient.
+    """
+    wrong = apart(lambda *_: attend(), lambda *_: attend(backend="eager"), tensors)
+    if wrong is not None:
+        sys.exit(f"not timed, {name} is wrong: {wrong}")
 
 
 def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float]]:
@@ -88,7 +90,7 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
         def train(attend: Any = attend, learned: Any = learned) -> None:
             torch.autograd.grad(attend(), learned, grad)
 
-        check(attend, dtype, name)
+        check(attend, (q, k, v, grad), name)
         row = {
             "forward_ms": median_ms(torch.no_grad()(attend), device),
             "train_ms": median_ms(train, device),

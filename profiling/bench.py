@@ -26,9 +26,9 @@ import torch
 
 from . import machine, report
 from .measure import Measurement, Task, measure_all
-from .options import DTYPES, add_problem, dtype_of, problem_of
+from .options import DTYPES, add_problem, dtype_of, problems_of
 from .peers import OURS, PEERS, Peer
-from .problems import PROBLEMS, STANDARD, Problem
+from .problems import STANDARD, Problem
 from .rates import Rates, measure_rates
 
 
@@ -38,12 +38,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m profiling.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # several problems here, where other scripts take one
     )
-    add_problem(parser)
-    parser.add_argument(
-        "--problem", nargs="+", choices=PROBLEMS, metavar="NAME", help=", ".join(PROBLEMS)
-    )
+    add_problem(parser, several=True)
     names = ", ".join(map(repr, PEERS))
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=names)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
@@ -76,12 +72,8 @@ def _device(options: argparse.Namespace) -> torch.device:
 def _problems(options: argparse.Namespace) -> list[Problem]:
     standard = STANDARD if _device(options).type == "cuda" else ("cpu",)
     custom = options.shape is not None
-    names = options.problem or (standard[:1] if custom else standard)
-    found = []
-    for name in names:
-        one = argparse.Namespace(**{**vars(options), "problem": name})
-        found.append(replace(problem_of(one, PROBLEMS[name]), rotary=options.rotary))
-    return found
+    found = problems_of(options, standard[:1] if custom else standard)
+    return [replace(problem, rotary=options.rotary) for problem in found]
 
 
 def _peers(options: argparse.Namespace) -> list[Peer]:

@@ -102,6 +102,17 @@ def complaint(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     return f"off: {', '.join(wrong)}; {most:.0e} is allowed" if wrong else None
 
 
+def apart(
+    attend: Callable[..., Tensor],
+    other: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    train: bool = True,
+) -> str | None:
+    """How two ways to attend differ, None where they agree within the bound of the dtype."""
+    found, expected = results(attend, tensors, train), results(other, tensors, train)
+    return complaint(errors(found, expected), tensors[0].dtype)
+
+
 def shortened(problem: Problem) -> Problem:
     """The problem on a few windows and heads, as ragged at its end, for the truth to take."""
     # Kernels work in blocks of 128: a length that they divide evenly stays one.
@@ -114,4 +125,5 @@ def _distance(found: Tensor, true: Tensor) -> float:
         return float("inf")
     wide = torch.promote_types(true.dtype, torch.float32)
     found, true = found.to(wide), true.to(wide)
-    return ((found - true).norm() / true.norm()).item()
+    distance = (found - true).norm()
+    return (distance / true.norm()).item() if distance != 0 else 0.0

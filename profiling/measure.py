@@ -165,8 +165,13 @@ def training_of(attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], objec
 def trouble(error: Exception) -> tuple[Status, str]:
     """What kind of trouble it is, and its first line."""
     words = str(error).strip().split("\n")[0]
-    # The allocator of the CPU raises a RuntimeError.
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words
-    if memory:
+    if is_out_of_memory(error):
         return "out of memory", words
     return "failed", f"{type(error).__name__}: {words}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, for which the CPU's allocator has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
+        error
+    )

@@ -1,6 +1,7 @@
 """What the scripts' command lines share: which problem, and the layer that works on it."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,15 @@ from .problems import PROBLEMS, Problem
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_problem(parser: argparse.ArgumentParser, shape: bool = True) -> None:
-    """The flags that ``problem_of`` reads; without ``shape`` the script chooses the sizes."""
+def add_problem(parser: argparse.ArgumentParser, shape: bool = True, several: bool = False) -> None:
+    """The flags that ``problem_of`` reads, with ``several`` ``problems_of``.
+
+    Without ``shape`` the script chooses the sizes.
+    """
     flags = parser.add_argument_group("problem", "a standard one, and what is to be changed of it")
-    flags.add_argument("--problem", choices=PROBLEMS, metavar="NAME", help=", ".join(PROBLEMS))
+    nargs = "+" if several else None
+    names = ", ".join(PROBLEMS)
+    flags.add_argument("--problem", nargs=nargs, choices=PROBLEMS, metavar="NAME", help=names)
     if shape:
         flags.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "N", "D"))
     flags.add_argument("--window", type=int, metavar="W", help="tokens in a window")
@@ -42,7 +48,19 @@ def problem_of(options: argparse.Namespace, default: Problem) -> Problem:
     Raises:
         ValueError: the window's numbers do not fit together.
     """
-    named = default if options.problem is None else PROBLEMS[options.problem]
+    return _changed(default if options.problem is None else PROBLEMS[options.problem], options)
+
+
+def problems_of(options: argparse.Namespace, default: Sequence[str]) -> list[Problem]:
+    """The problems that the flags name, or those of ``default``, changed in the same way.
+
+    Raises:
+        ValueError: as ``problem_of``.
+    """
+    return [_changed(PROBLEMS[name], options) for name in options.problem or default]
+
+
+def _changed(named: Problem, options: argparse.Namespace) -> Problem:
     batch, heads, n, d = getattr(options, "shape", None) or named.shape
     window = _window(options, named.window)
     if (batch, heads, n, d) == named.shape and window == named.window:

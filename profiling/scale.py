@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from flexlocal.masks import block_mask
-from flexlocal.masks.runs import block_mask_bytes
-from flexlocal.tuning import STOCK_BLOCK, nearest
+from flexlocal.kernel import Blocks
+from flexlocal.masks.blocks import block_lists
+from flexlocal.tuning import STOCK, nearest
 
 from . import machine
+from .check import apart, shortened
 from .chrome import Trace
 from .clock import kernels_ms, median_ms, peak_bytes
+from .measure import is_out_of_memory
 from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
 from .problems import PROBLEMS, Problem
 from .report import number
@@ -71,19 +74,12 @@ def measure(
 ) -> Length:
     """Everything about one length."""
     dtype = dtype_of(options, device)
-    window, n = problem.window, problem.n
     fused_on_cpu = options.backend == "flex" and device.type == "cpu"
-    block = STOCK_BLOCK
-    if device.type == "cuda":
-        entry = nearest(torch.cuda.get_device_capability(device), dtype, problem.d, window)
-        block = STOCK_BLOCK if entry is None else entry.tuning.block
-    mask: dict[str, Any] = {"block_size": block, "full_width": fused_on_cpu}
+    lists = block_lists_of(problem, dtype, device, full_width=fused_on_cpu)
     found: dict[str, Any] = dict.fromkeys(set(MEASURED) - {"mask_bytes"})
     enough = True
     try:
-        found["mask_ms"] = median_ms(
-            lambda: block_mask(window, n, n, device=device, **mask), device, seconds
-        )
+        found["mask_ms"] = median_ms(lists, device, seconds)
         layer = layer_of(problem, options).to(device)
         q, k, v, grad = problem.tensors(dtype, device)
         forward = torch.no_grad()(partial(layer, q, k, v))
@@ -103,8 +99,36 @@ def measure(
         enough = False
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    size = block_mask_bytes(window, n, n, **mask)
-    return Length(n, mask_bytes=size, out_of_memory=not enough, **found)
+    size = sum(x.nbytes for x in lists())
+    return Length(problem.n, mask_bytes=size, out_of_memory=not enough, **found)
+
+
+def block_lists_of(
+    problem: Problem, dtype: torch.dtype, device: torch.device, full_width: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Makes the block mask's index tensors as the layer's kernel has them."""
+    window, n, tuning = problem.window, problem.n, STOCK
+    if device.type == "cuda":
+        entry = nearest(torch.cuda.get_device_capability(device), dtype, problem.d, window)
+        tuning = STOCK if entry is None else entry.tuning
+    blocks = Blocks(window, window, n, masked=False, shared_qk=False, tuning=tuning)
+    sizes = tuning.block, tuning.block
+    return lambda: block_lists(
+        window, (n, n), sizes, device, full_width=full_width, one_list=blocks.one_list
+    )
+
+
+def wrong(problem: Problem, options: argparse.Namespace, device: torch.device) -> str | None:
+    """How the layer differs from its eager path on a shortened problem."""
+    short = shortened(problem)
+    layer, eager = (layer_of(short, options).to(device) for _ in range(2))
+    eager.backend = "eager"
+    seed = torch.tensor(0, device=device)
+    train = options.backend != "flex" or device.type == "cuda"
+    tensors = short.tensors(dtype_of(options, device), device)
+    return apart(
+        partial(layer, dropout_seed=seed), partial(eager, dropout_seed=seed), tensors, train
+    )
 
 
 def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int:
@@ -118,11 +142,6 @@ def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         return passed + Trace(file).memory()["cpu"].peak
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that memory ran out, which on the CPU has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def growth(lengths: Sequence[int], values: Sequence[float]) -> float:
@@ -241,11 +260,14 @@ def main(argv: list[str] | None = None) -> list[Length]:
     try:
         problem = replace(problem_of(options, PROBLEMS["slide256"]), batch=1, heads=options.heads)
         layer_of(problem, options)
-    except ValueError as wrong:
-        sys.exit(f"cannot be measured: {wrong}")
+    except ValueError as reason:
+        sys.exit(f"cannot be measured: {reason}")
     dtype = dtype_of(options, device)
     title = f"{machine.device_name(device)}, 1 x {problem.heads} x n x {problem.d}, {dtype}"
     print(f"{title}, torch {torch.__version__}\n{problem.window}\n\n{heading()}", flush=True)
+    off = wrong(replace(problem, n=2**options.most), options, device)
+    if off is not None:
+        sys.exit(f"not measured, the result is wrong: {off}")
     rows = []
     for power in range(options.least, options.most + 1):
         rows.append(measure(replace(problem, n=2**power), options, device, options.seconds))

@@ -44,8 +44,8 @@ from .candidates import (
     stock,
     winner_of,
 )
-from .options import DTYPES, add_problem, problem_of
-from .problems import PROBLEMS, Problem
+from .options import DTYPES, add_problem, problems_of
+from .problems import Problem
 from .report import number, ratio
 from .sweep import flash_runs, sweep, workers_for
 from .tuned_table import SHIPPED, Entry, merged, old_flash, read_table, text_of
@@ -68,18 +68,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m profiling.tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # several problems here, where other scripts take one
     )
-    add_problem(parser)
-    names = ", ".join(PROBLEMS)
-    parser.add_argument(
-        "--problem",
-        nargs="+",
-        choices=PROBLEMS,
-        metavar="NAME",
-        default=["slide256"],
-        help=f"slide256 by default, or of {names}",
-    )
+    add_problem(parser, several=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="bf16 by default")
     parser.add_argument("--list", action="store_true", help="print the candidates and end")
     parser.add_argument(
@@ -116,9 +106,15 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --blocks: must divide {STOCK_BLOCK}, got {wrong[0]}")
     options.space = Space(**{name: tuple(getattr(options, name)) for name in SPACE})
     try:
-        options.problems = [_problem(options, name) for name in options.problem]
+        options.problems = problems_of(options, ["slide256"])
     except ValueError as reason:
         parser.error(str(reason))
+    short = [problem.n for problem in options.problems if problem.n < STOCK_BLOCK]
+    if short:
+        parser.error(
+            f"argument --shape: N must be {STOCK_BLOCK} or more, since fewer queries go to another "
+            f"kernel, got {short[0]}"
+        )
     return options
 
 
@@ -126,17 +122,6 @@ def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return int(text)
-
-
-def _problem(options: argparse.Namespace, name: str) -> Problem:
-    one = argparse.Namespace(**{**vars(options), "problem": name})
-    problem = problem_of(one, PROBLEMS[name])
-    if problem.n < STOCK_BLOCK:
-        raise ValueError(
-            f"argument --shape: N must be {STOCK_BLOCK} or more, since fewer queries go to another "
-            f"kernel, got {problem.n}"
-        )
-    return problem
 
 
 def listing(problem: Problem, space: Space, limit: int | None) -> str:

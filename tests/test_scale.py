@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flexlocal import Window
+from flexlocal import LocalAttention, Window
 from flexlocal.masks import block_mask
 from profiling import machine, scale
 
@@ -71,6 +71,18 @@ def test_the_most_bytes_of_a_call_hold_its_arguments():
         return torch.empty(3000, dtype=torch.uint8), torch.empty(2000, dtype=torch.uint8)
 
     assert scale.most_bytes(run, torch.device("cpu"), 70) == 5070
+
+
+def test_a_wrong_result_is_not_measured(monkeypatch):
+    right = LocalAttention.forward
+
+    def off(layer, *args, **more):
+        out = right(layer, *args, **more)
+        return out if layer.backend == "eager" else 1.01 * out
+
+    monkeypatch.setattr(LocalAttention, "forward", off)
+    with pytest.raises(SystemExit, match="the result is wrong: off: the output by 1.0e-02"):
+        scale.main([*TINY, "--least", "6", "--most", "6"])
 
 
 def test_bytes_of_the_mask_are_those_of_its_lists():
