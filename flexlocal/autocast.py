@@ -1,4 +1,4 @@
-"""Autocast, for devices that know none as well."""
+"""Autocast's state, and its absence on the meta device."""
 
 from contextlib import AbstractContextManager, nullcontext
 

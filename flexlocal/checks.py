@@ -23,7 +23,7 @@ def check_call(call: Call) -> None:
     check_scale(call.scale)
     check_flag("shared_qk", call.shared_qk)
     check_dropout(call.dropout)
-    check_kernel_options(call.kernel_options)
+    check_kernel_options(call.kernel_options, call.backend)
     check_qkv(call.q, call.k, call.v)
     check_mask(call.mask, call.q)
     check_bias(call.attn_bias, call.q, call.window)
@@ -63,11 +63,17 @@ def check_xpos_scale_base(base: float | None) -> None:
         raise ValueError(f"xpos_scale_base must be finite and above 0, got {base}")
 
 
-def check_kernel_options(options: object) -> None:
-    """``kernel_options`` are a dictionary or None."""
-    if options is not None and not isinstance(options, dict):
+def check_kernel_options(options: object, backend: str) -> None:
+    """``kernel_options`` are a dictionary or None, which they are where no kernel is asked for."""
+    if options is None:
+        return
+    if not isinstance(options, dict):
         raise TypeError(
             f"kernel_options must be a dict or None, got {options!r} of {kind_of(options)}"
+        )
+    if backend == "eager":
+        raise ValueError(
+            f"kernel_options must be None with backend='eager', which has no kernel, got {options}"
         )
 
 
@@ -181,26 +187,25 @@ def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
         )
 
 
-def check_length(n: int, window_size: int) -> None:
+def check_length(name: str, n: int, window_size: int) -> None:
     """Without autopad the windows must fill the sequence."""
     if n % window_size:
         raise ValueError(
-            f"q must have a length that is a multiple of window_size {window_size} unless "
-            f"autopad is True, got length {n}"
+            f"{name} must be a multiple of window_size {window_size} unless autopad is True, "
+            f"got {n}"
         )
 
 
 def _check_leads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v must agree with k {_shape(k)} up to its last size, got {_shape(v)}")
-    if k.shape[:-2] == q.shape[:-2]:
-        return
     grouped = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0]
-    if not grouped or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    grouped = grouped and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    if k.shape[:-2] != q.shape[:-2] and not grouped:
         raise ValueError(
             f"k must have q's leading sizes {_shape(q[..., 0, 0])} or, in 4 dimensions, fewer "
             f"heads that divide q's, got {_shape(k)}"
         )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v must agree with k {_shape(k)} up to its last size, got {_shape(v)}")
 
 
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:

@@ -7,6 +7,7 @@ a callable compiled here. The one file that knows private torch names.
 import importlib.util
 import os
 import shutil
+import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -120,10 +121,24 @@ def warn_once(reason: str) -> None:
     if reason not in _SAID:
         _SAID.add(reason)
         words = "local attention takes its eager path, which is slower"
-        warnings.warn(f"{words}: {reason}. backend='eager' asks for it by name", stacklevel=6)
+        level = _level_outside()
+        warnings.warn(f"{words}: {reason}. backend='eager' asks for it by name", stacklevel=level)
 
 
 _SAID: set[str] = set()
+
+
+def _level_outside() -> int:
+    """The ``stacklevel`` with which the caller warns where the user's own code is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours_or_torchs(frame):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours_or_torchs(frame: types.FrameType) -> bool:
+    package, _, _ = frame.f_globals.get("__name__", "").partition(".")
+    return package in (__package__, "torch")
 
 
 def _exporting() -> bool:

@@ -54,11 +54,11 @@ def local_attention(
         rotary: rotates queries and keys first.
         backend: ``"auto"``, ``"flex"`` (one fused kernel) or ``"eager"`` (plain tensor
             operations, linear in ``n``). ``explain`` says what ``auto`` takes.
-        kernel_options: passed to ``flex_attention``.
+        kernel_options: passed to ``flex_attention``; None with ``backend="eager"``.
 
     Returns:
-        ``(*lead, n, d_v)`` with ``q``'s leading sizes and dtype (autocast's, under autocast). A
-        query that sees no key gives zeros.
+        ``(*lead, n, d_v)`` with ``q``'s leading sizes and dtype (autocast's, under autocast, which
+        leaves float64 alone). A query that sees no key gives zeros.
 
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.

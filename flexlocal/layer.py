@@ -46,7 +46,7 @@ class LocalAttention(nn.Module):
         use_xpos: also scale them by their distance (xpos); needs rotary embeddings.
         xpos_scale_base: tokens per unit of xpos's exponent, ``window_size // 2`` by default.
         backend: ``"auto"``, ``"flex"`` or ``"eager"``, see ``local_attention``.
-        kernel_options: passed to ``flex_attention``.
+        kernel_options: passed to ``flex_attention``; None with ``backend="eager"``.
 
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
@@ -93,7 +93,7 @@ class LocalAttention(nn.Module):
         check_scale(scale)
         check_xpos_scale_base(xpos_scale_base)
         check_backend(backend)
-        check_kernel_options(kernel_options)
+        check_kernel_options(kernel_options, backend)
         if rel_pos_emb_config is not None:
             warnings.warn(
                 "rel_pos_emb_config is deprecated: give its first entry, the head size, as dim",
@@ -195,10 +195,8 @@ class LocalAttention(nn.Module):
         window = self._window(window_size)
         head_size = 64 if self.rel_pos is None else self.rel_pos.dim
         picture = inspect(window, n, key_mask=key_mask, block_size=block_size, head_size=head_size)
-        if not self.autopad and n % window.size:
-            raise ValueError(
-                f"n must be a multiple of window_size {window.size} unless autopad is True, got {n}"
-            )
+        if not self.autopad:
+            check_length("n", n, window.size)
         return picture
 
     def attention_map(
@@ -284,9 +282,9 @@ class LocalAttention(nn.Module):
         window = self._window(window_size)
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else it is refused later
         if has_length and not self.autopad:
-            check_length(q.shape[-2], window.size)
+            check_length("q's length", q.shape[-2], window.size)
         if mask is not None and input_mask is not None:
-            raise ValueError("mask and input_mask must not both be given, got both")
+            raise ValueError("mask must be None where input_mask is given, got both")
         if has_length and input_mask is not None:
             check_mask(input_mask, q, "input_mask")
         return window, {

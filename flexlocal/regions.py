@@ -20,8 +20,7 @@ _labelling = False
 def labelled() -> Iterator[None]:
     """Labels the layer's steps while it is open, in all threads.
 
-    Not always, since a label costs some 40 microseconds whether or not a profiler sees it, and a
-    short call a thousand.
+    Not always: even where no profiler looks, a label costs a few percent of a short call.
     """
     global _labelling
     before, _labelling = _labelling, True

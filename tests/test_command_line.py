@@ -117,6 +117,22 @@ def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
     assert "works: forward and backward" in capsys.readouterr().out
 
 
+def test_doctor_says_when_a_path_is_wrong(capsys, monkeypatch):
+    from flexlocal import doctor, eager, plan
+
+    monkeypatch.setattr(plan, "_PLANS", {})
+    right = eager.attend
+
+    def wrong(q, *others, **more):
+        out = right(q, *others, **more)
+        return out if q.dtype == torch.float64 else out + 0.1
+
+    monkeypatch.setattr(eager, "attend", wrong)
+    monkeypatch.setattr(doctor, "trials", lambda: [("eager", torch.device("cpu"))])
+    assert main(["doctor", "--run"]) == 1
+    assert "FAILED: RuntimeError: its result is off by 1.0e-01" in capsys.readouterr().out
+
+
 def test_doctor_fails_when_a_path_does(capsys, monkeypatch):
     from flexlocal import doctor
 

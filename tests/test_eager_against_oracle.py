@@ -321,6 +321,14 @@ def test_autocast_decides_the_dtype(dtype):
     assert_within_budget(out, rough, truth, dtype, "the output")
 
 
+def test_autocast_leaves_float64_alone():
+    case = replace(SMALL, rotary=True)
+    call = case.tensors(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.run(layer_of(case), call)
+    torch.testing.assert_close(out, case.truth(call))
+
+
 @given(cases())
 def test_gradients_that_keep_a_graph_are_the_same_gradients(case):
     """They take another route, all tiles at once."""

@@ -4,6 +4,7 @@ Run for every backend, the fused one too: a wrong argument is refused before any
 here compiles.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ def tensors(**changes):
 
 @dataclass(frozen=True)
 class Wrong:
-    """One wrong argument. `says`: a message needs one word of each tuple."""
+    """One wrong argument. `says`: its name, then what a message needs, one word of each tuple."""
 
     name: str
     kind: type
@@ -130,7 +131,7 @@ CALL = [
     Wrong(
         "ragged length",
         ValueError,
-        ("21", str(W), "autopad", ("multiple", "divisible")),
+        ("q", "21", str(W), "autopad", ("multiple", "divisible")),
         call=lambda: tensors(
             q=torch.randn(B, H, 21, D), k=torch.randn(B, H, 21, D), v=torch.randn(B, H, 21, D_V)
         ),
@@ -159,7 +160,7 @@ CALL = [
     Wrong(
         "ragged length for the override",
         ValueError,
-        ("20", "3", "autopad"),
+        ("q", "20", "3", "autopad"),
         XPOS,
         call=lambda: tensors(window_size=3),
     ),
@@ -179,7 +180,7 @@ CALL = [
     Wrong(
         "k of another batch",
         ValueError,
-        ("k", "3, 3, 20", "2, 3, 20"),
+        ("k", "3, 3, 20", "(2, 3)"),
         call=lambda: tensors(k=torch.randn(3, H, N, D)),
     ),
     Wrong(
@@ -236,6 +237,42 @@ CALL = [
         ("q", "(*lead, n, d)", "(20,)"),
         call=lambda: tensors(q=torch.randn(N), input_mask=mask(B, N)),
     ),
+    Wrong(
+        "q of integers",
+        ValueError,
+        ("q", "floating-point", "int64"),
+        call=lambda: tensors(q=torch.zeros(B, H, N, D, dtype=torch.int64)),
+    ),
+    Wrong(
+        "mask on another device",
+        ValueError,
+        ("mask", "meta", "cpu"),
+        call=lambda: tensors(mask=mask(B, N).to("meta")),
+    ),
+    Wrong(
+        "bias on another device",
+        ValueError,
+        ("attn_bias", "meta", "cpu"),
+        call=lambda: tensors(attn_bias=torch.zeros(H, W, 15, device="meta")),
+    ),
+    Wrong(
+        "seed on another device",
+        ValueError,
+        ("dropout_seed", "meta", "cpu"),
+        call=lambda: tensors(dropout_seed=torch.tensor(1, device="meta")),
+    ),
+    Wrong(
+        "seed of a float",
+        ValueError,
+        ("dropout_seed", "0-d int64", "float32"),
+        call=lambda: tensors(dropout_seed=torch.tensor(1.0)),
+    ),
+    Wrong(
+        "two seeds",
+        ValueError,
+        ("dropout_seed", "0-d int64", "(2,)"),
+        call=lambda: tensors(dropout_seed=torch.tensor([1, 2])),
+    ),
     Wrong("q as a list", TypeError, ("q", "list", ("ensor",)), call=lambda: tensors(q=[[0.0]])),
     Wrong(
         "mask of floats",
@@ -246,7 +283,7 @@ CALL = [
     Wrong(
         "input_mask of integers",
         ValueError,
-        ("mask", "int64", KEEP),
+        ("input_mask", "int64", KEEP),
         call=lambda: tensors(input_mask=torch.ones(B, N, dtype=torch.int64)),
     ),
     Wrong(
@@ -326,6 +363,13 @@ CALL = [
 BACKENDS = ["auto", "eager", "flex"]
 
 
+def assert_names(message, says):
+    """The first of ``says`` is what must be otherwise, and the message has the others."""
+    name, *others = says
+    assert re.match(rf"{name}('s \w+)? must ", message), message
+    assert_says(message, others)
+
+
 def assert_says(message, says):
     for choice in says:
         choice = (choice,) if isinstance(choice, str) else choice
@@ -346,7 +390,7 @@ def test_constructor(wrong, backend):
     with pytest.raises(wrong.kind) as raised:
         LocalAttention(**{"window_size": W, **wrong.layer}, backend=backend)
     assert type(raised.value) is wrong.kind
-    assert_says(str(raised.value), wrong.says)
+    assert_names(str(raised.value), wrong.says)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -356,15 +400,17 @@ def test_call(wrong, backend):
     with pytest.raises(wrong.kind) as raised:
         layer(**wrong.call())
     assert type(raised.value) is wrong.kind
-    assert_says(str(raised.value), wrong.says)
+    assert_names(str(raised.value), wrong.says)
 
 
 FUNCTION = [
-    ({"window": 0}, ValueError, ("window must", "0", POSITIVE)),
-    ({"window": True}, TypeError, ("window must", "True", ("Window", "int"))),
+    ({"window": 0}, ValueError, ("window", "0", POSITIVE)),
+    ({"window": True}, TypeError, ("window", "True", ("Window", "int"))),
     ({"window": 2.5}, TypeError, ("window", "2.5", ("Window", "int"))),
     ({"shared_qk": 1}, TypeError, ("shared_qk", "1", "True or False")),
     ({"rotary": True}, TypeError, ("rotary", "bool", "Rotary")),
+    ({"v": torch.zeros(B, H, N, D_V).int()}, ValueError, ("v", "int32", "floating-point")),
+    ({"k": torch.zeros(B, 2, N, D)}, ValueError, ("k", "2, 2, 20, 6", "divide")),
     ({"kernel_options": 3}, TypeError, ("kernel_options", "3", "dict")),
     ({"dropout": 1.0}, ValueError, ("dropout", "1.0", ("[0, 1)", "below 1"))),
     ({"mask": torch.ones(B, N)}, ValueError, ("mask", "float32", KEEP)),
@@ -380,7 +426,17 @@ def test_function(changes, kind, says, backend):
     with pytest.raises(kind) as raised:
         local_attention(**{**tensors(), "window": W, **changes}, backend=backend)
     assert type(raised.value) is kind
-    assert_says(str(raised.value), says)
+    assert_names(str(raised.value), says)
+
+
+def test_kernel_options_without_a_kernel():
+    says = ("kernel_options", "backend='eager'", "BLOCK_M")
+    with pytest.raises(ValueError) as raised:
+        LocalAttention(W, backend="eager", kernel_options={"BLOCK_M": 64})
+    assert_names(str(raised.value), says)
+    with pytest.raises(ValueError) as raised:
+        local_attention(**tensors(), window=W, backend="eager", kernel_options={"BLOCK_M": 64})
+    assert_names(str(raised.value), says)
 
 
 def test_unknown_backend():

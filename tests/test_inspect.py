@@ -180,7 +180,7 @@ def test_layouts_of_keys_are_shown_in_slots(rule, segment, n):
     """A rule that is no window: every query sees as many slots as keys, its own key in one."""
     window = Window(**asdict(rule))
     segments = Segments(window, segment, n)
-    picture = inspect(segments, n, n_keys=segments.count * segments.slots)
+    picture = inspect(segments, n, n_keys=segments.key_slots(n))
     expected = rule.mask(n)
     assert torch.equal(picture.dense().sum(1), expected.sum(1))
     assert ((picture.kinds() == 3).sum(1) == 1).all()

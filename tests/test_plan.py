@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlocal import flex, local_attention, plan
+from flexlocal import LocalAttention, flex, functional, local_attention, plan
 from flexlocal.rotary import Rotary
 
 Q, K, V = torch.randn(3, 2, 3, 20, 8)
@@ -70,7 +70,7 @@ def test_plans_are_bounded(monkeypatch):
 
 def test_options_that_cannot_be_looked_up_by_are_no_trouble():
     """A plan is made for each such call."""
-    assert torch.equal(call(kernel_options={"BLOCK_M": [64]}), call())
+    assert torch.equal(call(kernel_options={"BLOCK_M": [64]}, backend="auto"), call())
 
 
 def test_a_reason_is_given_once(monkeypatch):
@@ -80,3 +80,14 @@ def test_a_reason_is_given_once(monkeypatch):
     flex.warn_once("too wide")  # or this would be an error
     with pytest.warns(UserWarning, match="too deep"):
         flex.warn_once("too deep")
+
+
+def test_a_warning_is_given_where_the_layer_is_called(monkeypatch):
+    """As if a call on the GPU came to be planned, by a function of the library's."""
+    monkeypatch.setattr(flex, "_SAID", set())
+    library = {"__name__": "flexlocal.plan", "flex": flex, "plan_of": functional.plan_of}
+    exec("def warned(*call): flex.warn_once('too wide'); return plan_of(*call)", library)
+    monkeypatch.setattr(functional, "plan_of", library["warned"])
+    with pytest.warns(UserWarning, match="too wide") as warned:
+        LocalAttention(4, dropout=0.0)(Q, K, V)
+    assert [warning.filename for warning in warned] == [__file__]
