@@ -29,6 +29,7 @@ from .measure import Measurement, Task, measure_all
 from .options import DTYPES, add_problem, dtype_of, problems_of
 from .peers import OURS, PEERS, Peer
 from .problems import STANDARD, Problem
+from .progress import Progress
 from .rates import Rates, measure_rates
 
 
@@ -113,26 +114,6 @@ def _record(options: argparse.Namespace, device: torch.device, rates: Rates) -> 
         float32_matmul_precision=torch.get_float32_matmul_precision(),
     )
     return {**begin, "rates": asdict(rates), "problems": []}
-
-
-class Progress:
-    """One line at the foot of a terminal; nothing elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-
-    def show(self, words: str) -> None:
-        """What is at work now."""
-        bar = ("#" * (20 * self.done // self.total)).ljust(20, ".")
-        self._write(f"[{bar}] {self.done + 1}/{self.total} {words}"[:99])
-
-    def clear(self) -> None:
-        """Leaves the line to others."""
-        self._write("")
-
-    def _write(self, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _watched(task: Task, peers: Sequence[Peer], progress: Progress) -> Iterator[Measurement]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from .bench import Progress
 from .candidates import (
     PASSES,
     Candidate,
@@ -25,6 +24,7 @@ from .candidates import (
 from .options import DTYPES
 from .peers import PEERS
 from .problems import Problem
+from .progress import Progress
 from .trial import Trial, attempt
 from .workers import Workers
 

@@ -13,6 +13,7 @@ import torch
 from profiling import bench, check, conditions, measure, report
 from profiling.peers import OURS, PEERS, Peer
 from profiling.problems import PROBLEMS
+from profiling.progress import Progress
 from profiling.windowed import FlashAttention2
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +148,7 @@ def test_a_terminal_sees_the_progress(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = bench.Progress(4)
+    progress = Progress(4)
     progress.done = 1
     progress.show("at work")
     assert sys.stderr.getvalue().endswith("[#####...............] 2/4 at work")
