@@ -64,12 +64,21 @@ def check_xpos_scale_base(base: float | None) -> None:
 
 
 def check_kernel_options(options: object, backend: str) -> None:
-    """``kernel_options`` are a dictionary or None, which they are where no kernel is asked for."""
+    """``kernel_options`` are values by name, or None: also where no kernel is asked for."""
     if options is None:
         return
     if not isinstance(options, dict):
         raise TypeError(
             f"kernel_options must be a dict or None, got {options!r} of {kind_of(options)}"
+        )
+    values = (bool, int, float, str)
+    wrong = [
+        x for x in options.items() if not isinstance(x[0], str) or not isinstance(x[1], values)
+    ]
+    if wrong:
+        raise TypeError(
+            "kernel_options must have names as keys and flags, numbers or words as values, got "
+            f"{wrong[0][0]!r}: {wrong[0][1]!r}"
         )
     if backend == "eager":
         raise ValueError(

@@ -412,6 +412,8 @@ FUNCTION = [
     ({"v": torch.zeros(B, H, N, D_V).int()}, ValueError, ("v", "int32", "floating-point")),
     ({"k": torch.zeros(B, 2, N, D)}, ValueError, ("k", "2, 2, 20, 6", "divide")),
     ({"kernel_options": 3}, TypeError, ("kernel_options", "3", "dict")),
+    ({"kernel_options": {"BLOCK_M": [64]}}, TypeError, ("kernel_options", "'BLOCK_M': [64]")),
+    ({"kernel_options": {"BLOCK_M": 64, 2: 3}}, TypeError, ("kernel_options", "2: 3", "names")),
     ({"dropout": 1.0}, ValueError, ("dropout", "1.0", ("[0, 1)", "below 1"))),
     ({"mask": torch.ones(B, N)}, ValueError, ("mask", "float32", KEEP)),
     ({"mask": mask(4, N)}, ValueError, ("mask", "4", "6")),

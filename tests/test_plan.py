@@ -68,11 +68,6 @@ def test_plans_are_bounded(monkeypatch):
         assert len(plan._PLANS) <= 4
 
 
-def test_options_that_cannot_be_looked_up_by_are_no_trouble():
-    """A plan is made for each such call."""
-    assert torch.equal(call(kernel_options={"BLOCK_M": [64]}, backend="auto"), call())
-
-
 def test_a_reason_is_given_once(monkeypatch):
     monkeypatch.setattr(flex, "_SAID", set())
     with pytest.warns(UserWarning, match="eager path, which is slower: too wide. backend='eager'"):
