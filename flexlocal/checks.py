@@ -1,6 +1,7 @@
 """What arguments must be; each check names the argument, what came and what would be right."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from .call import BackendName, Call
 from .masks import Window
 from .masks.arguments import check_count, check_flag, kind_of
+from .masks.dropout import MOST_DROPOUT
 from .rotary import Rotary, xpos_products_fit
 
 
@@ -41,8 +43,10 @@ def check_backend(backend: object) -> None:
 def check_dropout(dropout: float) -> None:
     """``dropout`` is a probability below 1."""
     _check_number("dropout", dropout, "a number")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if not 0 <= dropout <= MOST_DROPOUT:
+        raise ValueError(
+            f"dropout must be at least 0 and below 1, by 2**-32 at least, got {dropout!r}"
+        )
 
 
 def check_scale(scale: float | None) -> None:
@@ -50,7 +54,7 @@ def check_scale(scale: float | None) -> None:
     if scale is None:
         return
     _check_number("scale", scale, "a number or None")
-    if not math.isfinite(scale):
+    if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
@@ -71,15 +75,12 @@ def check_kernel_options(options: object, backend: str) -> None:
         raise TypeError(
             f"kernel_options must be a dict or None, got {options!r} of {kind_of(options)}"
         )
-    values = (bool, int, float, str)
-    wrong = [
-        x for x in options.items() if not isinstance(x[0], str) or not isinstance(x[1], values)
-    ]
-    if wrong:
-        raise TypeError(
-            "kernel_options must have names as keys and flags, numbers or words as values, got "
-            f"{wrong[0][0]!r}: {wrong[0][1]!r}"
-        )
+    for name, value in options.items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+            raise TypeError(
+                "kernel_options must have names as keys and flags, numbers or words as values, "
+                f"got {name!r}: {value!r}"
+            )
     if backend == "eager":
         raise ValueError(
             f"kernel_options must be None with backend='eager', which has no kernel, got {options}"

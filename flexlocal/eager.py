@@ -64,12 +64,9 @@ def attend(
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
-    # Keys around the only tile would lie outside of the sequence. A compiler is not to ask: it
-    # would make a graph for each length.
+    # A compiler is not to ask: it would make a graph for each length.
     if not torch.compiler.is_compiling() and 0 < n <= sizes.tile:
-        sizes = replace(sizes, tile=n, before=0, after=0)
-        if bias is not None:
-            bias = bias[:, :n, window.before : window.before + n]
+        sizes, bias = _only_tile(sizes, bias)
     formula = formula_of(q, sizes, window, scale, shared_qk, xpos, dropout, draws)
     bias = _cleared(bias, formula.hidden)
     with without_autocast(q.device), region("attention"):
@@ -100,14 +97,19 @@ def weights(
         k = without_padding(k, key_mask)
     q, k = _placed(q, k, window, shared_qk, inv_freq)
     sizes = _sizes(q, k, window, windows=1)
+    outside, n = 0, q.shape[2]  # columns before the first that a tile has
+    if 0 < n < sizes.tile:
+        outside = window.before
+        sizes, bias = _only_tile(sizes, bias)
     formula = formula_of(q, sizes, window, scale, shared_qk, xpos)
     bias = _cleared(bias, formula.hidden)
-    out = q.new_empty((*q.shape[:-1], window.span), dtype=formula.compute)
+    out = q.new_zeros((*q.shape[:-1], window.span), dtype=formula.compute)
+    columns = slice(outside, outside + sizes.span)
     with without_autocast(q.device):
         for tiles in portions(sizes, q.device):
             part = formula.of_tiles(tiles, q, k, bias, key_mask).flatten(2, 3)
             start = tiles.first * sizes.tile
-            place = out[tiles.batch, tiles.heads, start : start + part.shape[2]]
+            place = out[tiles.batch, tiles.heads, start : start + part.shape[2], columns]
             place.copy_(part[:, :, : place.shape[2]])
     return out
 
@@ -138,6 +140,14 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
         before=window.before,
         after=window.after,
     )
+
+
+def _only_tile(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
+    """The tile that holds all queries without the rest of its window and the keys around it."""
+    n, before = sizes.n, sizes.before
+    if bias is not None:
+        bias = bias[:, :n, before : before + n]
+    return replace(sizes, tile=n, before=0, after=0), bias
 
 
 def _cleared(bias: Tensor | None, hidden: Tensor) -> Tensor | None:

@@ -56,16 +56,16 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.formula, ctx.sizes = inputs
-        ctx.save_for_backward(*tensors, output)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask, output = ctx.saved_tensors
+        q, k, v, bias, mask = ctx.saved_tensors
         with without_autocast(grad.device), region("attention backward"):
             if torch.is_grad_enabled():
                 grads = _differentiable_gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
             else:
-                grads = _gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, output, grad)
+                grads = _gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
         return (*grads, None, None, None)
 
 
@@ -77,7 +77,6 @@ def _gradients(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    output: Tensor,
     grad: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v and bias, as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
@@ -92,9 +91,10 @@ def _gradients(
         weights = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
         keep = formula.keep(tiles)
         tiles.add_keys(grad_v, times(weights, keep).transpose(-1, -2) @ grad_out)
-        grad_weights = grad_out @ tiles.keys(v).to(compute).transpose(-1, -2)
-        along = (grad_out * tiles.queries(output)).sum(-1, keepdim=True)
-        grad_scores = times(grad_weights, keep).sub_(along).mul_(weights)
+        grad_weights = times(grad_out @ tiles.keys(v).to(compute).transpose(-1, -2), keep)
+        # Of the weights, not of the output as there: its rounding would show where they are sharp.
+        grad_scores = grad_weights.mul_(weights)
+        grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
         if formula.shared_qk:
             formula.self_scores(tiles, grad_scores).zero_()
         if grad_bias is not None:
@@ -117,6 +117,9 @@ def _differentiable_gradients(
     grad: Tensor,
 ) -> list[Tensor | None]:
     """The same gradients with a graph of their own, for gradients of gradients."""
+    # Views, since one may be made of another: its gradient is not to go by way of that one as well.
+    q, k, v = (x.view_as(x) for x in (q, k, v))
+    bias = None if bias is None else bias.view_as(bias)
     wanted = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
     output = formula.output(every_tile(sizes), q, k, v, bias, mask)
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .buffer import written_out
 
+MOST_DROPOUT = 1 - 2**-32
+"""Above it the threshold would be beyond the draws' range."""
+
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 

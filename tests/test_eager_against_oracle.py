@@ -340,3 +340,36 @@ def test_gradients_that_keep_a_graph_are_the_same_gradients(case):
     for one, other in zip(graphed, plain, strict=True):
         assert one.dtype == torch.float64
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("shared_qk", [False, True], ids=["apart", "shared"])
+def test_gradients_of_tensors_made_of_each_other(rotary, shared_qk):
+    """With a graph of their own they have to stop where the call begins."""
+    layer = LocalAttention(
+        4, causal=True, dropout=0.0, autopad=True, shared_qk=shared_qk, dim=4 if rotary else None
+    )
+    x = torch.randn(1, 1, 10, 4, dtype=torch.float64, requires_grad=True)
+    for tensors in (lambda x: (x, x, x), lambda x: (x, 2 * x, x.sin()), lambda x: (x, x, 3 * x)):
+
+        def loss(x, tensors=tensors):
+            return layer(*tensors(x)).sin().sum()
+
+        (plain,) = torch.autograd.grad(loss(x), x)
+        (graphed,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        torch.testing.assert_close(graphed, plain)
+        torch.testing.assert_close(torch.func.grad(loss)(x), plain)
+        assert torch.autograd.gradcheck(loss, x)
+
+
+def test_gradients_of_sharp_weights():
+    """Rounding of the output must not come back multiplied by xpos's factors."""
+    options = {"causal": False, "rotary": True, "xpos": True, "base": 2}
+    layer = LocalAttention(32, dropout=0.0, dim=8, use_xpos=True, xpos_scale_base=2)
+    tensors = [torch.randn(1, 1, 128, 8, requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn(1, 1, 128, 8)
+    found = torch.autograd.grad(layer(*tensors), tensors, cotangent)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    truth = torch.autograd.grad(oracle.attend(*exact, 32, **options), exact, cotangent.double())
+    for one, other in zip(found, truth, strict=True):
+        assert (one - other).norm() < 1e-3 * other.norm()

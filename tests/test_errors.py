@@ -414,6 +414,8 @@ FUNCTION = [
     ({"kernel_options": 3}, TypeError, ("kernel_options", "3", "dict")),
     ({"kernel_options": {"BLOCK_M": [64]}}, TypeError, ("kernel_options", "'BLOCK_M': [64]")),
     ({"kernel_options": {"BLOCK_M": 64, 2: 3}}, TypeError, ("kernel_options", "2: 3", "names")),
+    ({"dropout": 1 - 2**-33}, ValueError, ("dropout", "2**-32")),  # would keep every weight
+    ({"scale": 10**400}, ValueError, ("scale", "finite")),
     ({"dropout": 1.0}, ValueError, ("dropout", "1.0", ("[0, 1)", "below 1"))),
     ({"mask": torch.ones(B, N)}, ValueError, ("mask", "float32", KEEP)),
     ({"mask": mask(4, N)}, ValueError, ("mask", "4", "6")),
