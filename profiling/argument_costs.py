@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from flexlocal.rotary import Rotary
 from . import machine
 from .check import apart
 from .clock import kernels_ms, median_ms, peak_bytes
-from .options import add_problem, problem_of
+from .options import add_problem, file_to_write, problem_of
 from .problems import PROBLEMS, Problem
 from .report import number, ratio
 
@@ -129,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m profiling.argument_costs", description=__doc__.split("\n")[0]
     )
     add_problem(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="write the results there too"
+    )
     options = parser.parse_args(arguments)
     device = machine.default_device()
     problem = problem_of(options, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])

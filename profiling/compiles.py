@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from flexlocal import LocalAttention
 
 from . import machine
 from .clock import first_call
-from .options import DTYPES
+from .options import DTYPES, file_to_write
 
 FIRST = "first call of its kind"
 """The cause of a compile that replaces none: new settings, dtype or device."""
@@ -227,7 +226,7 @@ def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser.add_argument("--rotary", action="store_true")
     parser.add_argument("--inside-model", action="store_true", help="one torch.compile for all")
     parser.add_argument("--cold", action="store_true", help="ignore what earlier runs compiled")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE")
     return parser.parse_args(argv)
 
 

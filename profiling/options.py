@@ -1,8 +1,10 @@
 """What the scripts' command lines share: which problem, and the layer that works on it."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -103,3 +105,19 @@ def _window(options: argparse.Namespace, named: Window) -> Window:
     if options.look_forward is not None or turned:
         changes["look_forward"] = options.look_forward
     return replace(named, **changes)
+
+
+def duration(text: str) -> float:
+    """Seconds to measure for, from a flag."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
+
+
+def file_to_write(text: str) -> Path:
+    """A file from a flag: its folder must be there before anything is measured."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text}")
+    return file

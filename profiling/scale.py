@@ -32,7 +32,7 @@ from .check import apart, shortened
 from .chrome import Trace
 from .clock import kernels_ms, median_ms, peak_bytes
 from .measure import is_out_of_memory
-from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
+from .options import add_layer, add_problem, dtype_of, duration, file_to_write, layer_of, problem_of
 from .problems import PROBLEMS, Problem
 from .report import number
 
@@ -295,9 +295,9 @@ def parse(argv: list[str] | None, most: int) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--least", type=int, default=10, metavar="POWER")
     parser.add_argument("--most", type=int, default=most, metavar="POWER", help=f"{most} here")
-    parser.add_argument("--seconds", type=float, default=0.3, help="that each figure takes")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--seconds", type=duration, default=0.3, help="that each figure takes")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE")
     options = parser.parse_args(argv)
     if not 0 <= options.least <= options.most:
         parser.error(f"--most must be --least ({options.least}) or more, got {options.most}")

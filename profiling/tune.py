@@ -44,7 +44,7 @@ from .candidates import (
     stock,
     winner_of,
 )
-from .options import DTYPES, add_problem, problems_of
+from .options import DTYPES, add_problem, duration, file_to_write, problems_of
 from .problems import Problem
 from .report import number, ratio
 from .sweep import flash_runs, sweep, workers_for
@@ -85,12 +85,14 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
             default=usual,
             help=f"{words} ({' '.join(map(str, usual))})",
         )
-    parser.add_argument("--seconds", type=float, default=0.1, help="of timed calls, each (0.1)")
+    parser.add_argument("--seconds", type=duration, default=0.1, help="of timed calls, each (0.1)")
     workers = max(1, min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument(
         "--workers", type=_count, default=workers, help=f"processes that compile ({workers} here)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every candidate's outcome")
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="every candidate's outcome"
+    )
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--table", type=Path, metavar="FILE", help="merge the fastest into it")
     table.add_argument(
