@@ -65,8 +65,8 @@ def attend(
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
     # A compiler is not to ask: it would make a graph for each length.
-    if not torch.compiler.is_compiling() and 0 < n <= sizes.tile:
-        sizes, bias = _only_tile(sizes, bias)
+    if not torch.compiler.is_compiling():
+        sizes, bias = _cropped(sizes, bias)
     formula = formula_of(q, sizes, window, scale, shared_qk, xpos, dropout, draws)
     bias = _cleared(bias, formula.hidden)
     with without_autocast(q.device), region("attention"):
@@ -96,15 +96,12 @@ def weights(
     if key_mask is not None:
         k = without_padding(k, key_mask)
     q, k = _placed(q, k, window, shared_qk, inv_freq)
-    sizes = _sizes(q, k, window, windows=1)
-    outside, n = 0, q.shape[2]  # columns before the first that a tile has
-    if 0 < n < sizes.tile:
-        outside = window.before
-        sizes, bias = _only_tile(sizes, bias)
+    sizes, bias = _cropped(_sizes(q, k, window, windows=1), bias)
     formula = formula_of(q, sizes, window, scale, shared_qk, xpos)
     bias = _cleared(bias, formula.hidden)
     out = q.new_zeros((*q.shape[:-1], window.span), dtype=formula.compute)
-    columns = slice(outside, outside + sizes.span)
+    first = window.before - sizes.before
+    columns = slice(first, first + sizes.span)
     with without_autocast(q.device):
         for tiles in portions(sizes, q.device):
             part = formula.of_tiles(tiles, q, k, bias, key_mask).flatten(2, 3)
@@ -142,9 +139,11 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
     )
 
 
-def _only_tile(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
-    """The tile that holds all queries without the rest of its window and the keys around it."""
+def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
+    """The only tile without what lies outside of the sequence; as they are where there are more."""
     n, before = sizes.n, sizes.before
+    if not 0 < n <= sizes.tile:
+        return sizes, bias
     if bias is not None:
         bias = bias[:, :n, before : before + n]
     return replace(sizes, tile=n, before=0, after=0), bias

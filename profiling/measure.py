@@ -172,6 +172,5 @@ def trouble(error: Exception) -> tuple[Status, str]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, for which the CPU's allocator has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
-        error
-    )
+    of_its_own = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return of_its_own or "allocate memory" in str(error)
