@@ -3,14 +3,16 @@
     python -m profiling.argument_costs [--problem slide256] [--json FILE]
 
 By default slide256 in bf16 on a GPU, and a much smaller problem in fp32 on the CPU. The default
-path's output and gradients are compared with the eager path's before it is timed. xpos is compared
-with rotary, since it comes on top of it.
+path's output and gradients are compared with the eager path's before it is timed. A call is
+compared with the plain one, or with what it comes on top of: xpos with rotary, shared_qk on one
+tensor, as Reformer has it, with one tensor for q and k.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,49 +28,57 @@ from .options import add_problem, file_to_write, problem_of
 from .problems import PROBLEMS, Problem
 from .report import number, ratio
 
-BASE = {"xpos": "rotary", "shared_qk, rotary": "rotary", "key mask, rotary": "rotary"}
+BASE = {
+    "xpos": "rotary",
+    "shared_qk, q is k": "q is k",
+    "shared_qk, rotary": "rotary",
+    "key mask, rotary": "rotary",
+}
 """What a call is compared with where that is not the plain one."""
 
 KINDS = {"forward_ms": "forward", "train_ms": "training step", "kernels_ms": "its kernels"}
 """The times of a call and their words; a CPU tells no kernels' time."""
 
 
-def calls(problem: Problem, x: Tensor) -> dict[str, dict[str, Any]]:
-    """The arguments of each call, by name; tensors like ``x`` in dtype and device."""
+def calls(problem: Problem, q: Tensor) -> dict[str, dict[str, Any]]:
+    """The arguments of each call, by name; tensors like ``q`` in dtype and device."""
     window, n, d = problem.window, problem.n, problem.d
-    keep = torch.ones(problem.batch, n, dtype=torch.bool, device=x.device)
+    keep = torch.ones(problem.batch, n, dtype=torch.bool, device=q.device)
     few, half = keep.clone(), keep.clone()
     few[:, n - n // 20 :] = False
     half[:, n // 2 :] = False
-    scattered = keep & (torch.rand(keep.shape, device=x.device) > 0.3)
-    rotary = Rotary(d).to(x.device)
-    bias = torch.randn(problem.heads, window.size, window.span, device=x.device)
+    scattered = keep & (torch.rand(keep.shape, device=q.device) > 0.3)
+    rotary = Rotary(d).to(q.device)
+    bias = torch.randn(problem.heads, window.size, window.span, device=q.device)
     return {
         "plain": {},
         "rotary": {"rotary": rotary},
-        "xpos": {"rotary": Rotary(d, True, window.size // 2).to(x.device)},
+        "xpos": {"rotary": Rotary(d, True, window.size // 2).to(q.device)},
         "shared_qk": {"shared_qk": True},
+        "q is k": {"k": q},
+        "shared_qk, q is k": {"k": q, "shared_qk": True},
         "shared_qk, rotary": {"shared_qk": True, "rotary": rotary},
         "key mask, the last 5 % hidden": {"mask": few},
         "key mask, rotary": {"mask": few, "rotary": rotary},
         "key mask, 30 % here and there": {"mask": scattered},
         "key mask, half the keys hidden": {"mask": half},
-        "bias": {"attn_bias": bias.to(x.dtype)},
-        "bias, learned": {"attn_bias": bias.to(x.dtype).requires_grad_()},
+        "bias": {"attn_bias": bias.to(q.dtype)},
+        "bias, learned": {"attn_bias": bias.to(q.dtype, copy=True).requires_grad_()},
         "bias, learned in fp32": {"attn_bias": bias.clone().requires_grad_()},
-        "dropout": {"dropout": 0.1, "dropout_seed": torch.tensor(0, device=x.device)},
+        "dropout": {"dropout": 0.1, "dropout_seed": torch.tensor(0, device=q.device)},
     }
 
 
-def check(attend: Callable[..., Tensor], tensors: Sequence[Tensor], name: str) -> None:
-    """End the program where the default path differs from the eager one.
+def check(attend: Callable[..., Tensor], learned: dict[str, Tensor], grad: Tensor) -> str | None:
+    """How the default path differs from the eager one, in the output and its gradients.
 
     Args:
-        tensors: q, k, v and the output's gradient.
+        learned: what wants a gradient, by name of the argument.
+        grad: the output's gradient.
     """
-    wrong = apart(lambda *_: attend(), lambda *_: attend(backend="eager"), tensors)
-    if wrong is not None:
-        sys.exit(f"not timed, {name} is wrong: {wrong}")
+    names = ("the output", *(f"the gradient of {name}" for name in learned))
+    tensors = (*learned.values(), grad)
+    return apart(lambda *_: attend(), lambda *_: attend(backend="eager"), tensors, names=names)
 
 
 def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float]]:
@@ -79,17 +89,18 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v, grad = problem.tensors(dtype, device)
     rows: dict[str, dict[str, float]] = {}
-    for name, arguments in calls(problem, q).items():
-        bias = arguments.get("attn_bias")
-        learned = [q, k, v] if bias is None or not bias.requires_grad else [q, k, v, bias]
-
-        def attend(arguments: Any = arguments, **more: Any) -> Tensor:
-            return local_attention(q, k, v, problem.window, **arguments, **more)
+    for name, more in calls(problem, q).items():
+        given = {"q": q, "k": k, "v": v, "window": problem.window, **more}
+        attend = partial(local_attention, **given)
+        tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
+        learned = {key: x for key, x in tensors.items() if x.requires_grad}
 
         def train(attend: Any = attend, learned: Any = learned) -> None:
-            torch.autograd.grad(attend(), learned, grad)
+            torch.autograd.grad(attend(), tuple(learned.values()), grad)
 
-        check(attend, (q, k, v, grad), name)
+        wrong = check(attend, learned, grad)
+        if wrong is not None:
+            sys.exit(f"not timed, {name} is wrong: {wrong}")
         row = {
             "forward_ms": median_ms(torch.no_grad()(attend), device),
             "train_ms": median_ms(train, device),

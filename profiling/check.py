@@ -87,11 +87,13 @@ def results(
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def errors(found: Sequence[Tensor], true: Sequence[Tensor]) -> dict[str, float]:
+def errors(
+    found: Sequence[Tensor], true: Sequence[Tensor], names: Sequence[str] = NAMES
+) -> dict[str, float]:
     """How far each result is from the truth; ``true`` may be longer, and lie elsewhere."""
     return {
         name: _distance(one, other.to(one.device))
-        for name, one, other in zip(NAMES, found, true, strict=False)
+        for name, one, other in zip(names, found, true, strict=False)
     }
 
 
@@ -107,10 +109,11 @@ def apart(
     other: Callable[..., Tensor],
     tensors: Sequence[Tensor],
     train: bool = True,
+    names: Sequence[str] = NAMES,
 ) -> str | None:
     """How two ways to attend differ, None where they agree within the bound of the dtype."""
     found, expected = results(attend, tensors, train), results(other, tensors, train)
-    return complaint(errors(found, expected), tensors[0].dtype)
+    return complaint(errors(found, expected, names), tensors[0].dtype)
 
 
 def shortened(problem: Problem) -> Problem:

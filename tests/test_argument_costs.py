@@ -36,6 +36,7 @@ def test_each_call_is_compared_with_its_base(milliseconds, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^rotary +3\.000 ms +3\.00x +4\.000 ms +2\.00x +over plain$", printed, re.M)
     assert re.search(r"^xpos +5\.000 ms +1\.67x +6\.000 ms +1\.50x +over rotary$", printed, re.M)
+    assert re.search(r"^shared_qk, q is k .+ over q is k$", printed, re.M)
     table = argument_costs.markdown(record).splitlines()
     assert table[0] == "| | forward ms | training step ms | compared with |"
     assert table[2] == "| plain | 1.00 (1.00x) | 2.00 (1.00x) | plain |"
@@ -46,8 +47,8 @@ def test_each_call_is_compared_with_its_base(milliseconds, tmp_path, capsys):
 def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch, capsys):
     right = argument_costs.local_attention
 
-    def wrong(*args, backend="auto", **more):
-        out = right(*args, backend=backend, **more)
+    def wrong(backend="auto", **more):
+        out = right(backend=backend, **more)
         return out * 1.01 if "attn_bias" in more and backend == "auto" else out
 
     monkeypatch.setattr(argument_costs, "local_attention", wrong)
@@ -55,3 +56,16 @@ def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch, capsys):
         argument_costs.main(["--problem", "tiny"])
     printed = capsys.readouterr().out
     assert "key mask, rotary" in printed and not re.search("^bias", printed, re.M)
+
+
+def test_the_gradient_of_a_learned_bias_is_checked(milliseconds, monkeypatch):
+    right = argument_costs.local_attention
+
+    def wrong(backend="auto", attn_bias=None, **more):
+        if attn_bias is not None and backend == "auto":
+            attn_bias = attn_bias.detach() + 1.01 * (attn_bias - attn_bias.detach())
+        return right(backend=backend, attn_bias=attn_bias, **more)
+
+    monkeypatch.setattr(argument_costs, "local_attention", wrong)
+    with pytest.raises(SystemExit, match="learned is wrong: off: the gradient of attn_bias by 1"):
+        argument_costs.main(["--problem", "tiny"])
