@@ -20,7 +20,7 @@ from .masks.dropout import key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
-from .tuning import STOCK_BLOCK, Tuning, decodes
+from .tuning import STOCK_BLOCK, Tuning
 
 MOST_HEAD = 256
 """Channels of the widest heads that kernels take on the GPU."""
@@ -87,7 +87,8 @@ def fused(
     blocks = settings.blocks(n, dtype, key_mask is not None)
     kept = None if key_mask is None else _by_slot(rule, key_mask)
     on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
-    q, k, v = _as_kernels_read(q, k, v, n, alone=lists is not None)
+    decodes = settings.tuning.decodes(n)
+    q, k, v = _as_kernels_read(q, k, v, decodes, alone=lists is not None)
     if lists is None:
         lists = blocks.lists(q.device, kept)
     bias, margin = (None, None) if bias is None else _bias_table(bias, blocks, on_gpu)
@@ -131,11 +132,12 @@ def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int
 
 
 def _as_kernels_read(
-    q: Tensor, k: Tensor, v: Tensor, n: int, alone: bool
+    q: Tensor, k: Tensor, v: Tensor, decodes: bool, alone: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Head sizes that kernels take, and memory that they read rightly.
 
     Args:
+        decodes: a decoding kernel may be taken.
         alone: this is a graph of its own, and no part of a user's.
     """
     if q.device.type != "cuda":
@@ -143,7 +145,7 @@ def _as_kernels_read(
     q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
     # torch 2.11 asks decoding kernels' query for its strides before they are settled: one
     # computed from a transposed view was read wrongly.
-    return written_out(q) if decodes(n) else q, k, v
+    return written_out(q) if decodes else q, k, v
 
 
 def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from .masks import (
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
 from .masks.scores import ScoreMod, bias_place
-from .tuning import STOCK_BLOCK, Tuning, decodes
+from .tuning import STOCK_BLOCK, Tuning
 
 LEAST_HEAD = 16
 """Channels of the narrowest heads that kernels take on the GPU."""
@@ -158,6 +158,10 @@ class Kernel:
         options = dict(tuning.options)
         if tuning.block != STOCK_BLOCK:
             options |= {"SPARSE_Q_BLOCK_SIZE": tuning.block, "SPARSE_KV_BLOCK_SIZE": tuning.block}
-        if self.on_gpu and not decodes(self.blocks.n) and not self.blocks.have_gaps:
+        if not self.on_gpu:
+            return options
+        if "FORCE_USE_FLEX_ATTENTION" not in options:  # an older word for the same
+            options.setdefault("BACKEND", "TRITON")
+        if not tuning.decodes(self.blocks.n) and not self.blocks.have_gaps:
             options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
         return options

@@ -21,14 +21,6 @@ STOCK_BLOCK = 128
 """FlexAttention's own sparse block, and the length whose multiples its kernels need not check."""
 
 
-def decodes(n: int) -> bool:
-    """Whether so few queries go to FlexAttention's decoding kernel on a GPU.
-
-    It has options of its own, and walks through block lists in another way.
-    """
-    return n < 128
-
-
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel works through a mask.
@@ -44,6 +36,15 @@ class Tuning:
     block: int
     options: tuple[tuple[str, Any], ...]
     one_list: bool = False
+
+    def decodes(self, n: int) -> bool:
+        """Whether a GPU may take FlexAttention's decoding kernel for ``n`` queries.
+
+        Only where a caller's options say so. It is made for few queries and many keys: as one tile
+        of all queries, which takes minutes to compile for wide heads in fp32. It has options of
+        its own, and walks through block lists in another way.
+        """
+        return dict(self.options).get("BACKEND") in ("AUTO", "TRITON_DECODE") and n < 128
 
 
 STOCK = Tuning(STOCK_BLOCK, ())
@@ -121,7 +122,7 @@ def tuning_of(call: Call, flash: bool) -> Tuning:
         return Tuning(STOCK_BLOCK, tuple(sorted(call.kernel_options.items())))
     if flash:
         return FLASH
-    if q.device.type != "cuda" or decodes(q.shape[-2]):
+    if q.device.type != "cuda":
         return STOCK
     entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), call.window)
     return STOCK if entry is None else entry.tuning

@@ -146,10 +146,12 @@ class Trace:
             facts = event["args"]
             index = facts["Device Id"]
             device = "cpu" if facts["Device Type"] == 0 else f"cuda:{index}"
-            before = facts["Total Allocated"] - facts["Bytes"]
-            line = found.setdefault(device, Memory([0.0], [before]))
+            # Not the sum of what each event says: the profiler misses what the backward pass's
+            # thread frees after it is done, but the next event tells what is held since.
+            held = facts["Total Allocated"]
+            line = found.setdefault(device, Memory([0.0], [held - facts["Bytes"]]))
             line.times.append(event["ts"] - self.start)
-            line.held.append(line.held[-1] + facts["Bytes"])
+            line.held.append(held)
         return found
 
     def _phase(self, cause: Span) -> str:

@@ -108,8 +108,8 @@ def record(step: Step, device: torch.device, folder: Path, steps: int, gzip: boo
             with record_function(f"{STEP}{number}"):
                 made = step()
                 synchronize(device)
-                # By now the backward pass's thread has let go of them. If it were the last to, the
-                # profiler, which does not look there, would take them for held for ever.
+                # By now the backward pass's thread has mostly let go of them: the profiler does not
+                # see what that thread frees after it is done.
                 del made
     (file,) = set(folder.glob("*.pt.trace.json*")) - before
     trace = Trace(file)

@@ -1,7 +1,7 @@
 """Named calls, one for each argument and for pairs that meet in the kernel.
 
 Compiling is slow, so the fused path is tried on these and on few random calls. Sequences are
-longer than a block of 128, most are no multiple of it; few queries take another kernel.
+longer than a block of 128, most are no multiple of it, and few are shorter.
 """
 
 import dataclasses

@@ -59,6 +59,9 @@ def gpu_trace(tmp_path):
         span("gpu_memcpy", "Memcpy DtoH", 310, 10, stream, correlation=3),
         memory | {"ts": 112, "args": {"Bytes": 512, "Total Allocated": 1512, **kept}},
         memory | {"ts": 180, "args": {"Bytes": -512, "Total Allocated": 1000, **kept}},
+        memory | {"ts": 190, "args": {"Bytes": 256, "Total Allocated": 1256, **kept}},
+        # In between 256 were freed where the profiler does not look.
+        memory | {"ts": 195, "args": {"Bytes": 64, "Total Allocated": 1064, **kept}},
     ]
     file = tmp_path / "gpu.pt.trace.json"
     file.write_text(json.dumps({"traceEvents": events}))
@@ -77,6 +80,6 @@ def test_kernels_belong_to_what_launched_them(tmp_path):
 
 def test_memory_of_a_gpu_counts_from_what_it_held(tmp_path):
     memory = gpu_trace(tmp_path).memory()["cuda:0"]
-    assert memory.held == [1000, 1512, 1000]
-    assert memory.times == [0, 12, 80]
-    assert (memory.peak, memory.growth) == (512, 0)
+    assert memory.held == [1000, 1512, 1000, 1256, 1064]
+    assert memory.times == [0, 12, 80, 90, 95]
+    assert (memory.peak, memory.growth) == (512, 64)

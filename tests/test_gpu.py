@@ -92,6 +92,13 @@ def test_random_calls_against_upstream(start):
     check()
 
 
+@pytest.mark.parametrize("name", ["few queries, views", "few queries, mask by head"])
+def test_a_decoding_kernel_by_name(name):
+    case, options = feature(name), {"BACKEND": "TRITON_DECODE"}
+    layer = LocalAttention(**case.arguments(), backend="flex", kernel_options=options).cuda()
+    budget.check(case, torch.bfloat16, partial(case.run, layer), Call.cuda)
+
+
 @pytest.mark.parametrize("name", ["plain", "mask, a row hidden", "bias and shared", "xpos"])
 def test_dropout_drops_what_the_eager_path_drops(name):
     case = feature(name, n=301, d_v=40)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexlocal import Window
-from flexlocal.tuning import STOCK_BLOCK, TABLE, nearest
+from flexlocal.kernel import Blocks, Kernel
+from flexlocal.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
 
 H100 = (9, 0)
 
@@ -46,3 +47,20 @@ def test_what_the_table_does_not_know_stays_as_it_is():
     window = Window(256, causal=True)
     assert nearest((1, 0), torch.bfloat16, 64, window) is None
     assert nearest(H100, torch.float32, 64, window) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "backend", "steps_through"),
+    [
+        ({}, "TRITON", True),
+        ({"BACKEND": "TRITON_DECODE"}, "TRITON_DECODE", False),
+        ({"FORCE_USE_FLEX_ATTENTION": True}, None, True),  # which refuses a BACKEND beside it
+    ],
+)
+def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_through):
+    window = Window(16, causal=True)
+    tuning = Tuning(STOCK_BLOCK, tuple(given.items()))
+    blocks = Blocks(window, window, 60, masked=True, shared_qk=False, tuning=tuning)
+    kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
+    assert kernel.options.get("BACKEND") == backend
+    assert kernel.options.get("BLOCKS_ARE_CONTIGUOUS", False) == steps_through
