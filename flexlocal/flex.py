@@ -26,6 +26,9 @@ from .tuning import capability, flash_installed, tuning_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_Lists = tuple[Tensor, ...]
+"""The index tensors of a block mask."""
+
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no compiled kernel can run on ``device`` at ``dtype``; None when one can."""
@@ -202,25 +205,41 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
-def _lists(blocks: Blocks, device: torch.device) -> tuple[Tensor, ...]:
-    """The index tensors of the block mask, kept from call to call."""
-    if device.type == "cpu":
-        return _cached_lists(blocks, device, None)
-    if torch.cuda.is_current_stream_capturing():
-        # The graph that is captured must own what it reads: a kept tensor may be dropped.
-        return blocks.lists(device)
-    return _cached_lists(blocks, device, torch.cuda.current_stream(device).cuda_stream)
+def _lists(blocks: Blocks, device: torch.device) -> _Lists:
+    """The lists of the block mask, kept from call to call."""
+    made, stream = _made_lists(blocks, device), None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _lists_of_a_graph(blocks, device, made)
+        # Another stream would have to wait for these, and for their memory to be free again.
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if stream not in made:
+        with torch.inference_mode(False), torch.no_grad():
+            lists = blocks.lists(device)
+        for x in lists:
+            # Lengths share kernels from the second one on, whether or not their blocks are as many.
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        made[stream] = lists
+    return made[stream]
 
 
 @lru_cache(maxsize=256)
-def _cached_lists(blocks: Blocks, device: torch.device, stream: int | None) -> tuple[Tensor, ...]:
-    # By stream: another one would have to wait for these, and for their memory to be free again.
-    with torch.inference_mode(False), torch.no_grad():
-        lists = blocks.lists(device)
-    for x in lists:
-        # Lengths share kernels from the second one on, whether or not their blocks are as many.
-        torch._dynamo.maybe_mark_dynamic(x, 2)
-    return lists
+def _made_lists(blocks: Blocks, device: torch.device) -> dict[int | None, _Lists]:
+    """Those that are kept, by stream."""
+    return {}
+
+
+def _lists_of_a_graph(
+    blocks: Blocks, device: torch.device, made: dict[int | None, _Lists]
+) -> _Lists:
+    """Lists for a graph that is being captured, which reads them as long as it lives."""
+    if made:  # by the calls before the capture, which ends their streams' work first
+        return _CAPTURED.setdefault((blocks, device), tuple(made.values())[0])
+    return blocks.lists(device)  # a part of the graph, and made again whenever it replays
+
+
+_CAPTURED: dict[tuple[Blocks, torch.device], _Lists] = {}
+"""What captured graphs read: kept for good, since nothing says when a graph is gone."""
 
 
 def _detached(x: Any) -> Any:

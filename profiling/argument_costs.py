@@ -105,7 +105,11 @@ def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float
             "forward_ms": median_ms(torch.no_grad()(attend), device),
             "train_ms": median_ms(train, device),
         }
-        on_gpu = {"kernels_ms": kernels_ms(train, device), "peak_bytes": peak_bytes(train, device)}
+        passed = sum(x.nbytes for x in {*tensors.values(), grad})
+        on_gpu = {
+            "kernels_ms": kernels_ms(train, device),
+            "peak_bytes": peak_bytes(train, device, passed),
+        }
         row |= {key: value for key, value in on_gpu.items() if value is not None}
         rows[name] = row
         base = rows[BASE.get(name, "plain")]

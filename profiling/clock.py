@@ -63,7 +63,8 @@ def kernels_ms(run: Callable[[], Any], device: torch.device, calls: int = 5) -> 
         return None
     run()
     synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    # torch 2.11 warns that it forgets earlier events, of which there are none, unless told not to.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(calls):
             run()
         synchronize(device)
@@ -71,12 +72,19 @@ def kernels_ms(run: Callable[[], Any], device: torch.device, calls: int = 5) -> 
     return sum(span.self_device_time_total for span in spans) / calls / 1e3
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call holds at most on a GPU, what lay there before included; None elsewhere."""
+def peak_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int | None:
+    """Bytes that a call holds at most on a GPU; None elsewhere.
+
+    Args:
+        passed: bytes of what it is given. What else lay there before, as a library's workspace,
+            does not count.
+    """
     if device.type != "cuda":
         return None
     run()
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return passed + torch.cuda.max_memory_allocated(device) - before

@@ -147,7 +147,7 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
         first_train_s=first_train,
         train_ms=median_ms(train, device, task.seconds),
         train_kernels_ms=kernels_ms(train, device),
-        peak_bytes=peak_bytes(train, device),
+        peak_bytes=peak_bytes(train, device, sum(x.nbytes for x in tensors)),
     )
 
 

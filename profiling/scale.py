@@ -91,7 +91,7 @@ def measure(
         if not fused_on_cpu:
             found["train_ms"] = median_ms(train, device, seconds)
             found["kernels_ms"] = kernels_ms(train, device)
-        passed = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
+        passed = sum(x.nbytes for x in (q, k, v, grad))
         found["peak_bytes"] = most_bytes(forward if fused_on_cpu else train, device, passed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -133,7 +133,7 @@ def wrong(problem: Problem, options: argparse.Namespace, device: torch.device) -
 
 def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int:
     """Bytes that a call holds at most, the ``passed`` ones of its arguments included."""
-    on_gpu = peak_bytes(run, device)
+    on_gpu = peak_bytes(run, device, passed)
     if on_gpu is not None:
         return on_gpu
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

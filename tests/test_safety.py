@@ -14,6 +14,8 @@ from budget import gradients
 from compilers import noting_dtypes
 from features import feature
 from strategies import Call
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from flexlocal import LocalAttention, Window, explain, flex, local_attention
 
@@ -78,8 +80,8 @@ def test_auto_is_fused_in_a_compiled_model():
     assert kernels == [{torch.bfloat16}]
 
 
-def test_a_captured_graph_owns_what_it_reads():
-    """The kept block lists go, and their memory with them; the graph goes on."""
+def test_a_captured_graph_keeps_what_it_reads():
+    """The block lists of other calls go, and their memory with them; the graph goes on."""
     layer = LocalAttention(64, causal=True, dropout=0.0, backend="flex")
     q, k, v = tensors()
     stream = torch.cuda.Stream()
@@ -91,9 +93,9 @@ def test_a_captured_graph_owns_what_it_reads():
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         out = layer(q, k, v)
-    flex._cached_lists.cache_clear()
+    flex._made_lists.cache_clear()
     torch.cuda.empty_cache()
-    # Where the lists lay, other numbers lie now.
+    # Where lists that nobody keeps lay, other numbers lie now.
     junk = [torch.full((2**20,), 7, device="cuda", dtype=torch.int32) for _ in range(8)]
     for seed in (1, 2):
         for x, new in zip((q, k, v), tensors(seed=seed), strict=True):
@@ -102,6 +104,11 @@ def test_a_captured_graph_owns_what_it_reads():
         with torch.no_grad():
             torch.testing.assert_close(out, layer(q, k, v), rtol=0, atol=0)
     del junk
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert kernels and all("flex_attention" in name for name in kernels)  # none makes lists
 
 
 def test_threads_and_streams():
@@ -134,7 +141,7 @@ def test_training_after_inference_mode():
     found = []
     for backend in ("flex", "eager"):
         layer = LocalAttention(32, causal=True, dropout=0.0, backend=backend)
-        flex._cached_lists.cache_clear()
+        flex._made_lists.cache_clear()
         with torch.inference_mode():
             layer(q, k, v)
         found.append(torch.autograd.grad(layer(q, k, v).square().sum(), (q, k, v)))
