@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import BackendName, Call
 from .masks import Window
-from .masks.arguments import check_count, check_flag, kind_of
+from .masks.arguments import check_flag, kind_of
 from .masks.dropout import MOST_DROPOUT
 from .rotary import Rotary, xpos_products_fit
 
@@ -99,13 +99,6 @@ def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
         raise ValueError(f"rel_pos_emb_config must be None or begin with dim {dim}, got {config!r}")
     head_size: int = config[0]
     return head_size
-
-
-def check_dim(dim: int) -> None:
-    """``dim`` is a head size that rotary can turn: even and above 0."""
-    check_count("dim", dim, least=2)
-    if dim % 2:
-        raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
 
 
 def check_qkv(q: object, k: object, v: object) -> None:

@@ -10,7 +10,6 @@ from .backend import Choice
 from .call import BackendName
 from .checks import (
     check_backend,
-    check_dim,
     check_dropout,
     check_kernel_options,
     check_length,
@@ -103,7 +102,6 @@ class LocalAttention(nn.Module):
             dim = dim_of(rel_pos_emb_config, dim)
         self.rel_pos: Rotary | None = None
         if use_rotary_pos_emb and dim is not None:
-            check_dim(dim)
             base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
             if use_xpos and base == 0:
                 raise ValueError("xpos_scale_base must be above 0, got 0 from window_size // 2")

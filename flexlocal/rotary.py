@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Segments, Window
+from .masks.arguments import check_count
 from .masks.buffer import written_out
 
 _THETA = 10000
@@ -155,6 +156,10 @@ class Rotary(nn.Module):
     Buffers, fp32 whatever the default dtype is and the module is cast to:
         inv_freq: ``(dim / 2,)``, saved in checkpoints.
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
+
+    Raises:
+        ValueError: ``dim`` is odd or below 2, or ``scale_base`` is not above 0 with ``use_xpos``.
+        TypeError: ``dim`` is no int.
     """
 
     inv_freq: Tensor
@@ -162,6 +167,11 @@ class Rotary(nn.Module):
 
     def __init__(self, dim: int, use_xpos: bool = False, scale_base: float | None = None) -> None:
         super().__init__()
+        check_count("dim", dim, least=2)
+        if dim % 2:
+            raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
+        if use_xpos and (scale_base is None or not scale_base > 0):
+            raise ValueError(f"scale_base must be above 0 with use_xpos, got {scale_base}")
         self.dim, self.use_xpos, self.scale_base = dim, use_xpos, scale_base
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)

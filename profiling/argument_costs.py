@@ -148,7 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     device = machine.default_device()
-    problem = problem_of(options, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
+    try:
+        problem = problem_of(options, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
+        Rotary(problem.d)  # which refuses heads that it cannot turn
+    except ValueError as wrong:
+        parser.error(str(wrong))
     print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}")
     rows = measure(problem, device)
     if options.json:

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from flexlocal.rotary import Rotary
+
 from . import machine, report
 from .measure import Measurement, Task, measure_all
 from .options import DTYPES, add_problem, dtype_of, duration, file_to_write, problems_of
@@ -58,6 +60,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("argument --plot: matplotlib is not installed: pip install matplotlib")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no GPU, got cuda")
     try:
         options.problems = _problems(options)
     except ValueError as reason:
@@ -73,6 +77,9 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
     standard = STANDARD if _device(options).type == "cuda" else ("cpu",)
     custom = options.shape is not None
     found = problems_of(options, standard[:1] if custom else standard)
+    if options.rotary:
+        for problem in found:
+            Rotary(problem.d)  # which refuses heads that it cannot turn
     return [replace(problem, rotary=options.rotary) for problem in found]
 
 

@@ -26,7 +26,7 @@ from flexlocal import LocalAttention
 
 from . import machine
 from .clock import first_call
-from .options import DTYPES, file_to_write
+from .options import DTYPES, count, file_to_write
 
 FIRST = "first call of its kind"
 """The cause of a compile that replaces none: new settings, dtype or device."""
@@ -215,14 +215,14 @@ def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.compiles", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lengths = [1024, 2048, 4096, 5000, 8192] if gpu else [512, 1024, 1500]
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--windows", type=int, nargs="+", default=[256], metavar="W")
-    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="N")
+    parser.add_argument("--layers", type=count, default=12)
+    parser.add_argument("--windows", type=count, nargs="+", default=[256], metavar="W")
+    parser.add_argument("--lengths", type=count, nargs="+", default=lengths, metavar="N")
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"] if gpu else ["fp32"]
     )
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=64, help="head size")
+    parser.add_argument("--heads", type=count, default=8)
+    parser.add_argument("--dim", type=count, default=64, help="head size")
     parser.add_argument("--rotary", action="store_true")
     parser.add_argument("--inside-model", action="store_true", help="one torch.compile for all")
     parser.add_argument("--cold", action="store_true", help="ignore what earlier runs compiled")

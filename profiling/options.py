@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from flexlocal import LocalAttention, Window
-from flexlocal.masks.arguments import check_count
 
 from .problems import PROBLEMS, Problem
 
@@ -26,8 +25,8 @@ def add_problem(parser: argparse.ArgumentParser, shape: bool = True, several: bo
     names = ", ".join(PROBLEMS)
     flags.add_argument("--problem", nargs=nargs, choices=PROBLEMS, metavar="NAME", help=names)
     if shape:
-        flags.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "N", "D"))
-    flags.add_argument("--window", type=int, metavar="W", help="tokens in a window")
+        flags.add_argument("--shape", type=count, nargs=4, metavar=("B", "H", "N", "D"))
+    flags.add_argument("--window", type=count, metavar="W", help="tokens in a window")
     flags.add_argument("--causal", action=argparse.BooleanOptionalAction)
     flags.add_argument("--exact", action=argparse.BooleanOptionalAction)
     flags.add_argument("--look-backward", type=int, metavar="WINDOWS")
@@ -91,8 +90,6 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def _window(options: argparse.Namespace, named: Window) -> Window:
-    if options.window is not None:
-        check_count("--window", options.window)
     changes = {
         "size": options.window,
         "causal": options.causal,
@@ -105,6 +102,13 @@ def _window(options: argparse.Namespace, named: Window) -> Window:
     if options.look_forward is not None or turned:
         changes["look_forward"] = options.look_forward
     return replace(named, **changes)
+
+
+def count(text: str) -> int:
+    """A whole number above 0, from a flag."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
 
 
 def duration(text: str) -> float:

@@ -32,7 +32,16 @@ from .check import apart, shortened
 from .chrome import Trace
 from .clock import kernels_ms, median_ms, peak_bytes
 from .measure import is_out_of_memory
-from .options import add_layer, add_problem, dtype_of, duration, file_to_write, layer_of, problem_of
+from .options import (
+    add_layer,
+    add_problem,
+    count,
+    dtype_of,
+    duration,
+    file_to_write,
+    layer_of,
+    problem_of,
+)
 from .problems import PROBLEMS, Problem
 from .report import number
 
@@ -292,7 +301,7 @@ def parse(argv: list[str] | None, most: int) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_problem(parser, shape=False)
     add_layer(parser)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--heads", type=count, default=8)
     parser.add_argument("--least", type=int, default=10, metavar="POWER")
     parser.add_argument("--most", type=int, default=most, metavar="POWER", help=f"{most} here")
     parser.add_argument("--seconds", type=duration, default=0.3, help="that each figure takes")

@@ -28,7 +28,7 @@ from .chrome import STEP, Memory, Row, Trace
 from .clock import synchronize
 from .machine import default_device, device_name
 from .model import VOCABULARY, Model, loss
-from .options import add_layer, add_problem, dtype_of, layer_of, problem_of
+from .options import add_layer, add_problem, count, dtype_of, layer_of, problem_of
 from .problems import PROBLEMS, Problem
 
 WARM_UP = 3
@@ -220,14 +220,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_layer(parser)
     parser.add_argument("--model", action="store_true", help="a model of two blocks, and AdamW")
     parser.add_argument("--forward-only", action="store_true", help="without gradients")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--top", type=int, default=15, help="kernels or operators to print")
+    parser.add_argument("--steps", type=count, default=3)
+    parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
     parser.add_argument("--gzip", action="store_true", help="compress the trace")
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    return options
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from .candidates import (
     stock,
     winner_of,
 )
-from .options import DTYPES, add_problem, duration, file_to_write, problems_of
+from .options import DTYPES, add_problem, count, duration, file_to_write, problems_of
 from .problems import Problem
 from .report import number, ratio
 from .sweep import flash_runs, sweep, workers_for
@@ -73,14 +73,14 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="bf16 by default")
     parser.add_argument("--list", action="store_true", help="print the candidates and end")
     parser.add_argument(
-        "--limit", type=_count, metavar="N", help="candidates of each pass, evenly spread"
+        "--limit", type=count, metavar="N", help="candidates of each pass, evenly spread"
     )
     for name, words in SPACE.items():
         usual = getattr(Space(), name)
         parser.add_argument(
             f"--{name}",
             nargs="+",
-            type=_count,
+            type=count,
             metavar="N",
             default=usual,
             help=f"{words} ({' '.join(map(str, usual))})",
@@ -88,7 +88,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=duration, default=0.1, help="of timed calls, each (0.1)")
     workers = max(1, min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument(
-        "--workers", type=_count, default=workers, help=f"processes that compile ({workers} here)"
+        "--workers", type=count, default=workers, help=f"processes that compile ({workers} here)"
     )
     parser.add_argument(
         "--json", type=file_to_write, metavar="FILE", help="every candidate's outcome"
@@ -111,19 +111,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.problems = problems_of(options, ["slide256"])
     except ValueError as reason:
         parser.error(str(reason))
-    short = [problem.n for problem in options.problems if problem.n < STOCK_BLOCK]
-    if short:
-        parser.error(
-            f"argument --shape: N must be {STOCK_BLOCK} or more, since fewer queries go to another "
-            f"kernel, got {short[0]}"
-        )
     return options
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
 
 
 def listing(problem: Problem, space: Space, limit: int | None) -> str:

@@ -1,6 +1,7 @@
 """Rotation by position: its values, and its gradients."""
 
 import oracle
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,3 +61,17 @@ def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
         fused.fused(settings, lists, x, x, x, None, None, None, Rotary(8).inv_freq, None)
         assert seen == [x.stride(), x.stride()]
         seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((7,), "dim must be even for rotary embeddings, got 7"),
+        ((0,), "dim must be at least 2, got 0"),
+        ((8, True), "scale_base must be above 0 with use_xpos, got None"),
+        ((8, True, 0.0), "scale_base must be above 0 with use_xpos, got 0.0"),
+    ],
+)
+def test_what_cannot_rotate_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Rotary(*arguments)

@@ -122,7 +122,6 @@ def test_the_summary_names_files_and_parts(capsys, tmp_path):
     ("flags", "message"),
     [
         (["--backend", "flex"], "no backward pass on the CPU"),
-        (["--window", "0"], "--window must be at least 1, got 0"),
         (["--causal", "--look-forward", "1"], "look_forward"),
     ],
 )

@@ -244,8 +244,6 @@ def test_without_a_gpu_there_is_nothing_to_tune(monkeypatch, capsys):
         (["--limit", "0"], "must be 1 or more, got 0"),
         (["--stages", "2", "0"], "must be 1 or more, got 0"),
         (["--blocks", "64", "96"], "must divide 128, got 96"),
-        (["--shape", "1", "2", "100", "64"], "N must be 128 or more"),
-        (["--window", "0"], "--window must be"),
         (["--dtype", "fp32", "--ship"], "16-bit tensors, got fp32"),
         (["--table", "t.json", "--ship"], "not allowed with"),
         (["--table", "no/such/folder/t.json"], "there is no folder no/such/folder"),

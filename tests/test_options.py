@@ -1,0 +1,40 @@
+"""What the scripts' command lines refuse, before anything is measured."""
+
+import pytest
+import torch
+
+from profiling import argument_costs, bench, compiles, scale, trace, tune
+
+COUNT = "must be 1 or more, got 0"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        *((script, ["--window", "0"], f"--window: {COUNT}") for script in (
+            argument_costs, bench, scale, trace, tune
+        )),
+        *((script, ["--shape", "1", "0", "64", "16"], f"--shape: {COUNT}") for script in (
+            argument_costs, bench, trace, tune
+        )),
+        *((compiles, [flag, "0"], f"{flag}: {COUNT}") for flag in (
+            "--layers", "--windows", "--lengths", "--heads", "--dim"
+        )),
+        (scale, ["--heads", "0"], f"--heads: {COUNT}"),
+        (scale, ["--least", "3", "--most", "2"], "--most must be --least (3) or more, got 2"),
+        (trace, ["--steps", "0"], f"--steps: {COUNT}"),
+        (trace, ["--top", "0"], f"--top: {COUNT}"),
+        (argument_costs, ["--shape", "1", "2", "64", "15"], "dim must be even"),
+        (argument_costs, ["--causal", "--look-forward", "1"], "look_forward must be 0 or None"),
+        (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
+        (bench, ["--device", "cuda"], "--device: torch finds no GPU, got cuda"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(script, arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        script.main(arguments)
+    assert exit.value.code == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"python -m {script.__name__}: error: ")
+    assert words in said
