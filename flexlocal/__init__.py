@@ -1,7 +1,8 @@
 """Local attention for PyTorch as one fused kernel.
 
 ``LocalAttention`` is the layer, ``local_attention`` the function under it, ``Window`` the rule
-that says which keys a query sees. They load when first used: the rules in ``flexlocal.masks``
+that says which keys a query sees, ``Rotary`` what turns the function's queries and keys;
+``explain`` gives a ``Choice`` of path. They load when first used: the rules in ``flexlocal.masks``
 need nothing of the layer.
 """
 
@@ -9,16 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backend import Choice
     from .functional import attention_map, explain, local_attention
     from .layer import LocalAttention
     from .masks import Window
+    from .rotary import Rotary
 
 __version__ = "0.1.0"
 
-__all__ = ["LocalAttention", "Window", "attention_map", "explain", "local_attention"]
+__all__ = [
+    "Choice", "LocalAttention", "Rotary", "Window", "attention_map", "explain", "local_attention",
+]  # fmt: skip
 
 _HOMES = {
+    "Choice": "backend",
     "LocalAttention": "layer",
+    "Rotary": "rotary",
     "Window": "masks",
     "attention_map": "functional",
     "explain": "functional",

@@ -39,14 +39,19 @@ def choose(call: Call) -> Choice:
         return Choice("eager", "asked for by name")
     device = call.q.device.type
     if call.backend == "auto" and device != "cuda":
-        return Choice("eager", f"auto takes the fused kernel on a GPU, and q is on {device}")
+        reason = f"auto takes the fused kernel on a GPU, and q is on {device}"
+        return Choice("eager", reason + _without_options(call))
     refusal = flex.refusal(call)
     if refusal is None:
         flash = prefers_flash(call)
         words = "one fused kernel on the GPU" if call.backend == "auto" else "asked for by name"
         return Choice("flex", words + _KERNEL[flash], flash)
     if call.backend == "auto":
-        return Choice("eager", refusal)
+        return Choice("eager", refusal + _without_options(call))
     raise ValueError(
         f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
     )
+
+
+def _without_options(call: Call) -> str:
+    return "" if call.kernel_options is None else "; kernel_options have no kernel to go to"

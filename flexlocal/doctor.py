@@ -136,15 +136,4 @@ def _gpus() -> list[str]:
 
 def _flex(device: str, yes: str) -> str:
     reason = flex.unavailable(torch.device(device))
-    return f"no: {reason}{_remedy(device)}" if reason else yes
-
-
-def _remedy(device: str) -> str:
-    if device == "cpu":
-        found = shutil.which(flex.cpp_compiler())
-        return "" if found else " -> install it (Debian, Ubuntu: apt install g++) or set CXX"
-    if not torch.version.cuda:
-        return " -> for an NVIDIA GPU install torch with CUDA: https://pytorch.org/get-started"
-    if not torch.cuda.is_available():
-        return " -> check the NVIDIA driver: nvidia-smi"
-    return "" if _version("triton") else " -> pip install triton"
+    return f"no: {reason}" if reason else yes

@@ -1,7 +1,8 @@
 """The fused path: who can take it, and the compiled callables and block lists that it keeps.
 
 Inside a user's ``torch.compile`` a call becomes part of the user's graph; outside, it goes through
-a callable compiled here. The one file that knows private torch names.
+a callable compiled here. The one file that knows private torch names; ``dropped`` knows operators
+that torch does not document.
 """
 
 import importlib.util
@@ -51,13 +52,17 @@ def _missing(device_type: str) -> str | None:
         return "torch.compile is switched off (TORCH_COMPILE_DISABLE)"
     if device_type == "cuda":
         if not torch.cuda.is_available():
-            return "torch finds no GPU"
+            if torch.version.cuda:
+                return "torch finds no GPU (nvidia-smi says whether its driver does)"
+            return "torch is built without CUDA (another: https://pytorch.org/get-started)"
         if importlib.util.find_spec("triton") is None:
-            return "the package triton, which compiles kernels for the GPU, is not installed"
+            return "triton, which compiles kernels for the GPU, is missing (pip install triton)"
         return None
     if shutil.which(cpp_compiler()) is None:
-        name = cpp_compiler()
-        return f"the C++ compiler {name!r}, which torch.compile needs on the CPU, is not found"
+        return (
+            f"the C++ compiler {cpp_compiler()!r}, which torch.compile needs on the CPU, is not "
+            "found (Debian, Ubuntu: apt install g++; CXX names another)"
+        )
     return None
 
 

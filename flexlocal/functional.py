@@ -51,10 +51,11 @@ def local_attention(
         dropout: probability to drop an attention weight after the softmax, in [0, 1).
         dropout_seed: 0-d int64 tensor that decides which weights; by default drawn from torch's
             generator. Either path drops the same weights for the same seed.
-        rotary: rotates queries and keys first.
+        rotary: a ``Rotary`` of ``q``'s head size, on its device, that turns queries and keys first.
         backend: ``"auto"``, ``"flex"`` (one fused kernel) or ``"eager"`` (plain tensor
             operations, linear in ``n``). ``explain`` says what ``auto`` takes.
-        kernel_options: passed to ``flex_attention``; None with ``backend="eager"``.
+        kernel_options: passed to ``flex_attention``; None with ``backend="eager"``, and without
+            effect where ``"auto"`` takes that path.
 
     Returns:
         ``(*lead, n, d_v)`` with ``q``'s leading sizes and dtype (autocast's, under autocast, which
@@ -63,7 +64,7 @@ def local_attention(
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
         TypeError: an argument is of the wrong kind.
-        RuntimeError: ``backend="flex"`` where torch leaves the kernel uncompiled.
+        RuntimeError: on the fused path, where torch leaves the kernel uncompiled.
     """
     plan = plan_of(
         q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, dropout_seed, rotary,

@@ -163,7 +163,15 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
     ) -> Choice:
-        """Which path a call takes and why; ``k`` and ``v`` are taken to be as ``q`` by default."""
+        """Which path a call takes, and why; its arguments are those of ``forward``.
+
+        Args:
+            k, v: as ``q`` by default.
+
+        Raises:
+            ValueError, TypeError: as ``forward``, which refuses ``backend="flex"`` where the fused
+                kernel cannot run.
+        """
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
         return explain(q, q if k is None else k, q if v is None else v, window, **arguments)
 

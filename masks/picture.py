@@ -55,7 +55,6 @@ def inspect(
     >>> from flexlocal.masks import Window, inspect
     >>> print(inspect(Window(2, causal=True, exact=True), 5).query(3))
     query 3 sees 3 keys: 1 to 3, the query's own included
-    it stands in window 1, tokens 2 to 3, as token 1 of it
     """
     if isinstance(rule, int) or not hasattr(rule, "first_key"):
         rule = as_window(rule, "rule")

@@ -38,7 +38,8 @@ def query_words(picture: "MaskPicture", i: int) -> str:
     if len(struck):
         lines.append(f"hidden by the key mask: {_listed(struck)}")
     if isinstance(rule, Window):
-        lines.append(_place(rule, i))
+        if not rule.exact:
+            lines.append(_place(rule, i))
         lines += _cut(rule, i, picture.n_keys)
     return "\n".join(lines)
 
@@ -57,7 +58,7 @@ def _cut(window: Window, i: int, n_keys: int) -> list[str]:
     before, after = -window.first_key(i), window.last_key(i) - (n_keys - 1)
     cut = [f"{count:,} before its start" for count in (before,) if count > 0]
     cut += [f"{count:,} after its end" for count in (after,) if count > 0]
-    return [f"the sequence ends cut off {' and '.join(cut)}"] if cut else []
+    return [f"cut off by the sequence's ends: {' and '.join(cut)}"] if cut else []
 
 
 def _listed(keys: torch.Tensor) -> str:

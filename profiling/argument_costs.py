@@ -81,12 +81,13 @@ def check(attend: Callable[..., Tensor], learned: dict[str, Tensor], grad: Tenso
     return apart(lambda *_: attend(), lambda *_: attend(backend="eager"), tensors, names=names)
 
 
-def measure(problem: Problem, device: torch.device) -> dict[str, dict[str, float]]:
+def measure(
+    problem: Problem, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
     """Forward and training time in ms, by name of the call.
 
     On a GPU also the time of a training step's kernels alone, and its peak bytes.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v, grad = problem.tensors(dtype, device)
     rows: dict[str, dict[str, float]] = {}
     for name, more in calls(problem, q).items():
@@ -154,9 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as wrong:
         parser.error(str(wrong))
     print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}")
-    rows = measure(problem, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = measure(problem, device, dtype)
     if options.json:
-        record = machine.record(device, problem=problem.name, shape=problem.shape)
+        settings = {"problem": problem.name, "shape": problem.shape, "dtype": str(dtype)}
+        record = machine.record(device, **settings)
         options.json.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
     return 0
 

@@ -108,6 +108,32 @@ def test_doctor_reports_every_part(capsys):
     assert {"python", "triton", "C++ compiler", "matplotlib", "tensorboard"} <= said.keys()
 
 
+@pytest.mark.parametrize(
+    ("device", "here", "remedy"),
+    [
+        ("cpu", {"compiler": None}, "apt install g++"),
+        ("cuda", {"gpu": False, "build": None}, "https://pytorch.org/get-started"),
+        ("cuda", {"gpu": False, "build": "13.0"}, "nvidia-smi"),
+        ("cuda", {"gpu": True, "triton": None}, "pip install triton"),
+    ],
+)
+def test_what_is_missing_comes_with_its_remedy(device, here, remedy, monkeypatch):
+    from flexlocal import flex
+
+    monkeypatch.setattr(flex.shutil, "which", lambda name: here["compiler"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here["gpu"])
+    monkeypatch.setattr(torch.version, "cuda", here.get("build"))
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: here[name])
+    assert remedy in flex._missing.__wrapped__(device)
+
+
+def test_a_reader_may_leave_early():
+    command = [sys.executable, "-m", "flexlocal", "mask", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
     from flexlocal import doctor
 

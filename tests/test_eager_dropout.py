@@ -97,3 +97,16 @@ def test_no_dropout_in_evaluation():
     layer = LocalAttention(**{**case.arguments(), "dropout": 0.9}, backend="eager").double().eval()
     out = layer(call.q, call.k, call.v, attn_bias=call.bias, dropout_seed=torch.tensor(1))
     torch.testing.assert_close(out, case.truth(call), rtol=1e-9, atol=1e-9)
+
+
+def test_the_submodule_decides():
+    """Its rate and its mode, as in the documented layer."""
+    layer, q = LocalAttention(4, dropout=0.9), torch.randn(2, 12, 4)
+    whole = layer.eval()(q, q, q)
+    layer.train()
+    assert not torch.equal(layer(q, q, q), whole)
+    layer.dropout.eval()
+    assert torch.equal(layer(q, q, q), whole)
+    layer.dropout.train()
+    layer.dropout.p = 0.0
+    assert torch.equal(layer(q, q, q), whole)

@@ -54,6 +54,16 @@ def test_the_output_is_the_weights_times_the_values():
     assert torch.allclose(layer.attention_map(q, k, dense=True) @ v, layer(q, k, v), atol=1e-6)
 
 
+def test_what_a_hidden_key_holds_reaches_no_weight():
+    layer = LocalAttention(8, causal=True)
+    q, k = torch.randn(2, 2, 16, 4).unbind()
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[:, 3] = False
+    clean = layer.attention_map(q, k, mask=mask)
+    k[:, 3] = torch.nan
+    assert torch.equal(layer.attention_map(q, k, mask=mask), clean)
+
+
 def test_dropout_is_left_out():
     layer = LocalAttention(8, dropout=0.5)
     q, k = torch.randn(2, 16, 4).unbind()

@@ -25,10 +25,12 @@ print(run(n))
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", "rotary", "dropout", "bias"])
-def test_a_long_sequence_takes_some_times_its_own_size(kind):
-    """At most five times the bytes of q, k, v and the output; the scores alone would take 128."""
+@pytest.mark.parametrize(
+    ("kind", "most"), [("plain", 1.5), ("rotary", 2.8), ("dropout", 1.7), ("bias", 1.6)]
+)
+def test_a_long_sequence_takes_some_times_its_own_size(kind, most):
+    """Times the bytes of q, k, v and the output; the scores alone would take 128."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, "65536", kind], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 5
+    assert float(done.stdout) < most

@@ -60,6 +60,21 @@ def test_calls_of_a_kind_share_a_plan(monkeypatch):
     assert len(made) == 4
 
 
+def test_a_plan_knows_what_wants_a_gradient():
+    """The fused path of a CPU has none to give, and says so."""
+    with pytest.raises(ValueError, match="no backward pass on the CPU"):
+        for learning in (False, True):
+            call(q=Q.clone().requires_grad_(learning), backend="flex")
+
+
+def test_a_plan_knows_how_tensors_lie(monkeypatch):
+    """FlashAttention 4's kernel is taken for contiguous ones alone."""
+    monkeypatch.setattr(plan, "_PLANS", {})
+    call()
+    call(q=Q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert len(plan._PLANS) == 2
+
+
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(plan, "_PLANS", {})
     monkeypatch.setattr(plan, "_MOST_PLANS", 4)

@@ -1,5 +1,7 @@
 """What the README shows runs."""
 
+import argparse
+import importlib
 import json
 import re
 import shlex
@@ -40,13 +42,13 @@ def blocks(language):
     ]
 
 
-def commands():
-    """The ``python -m flexlocal ...`` lines of the README's shell blocks."""
+def commands(*begin):
+    """What follows ``begin`` in the lines of the README's shell blocks that begin so."""
     for block in blocks("bash") + blocks("sh") + blocks("console"):
         for line in block.values[0].replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
-            if words[:3] == ["python", "-m", "flexlocal"]:
-                yield pytest.param(words[3:], id=" ".join(words[3:]))
+            if tuple(words[: len(begin)]) == begin:
+                yield pytest.param(words[len(begin) :], id=" ".join(words[len(begin) :]))
 
 
 def test_the_readme_shows_code():
@@ -63,9 +65,38 @@ def test_its_code_prints_what_it_shows(code, capsys):
     assert [words for words in SHOWN if words in code and words not in printed] == []
 
 
-@pytest.mark.parametrize("words", list(commands()))
+@pytest.mark.parametrize("words", list(commands("python", "-m", "flexlocal")))
 def test_its_commands_are_understood(words):
     assert parser().parse_args(words).command == words[0]
+
+
+class Understood(Exception):
+    """A command line was read to its end."""
+
+
+SCRIPTS = [
+    pytest.param((f"profiling.{name}", *words.values[0]), id=f"{name} {words.id}")
+    for name in ("argument_costs", "bench", "compiles", "scale", "trace", "tune")
+    for words in commands("python", "-m", f"profiling.{name}")
+]
+
+
+@pytest.mark.parametrize("words", SCRIPTS)
+def test_its_scripts_are_understood(words, monkeypatch):
+    as_it_is = argparse.ArgumentParser.parse_args
+
+    def parse_args(reader, arguments):
+        as_it_is(reader, arguments)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    script, *arguments = words
+    with pytest.raises(Understood):
+        importlib.import_module(script).main(arguments)
+
+
+def test_none_of_its_scripts_is_left_out():
+    assert len(SCRIPTS) == README.read_text().count("python -m profiling.") > 0
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -180,26 +180,6 @@ def test_flash_attention_4_gives_the_same(n):
         assert (triton - eager).float().norm() < 1.5e-2 * size
 
 
-def test_flash_attention_4_gets_what_it_was_tried_on():
-    window = Window(1024, causal=True, exact=True)
-    q, k, v = tensors(n=2048, d=128, heads=4)
-    few, views = k[:, :2], q.transpose(1, 2).contiguous().transpose(1, 2)
-    mask = torch.ones(2, 2048, dtype=torch.bool, device="cuda")
-    for other in (
-        explain(q[:, :, :2000].contiguous(), k[:, :, :2000], v[:, :, :2000], window),
-        explain(q, few, few, window),
-        explain(views, k, v, window),
-        explain(q.half(), k.half(), v.half(), window),
-        explain(q, k, v, window, mask=mask),
-        explain(q, k, v, window, shared_qk=True),
-        explain(q, k, v, window, dropout=0.1),
-        explain(q, k, v, window, kernel_options={}),
-        explain(q, k, v, Window(16, causal=True), attn_bias=torch.ones(1, 16, 32, device="cuda")),
-    ):
-        assert other.backend == "flex"
-        assert not other.flash
-
-
 @pytest.mark.parametrize("name", ["bias", "bias over rows", "xpos, mask, bias, shared", "mask"])
 def test_whole_blocks_are_scored_within_bounds(name):
     """For memcheck: biases and masks at every edge, lengths on and off the blocks."""

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlocal import Window
+from flexlocal import Rotary, Window, tuning
+from flexlocal.call import Call
 from flexlocal.kernel import Blocks, Kernel
 from flexlocal.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
 
@@ -64,3 +65,65 @@ def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_t
     kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
     assert kernel.options.get("BACKEND") == backend
     assert kernel.options.get("BLOCKS_ARE_CONTIGUOUS", False) == steps_through
+
+
+@pytest.mark.parametrize(
+    ("window", "n", "one_list", "without_gaps"),
+    [
+        (Window(256, causal=True), 1024, False, True),
+        (Window(256, causal=True), 1000, False, False),
+        (Window(256, causal=True, exact=True), 1024, False, False),
+        (Window(256, causal=True, exact=True), 1024, True, True),
+    ],
+)
+def test_kernels_step_through_lists_without_gaps_alone(window, n, one_list, without_gaps):
+    """Where a list has gaps they would read blocks that it does not name."""
+    given = Tuning(STOCK_BLOCK, (), one_list)
+    blocks = Blocks(window, window, n, masked=False, shared_qk=False, tuning=given)
+    kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
+    assert ("BLOCKS_ARE_CONTIGUOUS" in kernel.options) == without_gaps
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def on_gpu(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype).as_subclass(OnGPU)
+
+
+SLIDES = Window(1024, causal=True, exact=True)
+Q = on_gpu(2, 4, 2048, 128)
+VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": VIEW},
+        {"v": VIEW},
+        dict.fromkeys("qkv", on_gpu(2, 4, 2000, 128)),
+        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 64)),
+        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
+        dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
+        {"v": on_gpu(2, 4, 2048, 64)},
+        {"mask": torch.ones(2, 2048, dtype=torch.bool)},
+        {"attn_bias": torch.zeros(4, 1024, 2048)},
+        {"shared_qk": True},
+        {"dropout": 0.1},
+        {"rotary": Rotary(128, use_xpos=True, scale_base=512)},
+        {"kernel_options": {}},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_flash_attention_4_gets_what_it_was_tried_on(changes, monkeypatch):
+    monkeypatch.setattr(tuning, "capability", lambda device: H100)
+    monkeypatch.setattr(tuning, "flash_installed", lambda: True)
+    tried = {"q": Q, "k": Q, "v": Q, "window": SLIDES}
+    assert tuning.prefers_flash(Call(**tried))
+    assert tuning.prefers_flash(Call(**tried, rotary=Rotary(128)))
+    assert not tuning.prefers_flash(Call(**{**tried, **changes}))
+    monkeypatch.setattr(tuning, "nearest", lambda *_: None)  # it was measured nowhere near
+    assert not tuning.prefers_flash(Call(**tried))
