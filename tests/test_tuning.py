@@ -105,7 +105,7 @@ VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
         {"q": VIEW},
         {"v": VIEW},
         dict.fromkeys("qkv", on_gpu(2, 4, 2000, 128)),
-        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 64)),
+        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
         dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
         dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
         {"v": on_gpu(2, 4, 2048, 64)},
