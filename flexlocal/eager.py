@@ -140,13 +140,14 @@ def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:
 
 
 def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
-    """The only tile without what lies outside of the sequence; as they are where there are more."""
-    n, before = sizes.n, sizes.before
-    if not 0 < n <= sizes.tile:
-        return sizes, bias
+    """Tiles without keys that lie outside of the sequence for each of them."""
+    tile = sizes.n if 0 < sizes.n <= sizes.tile else sizes.tile
+    furthest = max(0, sizes.tiles - 1) * sizes.tile
+    before, after = min(sizes.before, furthest), min(sizes.after, furthest)
     if bias is not None:
-        bias = bias[:, :n, before : before + n]
-    return replace(sizes, tile=n, before=0, after=0), bias
+        first = sizes.before - before
+        bias = bias[:, :tile, first : first + before + tile + after]
+    return replace(sizes, tile=tile, before=before, after=after), bias
 
 
 def _cleared(bias: Tensor | None, hidden: Tensor) -> Tensor | None:

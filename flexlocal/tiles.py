@@ -74,7 +74,7 @@ class Tiles:
         shared = x.shape[1] != self.sizes.heads
         heads = self.kv_heads if shared else self.heads
         run = self._run(x[self.batch, heads], *self._key_run)
-        tiles = run.unfold(2, self.sizes.span, self.sizes.tile).transpose(-1, -2)
+        tiles = self._overlapping(run)
         groups = (self.heads.stop - self.heads.start) // tiles.shape[1]
         return tiles.repeat_interleave(groups, dim=1) if shared else tiles
 
@@ -114,6 +114,18 @@ class Tiles:
         low, high = max(start, 0), min(stop, sizes.n)
         heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
         total[self.batch, heads, low:high] += run.flatten(2, 3)[:, :, low - start : high - start]
+
+    def _overlapping(self, run: Tensor) -> Tensor:
+        """The tiles' keys, ``(b, h, g, s, d)``, of the run of keys that they share."""
+        size, span = self.sizes.tile, self.sizes.span
+        if not self.whole:
+            return run.unfold(2, span, size).transpose(-1, -2)
+        # No unfold in a compiler: on the CPU torch 2.13's adds up its gradient in wrong places.
+        pieces = -(-span // size)
+        run = F.pad(run, (0, 0, 0, pieces * size - span))
+        run = run.unflatten(2, (self.count + pieces - 1, size))
+        parts = [run[:, :, piece : piece + self.count] for piece in range(pieces)]
+        return torch.cat(parts, dim=3)[..., :span, :]
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Places ``start`` to ``stop`` of ``x``'s third dimension, zeros where it has none."""

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,9 +32,19 @@ def test_compiled_training_gives_the_same(name):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
 
-def test_inductor_trains_it():
+@pytest.mark.parametrize(
+    ("name", "size", "n", "d"),
+    [
+        ("plain", 64, 256, 64),  # whose keys had a wrong gradient
+        ("plain", 8, 64, 16),  # whose gradient was written outside of its memory
+        ("both ways", 16, 205, 16),
+        ("bias over rows", 16, 96, 8),
+    ],
+)
+def test_inductor_trains_it(name, size, n, d):
     """On the CPU `auto` takes the eager path inside a compiled model too."""
-    case = feature("plain", n=96, lead=(1, 2), d=8, d_v=8)
+    rule = replace(feature(name).window, size=size)
+    case = feature(name, window=rule, n=n, lead=(1, 2), d=d, d_v=d)
     layer = LocalAttention(**case.arguments())
     call = case.tensors(torch.float32)
     torch.compiler.reset()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
 
-from flexlocal import LocalAttention, tiled
+from flexlocal import LocalAttention, Window, attention_map, eager, local_attention, tiled
 
 PORTIONS = st.sampled_from([1, 100, 700, 3000, 20000])
 """Scores at a time: one tile of one head, some tiles, a head, some batch entries, all at once."""
@@ -57,3 +57,27 @@ def test_nothing_in_nothing_out(lead_and_length):
     out = layer(x, x, x)
     assert out.shape == x.shape
     assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("n", [10, 64, 150, 300])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_look_beyond_the_sequence_costs_nothing(n, causal, monkeypatch):
+    """On each side of a tile lie no more keys than the sequence has."""
+    spans, as_it_is = [], eager.formula_of
+    note = lambda q, sizes, *more: spans.append(sizes.span) or as_it_is(q, sizes, *more)  # noqa: E731
+    monkeypatch.setattr(eager, "formula_of", note)
+    q, k, v = torch.randn(3, 1, 2, n, 4, requires_grad=True).unbind()
+    bias = torch.randn(2, 32, 32 * (201 if causal else 401))
+    found = []
+    for looks in (200, 10):
+        some = {"look_backward": looks, "look_forward": 0 if causal else looks}
+        start, stop = 32 * (200 - looks), 32 * (201 if causal else 201 + looks)
+        for near in (None, bias[..., start:stop]):
+            window = Window(32, causal=causal, **some)
+            out = local_attention(q, k, v, window, attn_bias=near)
+            weights = attention_map(q, k, window, attn_bias=near, dense=True)
+            found.append((out, weights, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for far, near in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(far, near, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert max(spans) < 2 * n + 64
