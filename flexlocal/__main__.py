@@ -23,8 +23,8 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[str], floa
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            what = "a whole number" if kind is int else "a number"
+        if not least <= value < (2**63 if kind is int else math.inf):
+            what = "a whole number below 2**63" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, at least {least:g}, got {text!r}")
         return value
 

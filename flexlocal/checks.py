@@ -14,6 +14,8 @@ from .masks.arguments import check_flag, kind_of
 from .masks.dropout import MOST_DROPOUT
 from .rotary import Rotary, xpos_products_fit
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_call(call: Call) -> None:
     """All arguments of a call fit, each for itself and to each other.
@@ -106,8 +108,7 @@ def check_qkv(q: object, k: object, v: object) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {kind_of(x)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be of a floating-point dtype, got {x.dtype}")
+        _check_floating_point(name, x)
         if x.dim() < 2:
             raise ValueError(f"{name} must have the shape (*lead, n, d), got {_shape(x)}")
     assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
@@ -123,6 +124,16 @@ def check_qkv(q: object, k: object, v: object) -> None:
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's head size {q.shape[-1]}, got {_shape(k)}")
     _check_leads(q, k, v)
+
+
+def _check_floating_point(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} must be of a floating-point dtype, 16 to 64 bits wide, got {x.dtype}"
+        )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise ValueError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_mask(mask: object, q: Tensor, name: str = "mask") -> None:
@@ -148,8 +159,7 @@ def check_bias(bias: object, q: Tensor, window: Window) -> None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"attn_bias must be a tensor or None, got {kind_of(bias)}")
-    if not bias.is_floating_point():
-        raise ValueError(f"attn_bias must be of a floating-point dtype, got {bias.dtype}")
+    _check_floating_point("attn_bias", bias)
     rows = math.prod(q.shape[:-2])
     right = bias.dim() == 3 and tuple(bias.shape[1:]) == (window.size, window.span)
     if not right or not _divides(bias.shape[0], rows):

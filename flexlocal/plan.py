@@ -55,7 +55,7 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
             autocast_dtype(q.device),
         )  # fmt: skip
         plan = _PLANS.get(kind)
-    except (AttributeError, TypeError):  # no tensor, or nothing to look up by: the checks will say
+    except (AttributeError, TypeError, RuntimeError):  # nothing to look up by: the checks will say
         return _made(q, k, v, *arguments)
     if plan is None:
         plan = _made(q, k, v, *arguments)

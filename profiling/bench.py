@@ -27,7 +27,15 @@ from flexlocal.rotary import Rotary
 
 from . import machine, report
 from .measure import Measurement, Task, measure_all
-from .options import DTYPES, add_problem, dtype_of, duration, file_to_write, problems_of
+from .options import (
+    DTYPES,
+    add_problem,
+    dtype_of,
+    duration,
+    file_to_write,
+    picture_to_write,
+    problems_of,
+)
 from .peers import OURS, PEERS, Peer
 from .problems import STANDARD, Problem
 from .progress import Progress
@@ -56,7 +64,9 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", action="store_true", help="also the host's time, in the JSON")
     parser.add_argument("--seconds", type=duration, default=0.3, help="of timed calls, each (0.3)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE")
-    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument(
+        "--plot", type=picture_to_write, metavar="FILE.png", help="needs matplotlib"
+    )
     options = parser.parse_args(arguments)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("argument --plot: matplotlib is not installed: pip install matplotlib")

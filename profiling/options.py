@@ -124,4 +124,14 @@ def file_to_write(text: str) -> Path:
     file = Path(text)
     if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text}")
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text}")
+    return file
+
+
+def picture_to_write(text: str) -> Path:
+    """As ``file_to_write``, a picture by its suffix."""
+    file = file_to_write(text)
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end with .png, .pdf or .svg, got {text}")
     return file

@@ -40,6 +40,7 @@ from .options import (
     duration,
     file_to_write,
     layer_of,
+    picture_to_write,
     problem_of,
 )
 from .problems import PROBLEMS, Problem
@@ -306,7 +307,7 @@ def parse(argv: list[str] | None, most: int) -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=most, metavar="POWER", help=f"{most} here")
     parser.add_argument("--seconds", type=duration, default=0.3, help="that each figure takes")
     parser.add_argument("--json", type=file_to_write, metavar="FILE")
-    parser.add_argument("--plot", type=file_to_write, metavar="FILE")
+    parser.add_argument("--plot", type=picture_to_write, metavar="FILE")
     options = parser.parse_args(argv)
     if not 0 <= options.least <= options.most:
         parser.error(f"--most must be --least ({options.least}) or more, got {options.most}")

@@ -5,6 +5,7 @@ here compiles.
 """
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -403,6 +404,10 @@ def test_call(wrong, backend):
     assert_names(str(raised.value), wrong.says)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch calls them a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(H, N, D)] * B)
+
 FUNCTION = [
     ({"window": 0}, ValueError, ("window", "0", POSITIVE)),
     ({"window": True}, TypeError, ("window", "True", ("Window", "int"))),
@@ -410,6 +415,13 @@ FUNCTION = [
     ({"shared_qk": 1}, TypeError, ("shared_qk", "1", "True or False")),
     ({"rotary": True}, TypeError, ("rotary", "bool", "Rotary")),
     ({"v": torch.zeros(B, H, N, D_V).int()}, ValueError, ("v", "int32", "floating-point")),
+    (
+        {"q": torch.zeros(B, H, N, D).to(torch.float8_e4m3fn)},
+        ValueError,
+        ("q", "float8", "16 to 64"),
+    ),
+    ({"q": torch.zeros(B, H, N, D).to_sparse()}, ValueError, ("q", "dense", "torch.sparse_coo")),
+    ({"k": NESTED}, ValueError, ("k", "dense", "a nested tensor")),
     ({"k": torch.zeros(B, 2, N, D)}, ValueError, ("k", "2, 2, 20, 6", "divide")),
     ({"kernel_options": 3}, TypeError, ("kernel_options", "3", "dict")),
     ({"kernel_options": {"BLOCK_M": [64]}}, TypeError, ("kernel_options", "'BLOCK_M': [64]")),

@@ -27,6 +27,9 @@ COUNT = "must be 1 or more, got 0"
         (argument_costs, ["--shape", "1", "2", "64", "15"], "dim must be even"),
         (argument_costs, ["--causal", "--look-forward", "1"], "look_forward must be 0 or None"),
         (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
+        *((script, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo")
+            for script in (bench, scale)),
+        (bench, ["--json", "."], "--json: must be a file, got the folder ."),
         (bench, ["--device", "cuda"], "--device: torch finds no GPU, got cuda"),
     ],
 )  # fmt: skip
