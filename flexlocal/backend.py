@@ -39,19 +39,17 @@ def choose(call: Call) -> Choice:
         return Choice("eager", "asked for by name")
     device = call.q.device.type
     if call.backend == "auto" and device != "cuda":
-        reason = f"auto takes the fused kernel on a GPU, and q is on {device}"
-        return Choice("eager", reason + _without_options(call))
-    refusal = flex.refusal(call)
+        refusal: str | None = f"auto takes the fused kernel on a GPU, and q is on {device}"
+    else:
+        refusal = flex.refusal(call)
     if refusal is None:
         flash = prefers_flash(call)
         words = "one fused kernel on the GPU" if call.backend == "auto" else "asked for by name"
         return Choice("flex", words + _KERNEL[flash], flash)
     if call.backend == "auto":
-        return Choice("eager", refusal + _without_options(call))
+        unused = call.kernel_options is not None
+        more = "; kernel_options have no kernel to go to" if unused else ""
+        return Choice("eager", refusal + more)
     raise ValueError(
         f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
     )
-
-
-def _without_options(call: Call) -> str:
-    return "" if call.kernel_options is None else "; kernel_options have no kernel to go to"

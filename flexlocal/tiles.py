@@ -33,6 +33,11 @@ class Sizes:
         return self.before + self.tile + self.after
 
     @property
+    def pieces(self) -> int:
+        """Lengths of a tile that cover its keys: the next tile's begin one further."""
+        return -(-self.span // self.tile)
+
+    @property
     def tiles(self) -> int:
         """Tiles that cover the sequence."""
         return (self.n + self.tile - 1) // self.tile  # torch.export understands no -(-n // tile)
@@ -105,7 +110,7 @@ class Tiles:
         if total.shape[1] != sizes.heads:
             tiles = tiles.unflatten(1, (self.kv_heads.stop - self.kv_heads.start, -1)).sum(2)
         # Neighbouring tiles share keys: add a tile's length of every tile's keys at a time.
-        pieces = -(-sizes.span // sizes.tile)
+        pieces = sizes.pieces
         b, h, count, _, d = tiles.shape
         run = tiles.new_zeros(b, h, count + pieces - 1, sizes.tile, d)
         for piece in range(pieces):
@@ -117,11 +122,10 @@ class Tiles:
 
     def _overlapping(self, run: Tensor) -> Tensor:
         """The tiles' keys, ``(b, h, g, s, d)``, of the run of keys that they share."""
-        size, span = self.sizes.tile, self.sizes.span
+        size, span, pieces = self.sizes.tile, self.sizes.span, self.sizes.pieces
         if not self.whole:
             return run.unfold(2, span, size).transpose(-1, -2)
         # No unfold in a compiler: on the CPU torch 2.13's adds up its gradient in wrong places.
-        pieces = -(-span // size)
         run = F.pad(run, (0, 0, 0, pieces * size - span))
         run = run.unflatten(2, (self.count + pieces - 1, size))
         parts = [run[:, :, piece : piece + self.count] for piece in range(pieces)]

@@ -24,7 +24,7 @@ from flexlocal.rotary import Rotary
 from . import machine
 from .check import apart
 from .clock import kernels_ms, median_ms, peak_bytes
-from .options import add_problem, file_to_write, problem_of
+from .options import add_problem, file_to_write, problem_of, usual_dtype
 from .problems import PROBLEMS, Problem
 from .report import number, ratio
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as wrong:
         parser.error(str(wrong))
     print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = usual_dtype(device)
     rows = measure(problem, device, dtype)
     if options.json:
         settings = {"problem": problem.name, "shape": problem.shape, "dtype": str(dtype)}

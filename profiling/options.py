@@ -85,8 +85,13 @@ def layer_of(problem: Problem, options: argparse.Namespace) -> LocalAttention:
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """The dtype that is asked for; by default what attention is mostly run in on the device."""
-    return DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    """The dtype that is asked for; by default the device's usual one."""
+    return DTYPES[options.dtype] if options.dtype else usual_dtype(device)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What attention is mostly run in on the device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _window(options: argparse.Namespace, named: Window) -> Window:

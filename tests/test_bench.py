@@ -119,24 +119,6 @@ def test_rotary_before_a_peer_and_in_our_layer(tmp_path):
     assert rows["dense SDPA"]["status"] == "measured"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--problem", "nothing"], "invalid choice: 'nothing'"),
-        (["--peer", "nobody"], "invalid choice: 'nobody'"),
-        (["--seconds", "nan"], "--seconds: must be above 0 and finite, got nan"),
-        (["--seconds", "0"], "--seconds: must be above 0 and finite, got 0"),
-        (["--json", "no/such/folder/x.json"], "--json: must be in a folder that exists"),
-        (["--plot", "no/such/folder/x.png"], "--plot: must be in a folder that exists"),
-    ],
-)
-def test_wrong_arguments(arguments, words, capsys):
-    with pytest.raises(SystemExit) as exit:
-        bench.main(arguments)
-    assert exit.value.code == 2
-    assert words in capsys.readouterr().err
-
-
 def test_as_a_command(tmp_path):
     command = [sys.executable, "-m", "profiling.bench", *TINY, "--peer", "dense SDPA"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

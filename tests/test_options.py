@@ -29,6 +29,12 @@ COUNT = "must be 1 or more, got 0"
         (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
         *((script, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo")
             for script in (bench, scale)),
+        (bench, ["--problem", "nothing"], "invalid choice: 'nothing'"),
+        (bench, ["--peer", "nobody"], "invalid choice: 'nobody'"),
+        (bench, ["--seconds", "nan"], "--seconds: must be above 0 and finite, got nan"),
+        (bench, ["--seconds", "0"], "--seconds: must be above 0 and finite, got 0"),
+        (bench, ["--json", "no/such/folder/x.json"], "--json: must be in a folder that exists"),
+        (bench, ["--plot", "no/such/folder/x.png"], "--plot: must be in a folder that exists"),
         (bench, ["--json", "."], "--json: must be a file, got the folder ."),
         (bench, ["--device", "cuda"], "--device: torch finds no GPU, got cuda"),
     ],

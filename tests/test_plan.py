@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlocal import LocalAttention, flex, functional, local_attention, plan
+from flexlocal import LocalAttention, explain, flex, functional, local_attention, plan
 from flexlocal.rotary import Rotary
 
 Q, K, V = torch.randn(3, 2, 3, 20, 8)
@@ -90,6 +90,13 @@ def test_a_reason_is_given_once(monkeypatch):
     flex.warn_once("too wide")  # or this would be an error
     with pytest.warns(UserWarning, match="too deep"):
         flex.warn_once("too deep")
+
+
+def test_options_that_no_kernel_gets_are_mentioned():
+    said = "auto takes the fused kernel on a GPU, and q is on cpu"
+    assert explain(Q, K, V, 5).reason == said
+    unused = explain(Q, K, V, 5, kernel_options={"BLOCK_M": 64})
+    assert unused.reason == f"{said}; kernel_options have no kernel to go to"
 
 
 def test_a_warning_is_given_where_the_layer_is_called(monkeypatch):
