@@ -16,9 +16,9 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     if batch * heads == 0:
         return key_mask.new_ones(batch, 1, key_mask.shape[1])
     rows_each = batch * heads // key_mask.shape[0]
-    if rows_each % heads == 0:
-        return key_mask.repeat_interleave(rows_each // heads, dim=0)[:, None]
-    return key_mask.repeat_interleave(rows_each, dim=0).view(batch, heads, -1)
+    copies, masks = (rows_each, heads) if rows_each % heads else (rows_each // heads, 1)
+    # Not repeat_interleave, which launches a copy of what is as it should be.
+    return key_mask[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
 
 
 def padding_mod(kept: Tensor) -> MaskMod:
