@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import BackendName, Call
 from .masks import Window
-from .masks.arguments import check_flag, kind_of
+from .masks.arguments import check_flag, check_number, kind_of
 from .masks.dropout import MOST_DROPOUT
 from .rotary import Rotary, xpos_products_fit
 
@@ -44,7 +44,7 @@ def check_backend(backend: object) -> None:
 
 def check_dropout(dropout: float) -> None:
     """``dropout`` is a probability below 1."""
-    _check_number("dropout", dropout, "a number")
+    check_number("dropout", dropout)
     if not 0 <= dropout <= MOST_DROPOUT:
         raise ValueError(
             f"dropout must be at least 0 and below 1, by 2**-32 at least, got {dropout!r}"
@@ -55,18 +55,9 @@ def check_scale(scale: float | None) -> None:
     """``scale`` is a finite number or None."""
     if scale is None:
         return
-    _check_number("scale", scale, "a number or None")
+    check_number("scale", scale, "a number or None")
     if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
-
-
-def check_xpos_scale_base(base: float | None) -> None:
-    """``xpos_scale_base`` is a finite number above 0 or None."""
-    if base is None:
-        return
-    _check_number("xpos_scale_base", base, "a number or None")
-    if not 0 < base < math.inf:
-        raise ValueError(f"xpos_scale_base must be finite and above 0, got {base}")
 
 
 def check_kernel_options(options: object, backend: str) -> None:
@@ -184,19 +175,25 @@ def check_seed(seed: object, q: Tensor) -> None:
 
 
 def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
-    """``rotary`` is None or turns heads of q's size, by factors that are numbers."""
+    """``rotary`` is None or turns heads of q's size on its device, by factors that are numbers."""
     if rotary is None:
         return
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
     if q.shape[-1] != rotary.dim:
         raise ValueError(
-            f"dim must be q's head size, got dim {rotary.dim} and q of shape {_shape(q)}"
+            f"rotary's dim must be q's head size {q.shape[-1]}, got {rotary.dim} for q of shape "
+            f"{_shape(q)}"
+        )
+    if rotary.inv_freq.device != q.device:
+        raise ValueError(
+            f"rotary must be on q's device {q.device}, got {rotary.inv_freq.device}: move it, or "
+            "the layer that holds it, with .to(q.device)"
         )
     if rotary.xpos is not None and not xpos_products_fit(window, rotary.xpos.base, torch.float64):
         raise ValueError(
-            "xpos_scale_base must be larger for windows that reach so far: factors over "
-            f"{window.span} tokens overflow, got {rotary.xpos.base}"
+            "rotary's scale_base must be larger for windows that reach so far, a layer's "
+            f"xpos_scale_base: factors over {window.span} tokens overflow, got {rotary.xpos.base}"
         )
 
 
@@ -228,11 +225,6 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 def _divides(part: int, rows: int) -> bool:
     return rows % part == 0 if part else rows == 0
-
-
-def _check_number(name: str, value: object, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be {wanted}, got {value!r} of {kind_of(value)}")
 
 
 def _shape(x: Tensor) -> Sequence[int]:

@@ -15,13 +15,12 @@ from .checks import (
     check_length,
     check_mask,
     check_scale,
-    check_xpos_scale_base,
     dim_of,
 )
 from .functional import attention_map, explain, local_attention
 from .masks import MaskPicture, Window, inspect
 from .masks.arguments import check_count, check_flag
-from .rotary import Rotary
+from .rotary import Rotary, check_scale_base
 
 
 class LocalAttention(nn.Module):
@@ -90,7 +89,8 @@ class LocalAttention(nn.Module):
         self.window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
         check_dropout(dropout)
         check_scale(scale)
-        check_xpos_scale_base(xpos_scale_base)
+        if xpos_scale_base is not None:
+            check_scale_base("xpos_scale_base", xpos_scale_base)
         check_backend(backend)
         check_kernel_options(kernel_options, backend)
         if rel_pos_emb_config is not None:
@@ -102,9 +102,11 @@ class LocalAttention(nn.Module):
             dim = dim_of(rel_pos_emb_config, dim)
         self.rel_pos: Rotary | None = None
         if use_rotary_pos_emb and dim is not None:
-            base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
-            if use_xpos and base == 0:
-                raise ValueError("xpos_scale_base must be above 0, got 0 from window_size // 2")
+            base = xpos_scale_base
+            if use_xpos and base is None:
+                base = window_size // 2
+                if base == 0:
+                    raise ValueError("xpos_scale_base must be above 0, got 0 from window_size // 2")
             self.rel_pos = Rotary(dim, use_xpos, base)
         elif use_xpos:
             raise ValueError(
@@ -162,6 +164,8 @@ class LocalAttention(nn.Module):
         input_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
+        *,
+        dropout_seed: Tensor | None = None,
     ) -> Choice:
         """Which path a call takes, and why; its arguments are those of ``forward``.
 
@@ -173,7 +177,8 @@ class LocalAttention(nn.Module):
                 kernel cannot run.
         """
         window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        return explain(q, q if k is None else k, q if v is None else v, window, **arguments)
+        k, v = q if k is None else k, q if v is None else v
+        return explain(q, k, v, window, dropout_seed=dropout_seed, **arguments)
 
     def mask(
         self,
@@ -236,7 +241,9 @@ class LocalAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.window!r}, backend={self.backend!r}"
+        names = ("autopad", "shared_qk", "scale", "backend", "kernel_options")
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.window!r}\n{settings}"
 
     # The window, under the names of the documented layer.
 

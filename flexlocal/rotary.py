@@ -6,6 +6,7 @@ checkpoints load. Shapes: ``n`` tokens, ``d`` the head size.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Segments, Window
-from .masks.arguments import check_count
+from .masks.arguments import check_count, check_flag, check_number
 from .masks.buffer import written_out
 
 _THETA = 10000
@@ -145,6 +146,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Te
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
+def check_scale_base(name: str, base: float) -> None:
+    """``base`` is a finite number above 0; ``name`` is what the caller's argument is called."""
+    check_number(name, base)
+    if not 0 < base <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and above 0, got {base}")
+
+
 class Rotary(nn.Module):
     """Holds the frequencies; rotation itself is ``rotate``.
 
@@ -158,8 +166,9 @@ class Rotary(nn.Module):
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
 
     Raises:
-        ValueError: ``dim`` is odd or below 2, or ``scale_base`` is not above 0 with ``use_xpos``.
-        TypeError: ``dim`` is no int.
+        ValueError: ``dim`` is odd or below 2, or ``scale_base`` is missing with ``use_xpos``, not
+            above 0 or not finite.
+        TypeError: ``dim`` is no int, ``use_xpos`` no flag or ``scale_base`` no number.
     """
 
     inv_freq: Tensor
@@ -170,8 +179,11 @@ class Rotary(nn.Module):
         check_count("dim", dim, least=2)
         if dim % 2:
             raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
-        if use_xpos and (scale_base is None or not scale_base > 0):
-            raise ValueError(f"scale_base must be above 0 with use_xpos, got {scale_base}")
+        check_flag("use_xpos", use_xpos)
+        if scale_base is not None:
+            check_scale_base("scale_base", scale_base)
+        elif use_xpos:
+            raise ValueError("scale_base must be given with use_xpos, got None")
         self.dim, self.use_xpos, self.scale_base = dim, use_xpos, scale_base
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)

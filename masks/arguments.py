@@ -14,6 +14,16 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_number(name: str, value: object, wanted: str = "a number") -> None:
+    """``value`` is an int or a float.
+
+    Raises:
+        TypeError: it is neither, or a bool; ``wanted`` says what would be right.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of {kind_of(value)}")
+
+
 def check_flag(name: str, value: object) -> None:
     """``value`` is True or False.
 

@@ -59,7 +59,7 @@ class Window:
         check_flag("exact", self.exact)
         if self.span > _MOST_SPAN:
             raise ValueError(
-                "size times the windows looked at must be at most 2**62 tokens, "
+                "window size times the windows looked at must be at most 2**62 tokens, "
                 f"got {self.size} times {1 + self.look_backward + self.ahead}"
             )
         if self.causal and self.ahead > 0:
@@ -143,17 +143,20 @@ class Window:
     @property
     def words(self) -> str:
         """How many keys a query sees, in words."""
-        own = "its own key"
         if self.exact:
-            parts = [f"the {_keys(self.before)} before it"]
-            if not self.causal:
-                parts.append(f"the {_keys(self.after)} after it")
-            return f"a query sees at most {_keys(self.most_seen)}: {own}, {_listed(parts)}"
-        window = f"its window of {self.size}" + (" up to itself" if self.causal else "")
-        parts = [f"{_windows(self.look_backward)} before"]
-        if not self.causal:
-            parts.append(f"{_windows(self.ahead)} after")
-        return f"a query sees at most {_keys(self.most_seen)}: {window}, {_listed(parts)}"
+            parts = ["its own"]
+            before, after = f"the {self.before} before it", f"the {self.after} after it"
+        else:
+            parts = [f"its window of {self.size}" + (" up to itself" if self.causal else "")]
+            before, after = (
+                f"{_windows(self.look_backward)} before",
+                f"{_windows(self.ahead)} after",
+            )
+        if self.look_backward:
+            parts.append(before)
+        if self.ahead:
+            parts.append(after)
+        return f"a query sees at most {_keys(self.most_seen)}: {_listed(parts)}"
 
     @property
     def most_seen(self) -> int:
@@ -216,4 +219,5 @@ def _windows(count: int) -> str:
 
 
 def _listed(parts: list[str]) -> str:
-    return " and ".join(parts)
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last

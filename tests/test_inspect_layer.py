@@ -1,4 +1,6 @@
-"""``LocalAttention.mask`` and ``attention_map``: what the layer would do, before it does it."""
+"""``mask``, ``attention_map``, ``explain``: what the layer would do, before it does it."""
+
+from inspect import signature
 
 import oracle
 import pytest
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from strategies import EXAMPLES, cases
 
-from flexlocal import LocalAttention, Window, attention_map
+from flexlocal import LocalAttention, Window, attention_map, explain, local_attention
 
 
 @settings(max_examples=2 * EXAMPLES)
@@ -111,3 +113,27 @@ def test_errors_are_those_of_the_call():
     with pytest.raises(TypeError, match="n must be an int"):
         layer.mask(8.0)
     assert LocalAttention(8, autopad=True).mask(12).n == 12
+
+
+@pytest.mark.parametrize(
+    ("explains", "calls"),
+    [(explain, local_attention), (LocalAttention.explain, LocalAttention.forward)],
+)
+def test_explain_takes_what_a_call_takes(explains, calls):
+    assert list(signature(explains).parameters) == list(signature(calls).parameters)
+
+
+def test_explain_judges_what_a_call_would():
+    layer, q = LocalAttention(4), torch.zeros(8, 4)
+    assert layer.explain(q, dropout_seed=torch.tensor(1)).backend == "eager"
+    with pytest.raises(ValueError, match="dropout_seed must be a 0-d int64 tensor"):
+        layer.explain(q, dropout_seed=torch.tensor(1.0))
+
+
+def test_a_printed_layer_shows_its_settings():
+    given = {"dim": 8, "use_xpos": True, "autopad": True, "shared_qk": True, "scale": 0.0}
+    given |= {"dropout": 0.3, "backend": "flex", "kernel_options": {"BLOCK_M": 64}}
+    plain = repr(LocalAttention(4, xpos_scale_base=3))
+    for name, value in given.items():
+        other = {name: value} if name != "use_xpos" else {"dim": 8, name: value}
+        assert repr(LocalAttention(4, xpos_scale_base=3, **other)) != plain

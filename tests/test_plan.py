@@ -18,7 +18,7 @@ GOOD_THEN_BAD = [
     ({"mask": MASK}, {"mask": MASK[:, :-1]}, ValueError, "mask"),
     ({"attn_bias": BIAS}, {"attn_bias": BIAS.long()}, ValueError, "attn_bias"),
     ({"attn_bias": BIAS}, {"attn_bias": BIAS.repeat(2, 1, 1)[:4]}, ValueError, "attn_bias"),
-    ({"rotary": Rotary(8)}, {"rotary": Rotary(6)}, ValueError, "dim"),
+    ({"rotary": Rotary(8)}, {"rotary": Rotary(6)}, ValueError, "rotary's dim"),
     ({}, {"k": K.double()}, ValueError, "k"),
     ({}, {"k": K[:, :2], "v": V[:, :2]}, ValueError, "k"),
     ({}, {"v": V[..., :-1, :]}, ValueError, "v"),
@@ -94,7 +94,7 @@ def test_a_reason_is_given_once(monkeypatch):
 
 def test_options_that_no_kernel_gets_are_mentioned():
     said = "auto takes the fused kernel on a GPU, and q is on cpu"
-    assert explain(Q, K, V, 5).reason == said
+    assert explain(Q, K, V, 5, dropout_seed=torch.tensor(1), dropout=0.1).reason == said
     unused = explain(Q, K, V, 5, kernel_options={"BLOCK_M": 64})
     assert unused.reason == f"{said}; kernel_options have no kernel to go to"
 

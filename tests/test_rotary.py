@@ -68,10 +68,14 @@ def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
     [
         ((7,), "dim must be even for rotary embeddings, got 7"),
         ((0,), "dim must be at least 2, got 0"),
-        ((8, True), "scale_base must be above 0 with use_xpos, got None"),
-        ((8, True, 0.0), "scale_base must be above 0 with use_xpos, got 0.0"),
+        ((8, True), "scale_base must be given with use_xpos, got None"),
+        ((8, True, 0.0), "scale_base must be finite and above 0, got 0.0"),
+        ((8, True, float("inf")), "scale_base must be finite and above 0, got inf"),
+        ((8, False, -1), "scale_base must be finite and above 0, got -1"),
+        ((8, True, "3"), "scale_base must be a number, got '3' of type str"),
+        ((8, "no", 3.0), "use_xpos must be True or False, got 'no' of type str"),
     ],
 )
 def test_what_cannot_rotate_is_refused(arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=f"^{says}$"):
         Rotary(*arguments)

@@ -116,14 +116,32 @@ def test_repr_counts_the_keys(rule):
     here = FAR * rule.size
     for word, reach in (("before", -1), ("after", 1)):
         count = sum(sees(rule, here, here + reach * x, 2 * here) for x in range(1, here))
-        said = re.search(rf"(\d+) keys? {word}\b", text)
+        said = re.search(rf"the (\d+) {word} it", text)
         assert (int(said[1]) if said else 0) == count, f"{count} keys {word} are not in {text!r}"
 
 
 def test_repr_of_exact_causal_counts_the_own_key():
     text = repr(Window(4, causal=True, look_backward=1, exact=True))
     assert "at most 5 keys" in text
-    assert "4 keys before" in text
+    assert "its own and the 4 before it" in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Window(1, causal=True, look_backward=0), "1 key: its window of 1 up to itself"),
+        (Window(5, look_backward=0), "10 keys: its window of 5 and 1 window after"),
+        (
+            Window(5, look_backward=2),
+            "20 keys: its window of 5, 2 windows before and 1 window after",
+        ),
+        (Window(5, exact=True), "11 keys: its own, the 5 before it and the 5 after it"),
+        (Window(5, causal=True, look_backward=0, exact=True), "1 key: its own"),
+    ],
+    ids=lambda x: x.label if isinstance(x, Window) else "",
+)
+def test_the_rule_in_words(rule, words):
+    assert rule.words == f"a query sees at most {words}"
 
 
 def test_default_look_forward():
@@ -149,7 +167,7 @@ def test_frozen_and_hashable():
         ({"size": 2.5}, TypeError, ["size must be an int", "2.5"]),
         ({"size": "8"}, TypeError, ["size must be an int", "8"]),
         ({"size": True}, TypeError, ["size must be an int", "True"]),
-        ({"size": 2**62}, ValueError, ["size times the windows", "2**62"]),
+        ({"size": 2**62}, ValueError, ["window size times the windows", "2**62"]),
         ({"size": 4, "causal": "no"}, TypeError, ["causal must be True or False", "'no'"]),
         ({"size": 4, "exact": 1}, TypeError, ["exact must be True or False", "1"]),
         ({"size": 4, "look_backward": -1}, ValueError, ["look_backward", "-1"]),
