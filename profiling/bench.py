@@ -11,7 +11,6 @@ would take for the problem's bytes and operations.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -68,8 +67,6 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--plot", type=picture_to_write, metavar="FILE.png", help="needs matplotlib"
     )
     options = parser.parse_args(arguments)
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("argument --plot: matplotlib is not installed: pip install matplotlib")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no GPU, got cuda")
     try:

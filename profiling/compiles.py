@@ -114,21 +114,22 @@ def _from_disk() -> int:
     return counters["inductor"]["fxgraph_cache_hit"]
 
 
+def layers_of(options: argparse.Namespace) -> list[LocalAttention]:
+    """The layers, their windows in turn.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    dim = options.dim if options.rotary else None
+    windows = (options.windows * options.layers)[: options.layers]
+    given = {"causal": True, "dropout": 0.0, "autopad": True, "dim": dim, "backend": "flex"}
+    return [LocalAttention(window, **given) for window in windows]
+
+
 def calls(options: argparse.Namespace, device: torch.device) -> Iterator[Call]:
     """Every layer, or the model of them, at every dtype and length."""
     torch.compiler.reset()
-    windows = (options.windows * options.layers)[: options.layers]
-    layers = [
-        LocalAttention(
-            window,
-            causal=True,
-            dropout=0.0,
-            autopad=True,
-            dim=options.dim if options.rotary else None,
-            backend="flex",
-        ).to(device)
-        for window in windows
-    ]
+    layers = [layer.to(device) for layer in layers_of(options)]
     called: list[tuple[str, Callable[..., Tensor]]]
     if options.inside_model:
         called = [("model", torch.compile(Layers(layers)))]
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> list[Call]:
                 cells = f"{call.name:10} {call.dtype:>5} {call.n:8} {call.compiles:8}"
                 cells += f" {call.from_disk:7} {call.seconds:8.2f}"
                 print(f"{cells}  {'; '.join(call.causes)}", flush=True)
-    except ValueError as wrong:
+    except ValueError as wrong:  # heads too wide for a kernel, for one
         sys.exit(f"cannot be compiled: {wrong}")
     finally:
         torch.compiler.config.force_disable_caches = kept
@@ -227,7 +228,12 @@ def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser.add_argument("--inside-model", action="store_true", help="one torch.compile for all")
     parser.add_argument("--cold", action="store_true", help="ignore what earlier runs compiled")
     parser.add_argument("--json", type=file_to_write, metavar="FILE")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        layers_of(options)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    return options
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -50,6 +51,18 @@ def problem_of(options: argparse.Namespace, default: Problem) -> Problem:
         ValueError: the window's numbers do not fit together.
     """
     return _changed(default if options.problem is None else PROBLEMS[options.problem], options)
+
+
+def problem_that_fits(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, default: Problem
+) -> Problem:
+    """As ``problem_of``; where no layer would take it, the program ends."""
+    try:
+        problem = problem_of(options, default)
+        layer_of(problem, options)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    return problem
 
 
 def problems_of(options: argparse.Namespace, default: Sequence[str]) -> list[Problem]:
@@ -135,8 +148,10 @@ def file_to_write(text: str) -> Path:
 
 
 def picture_to_write(text: str) -> Path:
-    """As ``file_to_write``, a picture by its suffix."""
+    """As ``file_to_write``, a picture by its suffix; matplotlib, which draws it, must be there."""
     file = file_to_write(text)
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install matplotlib")
     if file.suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"must end with .png, .pdf or .svg, got {text}")
     return file

@@ -1,12 +1,5 @@
-"""What was measured, as text, as the README's table and as a picture.
+"""What ``bench`` measured, as text, as the README's table and as a picture."""
 
-    python -m profiling.report RESULTS.json
-
-prints the README's table of a file that ``python -m profiling.bench --json RESULTS.json`` wrote.
-"""
-
-import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,14 +225,3 @@ def _bars(axes: Any, entries: list[Entry], names: list[str], kind: str) -> None:
     axes.set_yscale("log")
     axes.set_ylabel(f"{kind}, ms")
     axes.set_xticks(range(len(entries)), [entry["name"] for entry in entries])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Reads the command line and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.report", description=__doc__)
-    parser.add_argument("file", type=Path, metavar="RESULTS.json")
-    print(markdown(json.loads(parser.parse_args(arguments).file.read_text())))
-
-
-if __name__ == "__main__":
-    main()

@@ -28,7 +28,7 @@ from .chrome import STEP, Memory, Row, Trace
 from .clock import synchronize
 from .machine import default_device, device_name
 from .model import VOCABULARY, Model, loss
-from .options import add_layer, add_problem, count, dtype_of, layer_of, problem_of
+from .options import add_layer, add_problem, count, dtype_of, layer_of, problem_that_fits
 from .problems import PROBLEMS, Problem
 
 WARM_UP = 3
@@ -180,17 +180,16 @@ def summary(traced: Traced, top: int) -> str:
 
 def main(argv: list[str] | None = None) -> Traced:
     """Reads the command line, traces, writes and prints."""
-    options = parse(argv)
     device = default_device()
-    try:
-        problem = problem_of(options, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
-        make = model_step if options.model else layer_step
-        step = make(problem, options, device)
-        folder = options.out / label(problem, options)
-        with torch.set_grad_enabled(not options.forward_only):
-            traced = record(step, device, folder, options.steps, options.gzip)
-    except ValueError as wrong:
-        sys.exit(f"cannot be traced: {wrong}")
+    options, problem = parse(argv, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
+    step = (model_step if options.model else layer_step)(problem, options, device)
+    folder = options.out / label(problem, options)
+    with torch.set_grad_enabled(not options.forward_only):
+        try:
+            step()
+        except ValueError as wrong:  # flex on a CPU, for one
+            sys.exit(f"cannot be traced: {wrong}")
+        traced = record(step, device, folder, options.steps, options.gzip)
     written = write_memory(traced)
     unit = "kernels" if device.type == "cuda" else "operators; a label's own time is Python's"
     print(f"{problem.label}, {dtype_of(options, device)}\n{problem.window}")
@@ -212,8 +211,8 @@ def label(problem: Problem, options: argparse.Namespace) -> str:
     return "-".join([problem.name, *words])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse(argv: list[str] | None, default: Problem) -> tuple[argparse.Namespace, Problem]:
+    """The command line, and the problem that it names; wrong arguments end the program."""
     parser = argparse.ArgumentParser(prog="python -m profiling.trace", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_problem(parser)
@@ -224,7 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
     parser.add_argument("--gzip", action="store_true", help="compress the trace")
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    return options, problem_that_fits(parser, options, default)
 
 
 if __name__ == "__main__":

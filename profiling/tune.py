@@ -94,15 +94,15 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--json", type=file_to_write, metavar="FILE", help="every candidate's outcome"
     )
     table = parser.add_mutually_exclusive_group()
-    table.add_argument("--table", type=Path, metavar="FILE", help="merge the fastest into it")
+    table.add_argument(
+        "--table", type=file_to_write, metavar="FILE", help="merge the fastest into it"
+    )
     table.add_argument(
         "--ship", action="store_const", dest="table", const=SHIPPED, help=f"into {SHIPPED.name}"
     )
     options = parser.parse_args(arguments)
     if options.table and options.dtype == "fp32":
         parser.error("argument --dtype: the table serves 16-bit tensors, got fp32")
-    if options.table and not options.table.absolute().parent.is_dir():
-        parser.error(f"argument --table: there is no folder {options.table.parent}")
     wrong = [block for block in options.blocks if STOCK_BLOCK % block]
     if wrong:
         parser.error(f"argument --blocks: must divide {STOCK_BLOCK}, got {wrong[0]}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profiling import argument_costs, bench, compiles, scale, trace, tune
+from profiling import argument_costs, bench, compiles, options, scale, trace, tune
 
 COUNT = "must be 1 or more, got 0"
 
@@ -25,7 +25,12 @@ COUNT = "must be 1 or more, got 0"
         (trace, ["--steps", "0"], f"--steps: {COUNT}"),
         (trace, ["--top", "0"], f"--top: {COUNT}"),
         (argument_costs, ["--shape", "1", "2", "64", "15"], "dim must be even"),
-        (argument_costs, ["--causal", "--look-forward", "1"], "look_forward must be 0 or None"),
+        *((script, ["--causal", "--look-forward", "1"], "look_forward must be 0 or None")
+            for script in (argument_costs, bench, scale, trace)),
+        *((script, ["--dropout", "1"], "dropout must be at least 0 and below 1")
+            for script in (scale, trace)),
+        (compiles, ["--rotary", "--dim", "15"], "dim must be even"),
+        (tune, ["--table", "."], "--table: must be a file, got the folder ."),
         (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
         *((script, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo")
             for script in (bench, scale)),
@@ -47,3 +52,11 @@ def test_wrong_arguments(script, arguments, words, monkeypatch, capsys):
     *_, said = capsys.readouterr().err.splitlines()
     assert said.startswith(f"python -m {script.__name__}: error: ")
     assert words in said
+
+
+@pytest.mark.parametrize("script", [bench, scale])
+def test_a_plot_needs_matplotlib(script, monkeypatch, capsys):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        script.main(["--plot", "x.png"])
+    assert "--plot: matplotlib is not installed: pip install" in capsys.readouterr().err

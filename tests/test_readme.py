@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -10,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from flexlocal.__main__ import parser
-from profiling import argument_costs, report, scale
+from profiling import tables
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = README.parent / "profiling" / "results"
 TABLES = {
-    "h100.json": (report.markdown, README),
-    "h100_doc256.json": (report.markdown, README),
-    "cpu.json": (report.markdown, README),
-    "h100_rotary.json": (report.markdown, RESULTS / "README.md"),
-    "h100_arguments.json": (argument_costs.markdown, RESULTS / "README.md"),
-    "h100_scale.json": (scale.markdown, RESULTS / "README.md"),
+    "h100.json": README,
+    "h100_doc256.json": README,
+    "cpu.json": README,
+    "h100_rotary.json": RESULTS / "README.md",
+    "h100_arguments.json": RESULTS / "README.md",
+    "h100_scale.json": RESULTS / "README.md",
 }
 
 SHOWN = (
@@ -76,7 +75,7 @@ class Understood(Exception):
 
 SCRIPTS = [
     pytest.param((f"profiling.{name}", *words.values[0]), id=f"{name} {words.id}")
-    for name in ("argument_costs", "bench", "compiles", "scale", "trace", "tune")
+    for name in ("argument_costs", "bench", "compiles", "scale", "tables", "trace", "tune")
     for words in commands("python", "-m", f"profiling.{name}")
 ]
 
@@ -100,6 +99,19 @@ def test_none_of_its_scripts_is_left_out():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_its_tables_are_those_of_the_results(name):
-    markdown, page = TABLES[name]
-    assert markdown(json.loads((RESULTS / name).read_text())) in page.read_text()
+def test_its_tables_are_those_of_the_results(name, capsys):
+    tables.main([str(RESULTS / name)])
+    assert capsys.readouterr().out in TABLES[name].read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{}", "record must hold one of problems, lengths, rows"), ("{", "Expecting")],
+)
+def test_what_is_no_table_is_refused(text, says, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        tables.main([str(file)])
+    assert exit.value.code == 2
+    assert f"{file}: {says}" in capsys.readouterr().err

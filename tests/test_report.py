@@ -1,6 +1,5 @@
 """What was measured, as a table for a terminal and for the README."""
 
-import json
 import re
 
 from profiling import report
@@ -59,7 +58,7 @@ def record():
     }
 
 
-def test_markdown(tmp_path, capsys):
+def test_markdown():
     expected = """\
 a GPU (torch 2.11, triton 3.6), bfloat16. Milliseconds of a forward pass / of a training step \
 (forward and backward), in brackets how many times flexlocal's time; then the most memory that \
@@ -75,10 +74,6 @@ the step holds:
 | slow | 5.00 (10.0x) / 30.0 (15.0x), 1.00 GB | - |
 | large | out of memory | 123 (123.4x) / - |"""
     assert report.markdown(record()) == expected
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(record()))
-    report.main([str(file)])
-    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_times_of_a_processor_are_no_figures_to_quote():

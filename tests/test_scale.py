@@ -7,7 +7,7 @@ import torch
 
 from flexlocal import LocalAttention, Window
 from flexlocal.masks import block_mask
-from profiling import machine, scale
+from profiling import lengths, machine, scale
 
 TINY = ["--window", "32", "--heads", "2", "--seconds", "0.001"]
 
@@ -20,22 +20,22 @@ def on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 def test_growth_is_the_exponent(exponent):
-    lengths = [2**power for power in range(6, 12)]
-    values = [3.7 * length**exponent for length in lengths]
-    assert scale.growth(lengths, values) == pytest.approx(exponent, abs=1e-12)
+    several = [2**power for power in range(6, 12)]
+    values = [3.7 * length**exponent for length in several]
+    assert lengths.growth(several, values) == pytest.approx(exponent, abs=1e-12)
 
 
 def length(n, **known):
     """A measured length; what is not given ran out of memory."""
-    unknown = dict.fromkeys(scale.MEASURED)
-    return scale.Length(**unknown | {"n": n, "mask_bytes": 4 * n, "out_of_memory": False} | known)
+    unknown = dict.fromkeys(lengths.MEASURED)
+    return lengths.Length(**unknown | {"n": n, "mask_bytes": 4 * n, "out_of_memory": False} | known)
 
 
 def test_growth_is_taken_where_calls_are_long():
     """A constant at the short lengths is left out, and so are lengths without a figure."""
-    lengths = [2**power for power in range(8)]
-    rows = [length(n, forward_ms=max(16.0, n * n)) for n in lengths] + [length(2**8)]
-    found = scale.growths(rows)
+    several = [2**power for power in range(8)]
+    rows = [length(n, forward_ms=max(16.0, n * n)) for n in several] + [length(2**8)]
+    found = lengths.growths(rows)
     assert found["forward_ms"] == pytest.approx(2)
     assert found["mask_bytes"] == pytest.approx(1)
     assert "train_ms" not in found
@@ -61,7 +61,7 @@ def test_lengths_are_measured_and_written(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"n^{record['growth']['train_ms']:.2f}" in printed
-    assert scale.line(rows[0]) in printed
+    assert lengths.line(rows[0]) in printed
 
 
 def test_the_most_bytes_of_a_call_hold_its_arguments():

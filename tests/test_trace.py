@@ -118,16 +118,9 @@ def test_the_summary_names_files_and_parts(capsys, tmp_path):
     assert {row.phase for row in found.rows} == {"forward", ""}
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--backend", "flex"], "no backward pass on the CPU"),
-        (["--causal", "--look-forward", "1"], "look_forward"),
-    ],
-)
-def test_what_cannot_run_is_said(tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message):
-        trace.main(["--problem", "tiny", *flags, "--out", str(tmp_path)])
+def test_what_cannot_run_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="cannot be traced: .* no backward pass on the CPU"):
+        trace.main(["--problem", "tiny", "--backend", "flex", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 

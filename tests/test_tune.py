@@ -246,7 +246,7 @@ def test_without_a_gpu_there_is_nothing_to_tune(monkeypatch, capsys):
         (["--blocks", "64", "96"], "must divide 128, got 96"),
         (["--dtype", "fp32", "--ship"], "16-bit tensors, got fp32"),
         (["--table", "t.json", "--ship"], "not allowed with"),
-        (["--table", "no/such/folder/t.json"], "there is no folder no/such/folder"),
+        (["--table", "no/such/folder/t.json"], "must be in a folder that exists"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
