@@ -57,8 +57,8 @@ class Formula:
         """What a tile's queries and keys are multiplied by before their product."""
         if self.xpos is None:
             return self.scale, None
-        sizes, ahead = tiles.sizes, self.window.after
-        scales = self.xpos.scales(sizes.tile, sizes.before, sizes.after, ahead, self.compute)
+        sizes, shift = tiles.sizes, self.window.after
+        scales = self.xpos.scales(sizes.tile, sizes.before, sizes.after, shift, self.compute)
         q_factor, k_factor = (half.repeat(1, 2) for half in scales)
         return q_factor * self.scale, k_factor
 

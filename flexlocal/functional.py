@@ -103,7 +103,7 @@ def attention_map(
     """The weights that ``local_attention`` mixes values with, before dropout.
 
     Args as those of ``local_attention``, and:
-        dense: all pairs of tokens instead of the window, for up to ``MOST_DENSE`` of them.
+        dense: all pairs of tokens instead of the window, for up to 4096 tokens.
 
     Returns:
         ``(*lead, n, window.span)`` in fp32 at least: column ``c`` of query ``i`` is the key

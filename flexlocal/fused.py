@@ -1,8 +1,8 @@
 """What becomes one kernel: a call of FlexAttention, with what lies around it.
 
 Written to be compiled, on its own or as part of a user's model. Rotary, xpos's layout and the
-mask are part of the graph, so that they cost no launches of their own, or nearly none.
-FlexAttention: arXiv:2412.05496.
+mask are part of the graph: a few small kernels around that of attention, and fewer where a user's
+graph already passes over the tensors. FlexAttention: arXiv:2412.05496.
 """
 
 from dataclasses import dataclass
@@ -108,11 +108,11 @@ def _positioned(
     q: Tensor, k: Tensor, window: Window, rule: Rule, inv_freq: Tensor, xpos: Xpos | None
 ) -> tuple[Tensor, Tensor]:
     """Queries rotated, and keys in their slots, in the dtypes that they came in."""
-    n, ahead = q.shape[-2], window.after
+    n, shift = q.shape[-2], window.after
     q_factor, k_factor = (None, None) if xpos is None else _xpos_factors(xpos, rule, window, n)
     position = torch.arange(n, device=q.device)
-    # Nothing is added where nothing is ahead, so that a compiler makes one table for both.
-    turned_q = _rotated(q, position + ahead if ahead else position, inv_freq, q_factor)
+    # Nothing is added where it is 0, so that a compiler makes one table for both.
+    turned_q = _rotated(q, position + shift if shift else position, inv_freq, q_factor)
     if isinstance(rule, Segments):
         turned_k = rotate(k, rule.slot_positions(k.device), inv_freq, k_factor, rule)
     else:
@@ -164,11 +164,11 @@ def _by_slot(rule: Rule, x: Tensor) -> Tensor:
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
     """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
-    ahead, dtype = window.after, torch.float32
+    shift, dtype = window.after, torch.float32
     if isinstance(rule, Segments):
-        query, slot = xpos.scales(rule.queries, window.before, window.after, ahead, dtype)
+        query, slot = xpos.scales(rule.queries, window.before, window.after, shift, dtype)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)
-    return xpos.scales(n, 0, 0, ahead, dtype)
+    return xpos.scales(n, 0, 0, shift, dtype)
 
 
 def _padded_head(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from .masks.buffer import written_out
 
 _THETA = 10000
 
-# How many powers of two xpos may scale by before a dtype's range is in danger, and so that the
-# product of a query's and a key's factor, of a hidden score perhaps, is in range as well.
+# The most powers of two that xpos may scale a query or a key by at a dtype; and with _PRODUCT_BITS
+# that the product of both factors is finite as well, where a score is hidden afterwards.
 _RANGE_BITS = {torch.float16: 11}
 _WIDE_RANGE_BITS = 64
 _PRODUCT_BITS = {torch.float32: 56, torch.float64: 480}
@@ -37,7 +37,7 @@ class Xpos:
     base: float
 
     def scales(
-        self, queries: int, before: int, after: int, ahead: int, dtype: torch.dtype
+        self, queries: int, before: int, after: int, shift: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Factors of ``queries`` queries in a row and of the keys around them.
 
@@ -46,14 +46,14 @@ class Xpos:
         Args:
             before: keys before the first query.
             after: keys after the last one.
-            ahead: tokens that queries are counted further than keys, ``window.after``.
+            shift: tokens that queries are counted further than keys, ``window.after``.
 
         Returns:
             ``(queries, d / 2)`` and ``(before + queries + after, d / 2)``, the same for both
             halves of the channels.
         """
-        origin = (queries + max(after, ahead) - before) // 2
-        query = torch.arange(queries, device=self.zeta.device) + ahead - origin
+        origin = (queries + max(after, shift) - before) // 2
+        query = torch.arange(queries, device=self.zeta.device) + shift - origin
         key = torch.arange(before + queries + after, device=self.zeta.device) - before - origin
         return self._decay(query, dtype), self._decay(-key, dtype)
 

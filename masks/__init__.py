@@ -16,7 +16,7 @@ from .keys import padding_mod
 from .picture import MaskPicture, inspect
 from .presets import PRESETS, Preset, preset
 from .rule import Rule, mask_mod
-from .scores import drop_scores, in_turn, window_bias
+from .scores import in_turn, window_bias
 from .segments import Segments
 from .window import Window
 
@@ -35,7 +35,6 @@ __all__ = [
     "bias_map",
     "block_mask",
     "but_itself_mod",
-    "drop_scores",
     "heat_map",
     "in_turn",
     "inspect",

@@ -2,8 +2,7 @@
 
 A rule gives each query one interval of keys. Keys are counted in *slots*: places in the key
 tensor that the kernel reads. For a plain window the slot is the key's position; a layout that
-repeats keys (see ``segments``) has more slots than keys. Packed documents, queries that start at
-an offset and sharded sequences are rules of the same kind: they narrow or shift the interval.
+repeats keys (see ``segments``) has more slots than keys.
 """
 
 from collections.abc import Callable

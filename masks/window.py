@@ -148,10 +148,8 @@ class Window:
             before, after = f"the {self.before} before it", f"the {self.after} after it"
         else:
             parts = [f"its window of {self.size}" + (" up to itself" if self.causal else "")]
-            before, after = (
-                f"{_windows(self.look_backward)} before",
-                f"{_windows(self.ahead)} after",
-            )
+            before = f"{_windows(self.look_backward)} before"
+            after = f"{_windows(self.ahead)} after"
         if self.look_backward:
             parts.append(before)
         if self.ahead:

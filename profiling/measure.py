@@ -120,13 +120,14 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
     forward, train = forward_of(attend, tensors), training_of(attend, tensors)
     first = first_call(forward, device)
     off = errors(results(attend, tensors, train=False), reference)
-    first_train, untrained = None, peer.inference_only(device) if task.train else ""
-    if untrained is None:
+    first_train, untrained = None, peer.inference_only(device) if task.train else None
+    trains = task.train and untrained is None
+    if trains:
         try:
             first_train = first_call(train, device)
             off = errors(results(attend, tensors), reference)
         except Exception as error:
-            untrained = ": ".join(trouble(error))
+            trains, untrained = False, ": ".join(trouble(error))
     wrong = complaint(off, task.dtype)
     if wrong is not None:
         return Measurement(peer.name, "wrong", wrong, error=max(off.values()))
@@ -140,8 +141,8 @@ def _checked_and_timed(peer: Peer, task: Task, reference: Sequence[Tensor]) -> M
         forward_kernels_ms=kernels_ms(forward, device),
         host_us=host_us(forward, device) if task.host else None,
     )
-    if untrained is not None:
-        return replace(found, reason=untrained and f"training: {untrained}")
+    if not trains:
+        return replace(found, reason="" if untrained is None else f"training: {untrained}")
     return replace(
         found,
         first_train_s=first_train,

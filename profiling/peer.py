@@ -29,7 +29,7 @@ class Peer:
         make: the implementation for a problem on a device.
         conditions: what may be in the way.
         module, package: what it imports, and the package that brings it; empty for torch itself.
-        not_on_cpu: why it cannot train there; empty where it can.
+        no_training_on_cpu: why it cannot train there, None where it can.
         ours: whether it is flexlocal; then it applies rotary embeddings itself.
     """
 
@@ -39,7 +39,7 @@ class Peer:
     conditions: tuple[Condition, ...] = ()
     module: str = ""
     package: str = ""
-    not_on_cpu: str = ""
+    no_training_on_cpu: str | None = None
     ours: bool = False
 
     def missing(self) -> str | None:
@@ -59,7 +59,7 @@ class Peer:
 
     def inference_only(self, device: torch.device) -> str | None:
         """Why it cannot train on the device."""
-        return self.not_on_cpu or None if device.type == "cpu" else None
+        return self.no_training_on_cpu if device.type == "cpu" else None
 
     def attend(self, problem: Problem, device: torch.device) -> Attend:
         """The implementation, after compiled rotary embeddings where it has none of its own."""
@@ -69,12 +69,12 @@ class Peer:
 
 def _after_rotary(attend: Attend, problem: Problem, device: torch.device) -> Attend:
     inv_freq = Rotary(problem.d).to(device).inv_freq
-    ahead = problem.window.after
+    shift = problem.window.after
 
     @torch.compile(fullgraph=True)
     def rotated(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         position = torch.arange(q.shape[-2], device=q.device)
-        q_turned = rotate(q, position + ahead, inv_freq)
+        q_turned = rotate(q, position + shift, inv_freq)
         return q_turned.to(q.dtype), rotate(k, position, inv_freq).to(k.dtype)
 
     return lambda q, k, v: attend(*rotated(q, k), v)

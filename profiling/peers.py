@@ -70,7 +70,7 @@ _peer(
     "its fused path, asked for by name",
     not_by_itself,
     fused_path,
-    not_on_cpu=_NO_BACKWARD,
+    no_training_on_cpu=_NO_BACKWARD,
     ours=True,
 )(_ours("flex"))
 OURS, REFERENCE = PEERS["flexlocal"], PEERS["flexlocal eager"]
@@ -90,7 +90,7 @@ def _upstream(problem: Problem, device: torch.device) -> Attend:
     "local-attention compiled",
     "the same under torch.compile",
     # It ends the process, so that it cannot be tried.
-    not_on_cpu="torch 2.13 corrupts memory in its compiled backward pass on two or more threads",
+    no_training_on_cpu="torch 2.13 corrupts memory in its compiled backward pass on two threads",
     **_UPSTREAM,
 )
 def _upstream_compiled(problem: Problem, device: torch.device) -> Attend:
@@ -170,7 +170,7 @@ def _flash_4(problem: Problem, device: torch.device) -> Attend:
     "torch's default options, a ready block mask",
     fused_path,
     head_of_16,
-    not_on_cpu=_NO_BACKWARD,
+    no_training_on_cpu=_NO_BACKWARD,
 )
 def _stock(problem: Problem, device: torch.device) -> Attend:
     blocks = block_mask(

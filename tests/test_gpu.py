@@ -228,3 +228,38 @@ def test_float64_goes_to_the_eager_path(monkeypatch):
         found = layer(q, k, v)
     torch.testing.assert_close(found.cpu(), oracle.attend(q.cpu(), k.cpu(), v.cpu(), 20))
     layer(q + 1, k, v)  # said once: a second warning would be an error
+
+
+@pytest.mark.parametrize("width", [264, 320])
+def test_wide_heads_go_to_the_eager_path(width, monkeypatch):
+    monkeypatch.setattr(flex, "_SAID", set())
+    q, k, v = torch.randn(3, 1, 2, 100, width, device="cuda")
+    layer = LocalAttention(20, dropout=0.0, autopad=True)
+    assert layer.explain(q).reason == "kernels take heads up to 256 wide"
+    with pytest.warns(UserWarning, match="eager path.*256 wide"):
+        found = layer(q, k, v)
+    truth = oracle.attend(q.cpu(), k.cpu(), v.cpu(), 20)
+    torch.testing.assert_close(found.cpu().double(), truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_two_backward_passes_where_torch_is_told(inside, rotary):
+    """As the README says; the first pass keeps what the second one reads."""
+    layer = LocalAttention(64, True, dropout=0.0, dim=32 if rotary else None, backend="flex").cuda()
+    run = torch.compile(layer, fullgraph=True) if inside else layer
+    q, k, v = (torch.randn(1, 2, 256, 32, device="cuda", requires_grad=True) for _ in range(3))
+    with torch._functorch.config.patch(donated_buffer=False):
+        out = run(q, k, v)
+        first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+        second = torch.autograd.grad(out.sum(), (q, k, v))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_gradients_are_refused():
+    layer = LocalAttention(64, True, dropout=0.0, backend="flex").cuda()
+    q, k, v = (torch.randn(1, 2, 256, 32, device="cuda", requires_grad=True) for _ in range(3))
+    with pytest.raises(RuntimeError, match="create_graph=False|double backward"):
+        (grad,) = torch.autograd.grad(layer(q, k, v).sum(), q, create_graph=True)
+        torch.autograd.grad(grad.sum(), q)
