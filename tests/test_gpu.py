@@ -14,6 +14,7 @@ from budget import gradients
 from features import FEATURES, PLAIN, feature, windows_of
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from strategies import Call, cases
+from torch._functorch import config
 
 from flexlocal import LocalAttention, flex
 
@@ -249,7 +250,7 @@ def test_two_backward_passes_where_torch_is_told(inside, rotary):
     layer = LocalAttention(64, True, dropout=0.0, dim=32 if rotary else None, backend="flex").cuda()
     run = torch.compile(layer, fullgraph=True) if inside else layer
     q, k, v = (torch.randn(1, 2, 256, 32, device="cuda", requires_grad=True) for _ in range(3))
-    with torch._functorch.config.patch(donated_buffer=False):
+    with config.patch(donated_buffer=False):
         out = run(q, k, v)
         first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
         second = torch.autograd.grad(out.sum(), (q, k, v))
