@@ -57,8 +57,8 @@ def kernels_ms(run: Callable[[], Any], device: torch.device, calls: int = 5) -> 
     """Milliseconds that the kernels of a warm call take on a GPU, one after the other.
 
     Where the host takes longer to launch them, a call takes longer than they do. The cache is as
-    the call before left it. Long calls read up to 15 % more than by ``median_ms``, which empties
-    the cache between them. None elsewhere.
+    the call before left it. Long calls without a pause bring a card to its limit of power, and read
+    some per cent more than by ``median_ms``. None elsewhere.
     """
     if device.type != "cuda":
         return None
