@@ -199,15 +199,26 @@ def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """torch's compiler, told that gradients are strided as the output is.
+    """torch's compiler, told how gradients lie and that ``retain_graph=True`` may come.
 
-    torch 2.11 takes them for contiguous, and copies those of a transposed view.
+    torch 2.11 takes the gradients of transposed views for contiguous, and copies them. And it has a
+    backward pass write over what was saved for it, which a user who compiled nothing cannot expect.
     """
     from torch._functorch import config
+    from torch._guards import TracingContext
     from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(guess_tangent_strides_as_outputs=True):
-        return compile_fx(graph, inputs)  # type: ignore[return-value]
+    with config.patch(
+        guess_tangent_strides_as_outputs=True,
+        donated_buffer=False,
+        enable_autograd_cache=False,  # what it keeps is not mended; kernels have another cache
+    ):
+        compiled = compile_fx(graph, inputs)
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        # Mended: torch leaves None there, but refuses to retain a graph unless the list is empty.
+        context.fw_metadata.bw_donated_idxs = []
+    return compiled  # type: ignore[return-value]
 
 
 def _lists(blocks: Blocks, device: torch.device) -> _Lists:

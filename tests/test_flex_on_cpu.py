@@ -131,6 +131,30 @@ def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():
     assert not [event.name for event in profile.events() if "copy" in event.name]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_that_is_retained(dynamic, tmp_path, monkeypatch):
+    """As a GPU's callables are compiled; torch would have the first pass overwrite what it saved.
+
+    Compiled twice, the second time from what lies on the disk; with lengths that change, both
+    passes at once.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def mixed(x, y):
+        return (x @ y).sin()  # the product is saved, and its gradient could be written over it
+
+    x, y = (torch.randn(50, 50, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = torch.autograd.grad(mixed(x, y).sum(), (x, y))
+    for _ in range(2):
+        torch.compiler.reset()
+        compiled = torch.compile(mixed, fullgraph=True, dynamic=dynamic, backend=flex._inductor)
+        torch.autograd.grad(compiled(x, y).sum(), (x, y))  # nobody asks to retain this graph
+        out = compiled(x, y).sum()
+        for retain in (True, False):
+            found = torch.autograd.grad(out, (x, y), retain_graph=retain)
+            torch.testing.assert_close(found, expected)
+
+
 def test_lengths_with_xpos_and_a_mask():
     """Its length has to be known for q's own: torch 2.13 failed on strides made of both."""
     layers = [
