@@ -124,8 +124,10 @@ def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int
     """``bias`` as kernels look it up, and its margin, if it has one."""
     if bias.dtype == torch.float64:
         bias = written_out(bias.to(torch.float32))  # kernels read no float64
+    if not on_gpu:
+        return written_out(bias), None  # kernels of the CPU read no bias that the graph computes
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
-    if not on_gpu or blocks.rule is not blocks.window or blocks.n % STOCK_BLOCK:
+    if blocks.rule is not blocks.window or blocks.n % STOCK_BLOCK:
         return bias, None
     margin = blocks.window.block_margin(blocks.tuning.block)
     return with_margin(bias, margin), margin
@@ -159,7 +161,7 @@ def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | Non
 
 def _by_slot(rule: Rule, x: Tensor) -> Tensor:
     """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``."""
-    return written_out(rule.in_slots(x[..., None])[..., 0]) if isinstance(rule, Segments) else x
+    return written_out(rule.in_slots(x[..., None])[..., 0])
 
 
 def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +190,7 @@ def _made_anew(x: Tensor) -> Tensor:
     Kernels of the CPU read views that the graph makes without their offset (torch 2.13). A copy
     of one is taken for the view itself, but not the result of an operation.
     """
-    return x.masked_fill(torch.zeros((), dtype=torch.bool), 0.0)
+    return x.masked_fill(torch.zeros((), dtype=torch.bool, device=x.device), 0.0)
 
 
 def _narrowed(x: Tensor, d: int) -> Tensor:

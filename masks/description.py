@@ -4,6 +4,7 @@ Keys per query take time linear in the sequence; everything about blocks takes t
 blocks of queries.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -149,7 +150,7 @@ def described(picture: "MaskPicture") -> Description:
 
 
 def _advice(picture: "MaskPicture", least: int, most: int, blind: int, waste: float) -> list[str]:
-    block = max(picture.block_size)
+    short = picture.n <= picture.block_size[0] and picture.n_keys <= picture.block_size[1]
     advice = []
     if blind:
         what = "query sees" if blind == 1 else "queries see"
@@ -158,16 +159,16 @@ def _advice(picture: "MaskPicture", least: int, most: int, blind: int, waste: fl
         advice.append("every query sees every key: full attention does the same")
     elif most == 1 and picture.n > 1 and picture.key_mask is None:
         advice.append("a query sees one key only: attention copies its value")
-    if max(picture.n, picture.n_keys) < block:
-        advice.append(
-            f"the sequence is shorter than a block of {block}: a kernel computes one block whole"
-        )
+    if short and waste > 1:
+        advice.append("the sequence fits into one block, which a kernel computes whole")
     elif waste > _WASTEFUL:
-        advice.append(_of_blocks(picture.rule, block, waste))
+        advice.append(_of_blocks(picture.rule, picture.block_size, waste))
     return advice
 
 
-def _of_blocks(rule: Rule, block: int, waste: float) -> str:
+def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float) -> str:
+    # Where both sides' blocks begin, and the least step from one block's edge to any other's.
+    block, grain = math.lcm(*block_size), math.gcd(*block_size)
     cost = f"{waste:.2f} scores are computed per score needed"
     exact = isinstance(rule, Window) and rule.exact
     if rule.size % block and block % rule.size and not exact:
@@ -178,10 +179,10 @@ def _of_blocks(rule: Rule, block: int, waste: float) -> str:
         )
     if isinstance(rule, Window):
         reach = rule.before, rule.after
-        free = tuple(-(-keys // block) * block for keys in reach)
+        free = tuple(-(-keys // grain) * grain for keys in reach)
         if free != reach:
             return (
-                f"a reach of {_reach(*reach)} is no multiple of the block {block}: {cost}; "
+                f"a reach of {_reach(*reach)} is no multiple of the block {grain}: {cost}; "
                 f"a reach of {_reach(*free)} visits the same blocks"
             )
     return f"partial blocks are computed whole: {cost}; smaller blocks would waste less"

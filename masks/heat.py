@@ -59,7 +59,7 @@ def heat_map(weights: Tensor, window: Window, file: File, *, dense: bool = False
 
 
 def bias_map(bias: Tensor, window: Window, file: File) -> None:
-    """Writes a PNG of a bias over its window.
+    """Writes a PNG of a bias over its window; a key that -inf hides is drawn as hidden.
 
     Args:
         bias: ``(W, window.span)``, one head of an ``attn_bias``.
@@ -77,7 +77,9 @@ def bias_map(bias: Tensor, window: Window, file: File) -> None:
         )
     query = torch.arange(window.size, device="cpu")[:, None]
     key = window.span_start(query) + torch.arange(window.span, device="cpu")
-    values = bias.detach().double().cpu().masked_fill(~sees(window, query, key), torch.nan)
+    values = bias.detach().double().cpu()
+    hidden = ~sees(window, query, key) | (values == -torch.inf)
+    values = values.masked_fill(hidden, torch.nan)
     sides = "query's place in its window", "key's place in the query's windows"
     _draw(values, window.size, window, "Bias over its window", window.label, sides, file, True)
 
@@ -97,7 +99,7 @@ def _draw(
     with sheet.style():
         from matplotlib.patches import Patch, Rectangle
 
-        seen = values[~values.isnan()]
+        seen = values[values.isfinite()]
         most = float(seen.abs().max()) if len(seen) else 1.0
         image = sheet.axes.imshow(
             values.numpy(),

@@ -51,7 +51,8 @@ def itself_last(rule: Rule, window: Window, n: int) -> ScoreMod:
     """
 
     def demote(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = torch.where(_alone(window, n, query), 0.0, SELF_SCORE)
+        # By themselves two numbers would be of the default dtype, whatever the score is.
+        own = torch.where(_alone(window, n, query), 0.0, SELF_SCORE).to(score.dtype)
         return torch.where(rule.key_position(query, key) == query, own, score)
 
     return demote

@@ -179,6 +179,35 @@ def test_a_bias_in_float64():
     assert torch.equal(found, expected)
 
 
+def test_the_default_dtype_is_no_scores():
+    """fp32 stays fp32 where two plain numbers would be of another dtype."""
+    case = feature("xpos, mask, bias, shared")
+    call = case.tensors(torch.float32)
+    expected = run(case, call)
+    flex._compiled.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run(case, call), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_masks_and_biases_that_a_graph_computes():
+    """Kernels of the CPU would not find them; nor a view of one mask for several batch entries."""
+    q, bias = torch.randn(2, 4, 40, 16), torch.randn(8, 24, 4)
+    lengths, keep = torch.tensor([23, 9]), torch.rand(1, 40) > 0.3
+
+    def computed(layer):
+        mask = torch.arange(40) < lengths[:, None]
+        out = layer(q, q, q, mask=mask, attn_bias=(2 * bias).permute(2, 0, 1))
+        return out, layer(q, q, q, mask=keep)
+
+    eager, fused = (LocalAttention(8, dropout=0.0, backend=name) for name in ("eager", "flex"))
+    with torch.no_grad():
+        found = torch.compile(computed, fullgraph=True)(fused)
+    torch.testing.assert_close(found, computed(eager), rtol=1e-5, atol=1e-5)
+
+
 def test_xpos_that_would_overflow_is_refused():
     layer = LocalAttention(16, True, 8, dim=16, use_xpos=True, dropout=0.0, backend="flex")
     q = torch.randn(1, 2, 64, 16, dtype=torch.float16)

@@ -118,7 +118,10 @@ def test_windows_that_end_inside_blocks():
     )
 
 
-@given(st.integers(1, 300), st.integers(0, 3), st.booleans(), st.sampled_from([16, 64, 128]))
+BLOCKS = [16, 64, 128, (64, 128), (128, 64), (48, 64)]
+
+
+@given(st.integers(1, 300), st.integers(0, 3), st.booleans(), st.sampled_from(BLOCKS))
 def test_the_reach_it_advises_visits_the_same_blocks(size, back, causal, block):
     window = Window(size, causal, back, exact=True)
     for line in advice(window, 2048, block_size=block):
@@ -143,12 +146,24 @@ def test_the_reach_it_advises_visits_the_same_blocks(size, back, causal, block):
         ),
         (Window(16), 16, {}, "every query sees every key"),
         (Window(4, causal=True, look_backward=0, exact=True), 512, {}, "one key only"),
-        (Window(8), 100, {}, "shorter than a block of 128"),
+        (Window(8), 100, {}, "fits into one block, which a kernel computes whole"),
         (Window(4), 8, {"key_mask": torch.arange(8) < 0}, "8 queries see no key"),
     ],
 )
 def test_advice(window, n, options, words):
     assert any(words in line for line in advice(window, n, **options))
+
+
+@pytest.mark.parametrize(
+    ("window", "n", "options"),
+    [
+        (Window(5), 100, {"block_size": (4, 128)}),  # 25 blocks
+        (Window(3), 7, {"key_mask": torch.zeros(7, dtype=torch.bool)}),  # none
+        (Window(128), 128, {}),  # nothing is wasted
+    ],
+)
+def test_one_block_is_spoken_of_where_there_is_one(window, n, options):
+    assert not any("one block" in line for line in advice(window, n, **options))
 
 
 # A million tokens
