@@ -35,7 +35,7 @@ class LocalAttention(nn.Module):
         shared_qk: queries and keys are shared: keys are scaled to length 1 and a token attends
             to itself only when it sees nothing else.
         rel_pos_emb_config: deprecated, a tuple that begins with the head size; use ``dim``.
-        dim: head size, for rotary embeddings.
+        dim: head size, which q is held to; turns rotary embeddings on.
         autopad: allow lengths that are no multiple of ``window_size``.
         exact_windowsize: a token sees ``look_backward * window_size`` keys back and, when not
             causal, ``look_forward * window_size`` ahead, besides its own.
@@ -100,6 +100,9 @@ class LocalAttention(nn.Module):
                 stacklevel=2,
             )
             dim = dim_of(rel_pos_emb_config, dim)
+        if dim is not None:
+            check_count("dim", dim)
+        self.dim = dim
         self.rel_pos: Rotary | None = None
         if use_rotary_pos_emb and dim is not None:
             base = xpos_scale_base
@@ -204,7 +207,7 @@ class LocalAttention(nn.Module):
         it stands in window 1, tokens 2 to 3, as token 1 of it
         """
         window = self._window(window_size)
-        head_size = 64 if self.rel_pos is None else self.rel_pos.dim
+        head_size = 64 if self.dim is None else self.dim
         picture = inspect(window, n, key_mask=key_mask, block_size=block_size, head_size=head_size)
         if not self.autopad:
             check_length("n", n, window.size)
@@ -296,6 +299,8 @@ class LocalAttention(nn.Module):
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else it is refused later
         if has_length and not self.autopad:
             check_length("q's length", q.shape[-2], window.size)
+        if has_length and self.dim not in (None, q.shape[-1]):
+            raise ValueError(f"dim must be q's head size {q.shape[-1]}, got {self.dim}")
         if mask is not None and input_mask is not None:
             raise ValueError("mask must be None where input_mask is given, got both")
         if has_length and input_mask is not None:

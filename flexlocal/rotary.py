@@ -162,7 +162,8 @@ class Rotary(nn.Module):
         scale_base: tokens per unit of xpos's exponent; needed with ``use_xpos``.
 
     Buffers, fp32 whatever the default dtype is and the module is cast to:
-        inv_freq: ``(dim / 2,)``, saved in checkpoints.
+        inv_freq: ``(dim / 2,)``, saved in checkpoints; one that was rounded to 16 bits is exact
+            again when it is loaded.
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
 
     Raises:
@@ -188,12 +189,12 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)
         self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_as_exact_as_saved)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Fills the buffers: at construction, and after ``to_empty`` from the meta device."""
-        pair = torch.arange(0, self.dim, 2, dtype=torch.float64)
-        self.inv_freq.copy_(_THETA ** -(pair / self.dim))
-        self.scale.copy_((pair + 0.4 * self.dim) / (1.4 * self.dim))
+        for buffer, exact in zip((self.inv_freq, self.scale), _tables(self.dim), strict=True):
+            buffer.copy_(exact)
 
     @property
     def xpos(self) -> Xpos | None:
@@ -216,3 +217,25 @@ class Rotary(nn.Module):
             if moved.dtype != exact.dtype:
                 setattr(self, name, exact.to(moved.device))
         return self
+
+
+def _tables(dim: int) -> tuple[Tensor, Tensor]:
+    """The frequencies and xpos's decay, fp32 on the CPU."""
+    pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
+    return (_THETA ** -(pair / dim)).float(), ((pair + 0.4 * dim) / (1.4 * dim)).float()
+
+
+def _as_exact_as_saved(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before a checkpoint is loaded: its frequencies in fp32, rounded ones made anew.
+
+    ``assign=True`` takes them as they are. It also brings layers from the meta device, where it
+    leaves xpos's decay, which is in no checkpoint.
+    """
+    name = f"{prefix}inv_freq"
+    found = saved.get(name)
+    if found is None or found.is_meta:
+        return
+    exact, decay = (table.to(found.device) for table in _tables(rotary.dim))
+    saved[name] = exact if torch.equal(exact.to(found.dtype), found) else found.float()
+    if rotary.scale.is_meta:
+        rotary.scale = decay

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo.convert_frame
 
-from flexlocal import LocalAttention, local_attention
+from flexlocal import LocalAttention, Rotary, local_attention
 
 B, H, N, D, D_V, W = 2, 3, 20, 6, 7, 5
 
@@ -85,7 +85,13 @@ CONSTRUCTOR = [
         )
     ),
     Wrong("odd dim", ValueError, ("dim", "7", "even"), {"dim": 7}),
-    Wrong("dim of zero", ValueError, ("dim", "0", "at least 2"), {"dim": 0}),
+    Wrong(
+        "dim in words",
+        TypeError,
+        ("dim", "'abc'", "an int"),
+        {"dim": "abc", "use_rotary_pos_emb": False},
+    ),
+    Wrong("dim of zero", ValueError, ("dim", "0", POSITIVE), {"dim": 0}),
     Wrong("text as scale", TypeError, ("scale", "'1'", "a number or None"), {"scale": "1"}),
     Wrong("endless scale", ValueError, ("scale", "inf", "finite"), {"scale": float("inf")}),
     *(
@@ -167,8 +173,15 @@ CALL = [
     Wrong(
         "another dim",
         ValueError,
-        ("rotary", f"dim must be q's head size {D}", "got 4"),
+        ("dim", f"q's head size {D}", "got 4"),
         {"dim": 4},
+        call=tensors,
+    ),
+    Wrong(
+        "another dim without rotary",
+        ValueError,
+        ("dim", f"q's head size {D}", "got 4"),
+        {"dim": 4, "use_rotary_pos_emb": False},
         call=tensors,
     ),
     Wrong(
@@ -426,6 +439,7 @@ FUNCTION = [
     ({"window": 2.5}, TypeError, ("window", "2.5", "a Window or an int")),
     ({"shared_qk": 1}, TypeError, ("shared_qk", "1", "True or False")),
     ({"rotary": True}, TypeError, ("rotary", "bool", "Rotary")),
+    ({"rotary": Rotary(4)}, ValueError, ("rotary", f"dim must be q's head size {D}", "got 4")),
     ({"v": torch.zeros(B, H, N, D_V).int()}, ValueError, ("v", "int32", "floating-point")),
     (
         {"q": torch.zeros(B, H, N, D).to(torch.float8_e4m3fn)},

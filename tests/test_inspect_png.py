@@ -242,9 +242,7 @@ def test_a_bias_is_drawn_over_its_window():
 
     for place in range(3):
         for key in range(6):
-            if (
-                key > place + 3 or bias[place, key].isinf()
-            ):  # after the query, or hidden by the bias
+            if key > place + 3 or bias[place, key].isinf():  # hidden by the window or the bias
                 assert len(set(colors[place][key])) == 1  # grey
                 continue
             # white stands for 0, whatever the values

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlocal import Window, fused
+from flexlocal import LocalAttention, Window, fused
 from flexlocal.rotary import Rotary, rotate
 from flexlocal.tuning import STOCK
 
@@ -79,3 +79,27 @@ def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
 def test_what_cannot_rotate_is_refused(arguments, says):
     with pytest.raises((ValueError, TypeError), match=f"^{says}$"):
         Rotary(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("assign", [False, True])
+def test_frequencies_are_exact_whatever_they_were_saved_in(dtype, assign):
+    saved = {name: x.to(dtype) for name, x in LocalAttention(4, dim=32).state_dict().items()}
+    layer = LocalAttention(4, dim=32)
+    layer.load_state_dict(saved, assign=assign)
+    assert layer.rel_pos.inv_freq.dtype == torch.float32
+    assert torch.equal(layer.rel_pos.inv_freq, Rotary(32).inv_freq)
+    assert all(x.dtype == dtype for x in saved.values())  # the caller's are left alone
+    saved["rel_pos.inv_freq"] *= 2  # others than those of the formula
+    layer.load_state_dict(saved, assign=assign)
+    assert layer.rel_pos.inv_freq.dtype == torch.float32
+    assert torch.equal(layer.rel_pos.inv_freq, saved["rel_pos.inv_freq"].float())
+
+
+def test_a_layer_from_the_meta_device_is_whole_once_it_is_loaded():
+    made = LocalAttention(4, dim=8, use_xpos=True, dropout=0.0, backend="eager")
+    with torch.device("meta"):
+        layer = LocalAttention(4, dim=8, use_xpos=True, dropout=0.0, backend="eager")
+    layer.load_state_dict(made.state_dict(), assign=True)
+    q, k, v = torch.randn(3, 2, 8, 8)
+    assert torch.equal(layer(q, k, v), made(q, k, v))
