@@ -64,8 +64,7 @@ def attend(
     # A bias is laid out over one window, and xpos wants its keys near; else fill the tile.
     windows = 1 if bias is not None or xpos is not None else -(-_LEAST_TILE // window.size)
     sizes = _sizes(q, k, window, windows)
-    # A compiler is not to ask: it would make a graph for each length.
-    if not torch.compiler.is_compiling():
+    if not _is_open(n):
         sizes, bias = _cropped(sizes, bias)
     formula = formula_of(q, sizes, window, scale, shared_qk, xpos, dropout, draws)
     bias = _cleared(bias, formula.hidden)
@@ -123,6 +122,15 @@ def _placed(
             q = rotate(q, position + window.after, inv_freq).to(q.dtype)
             k = rotate(k, position, inv_freq).to(k.dtype)
     return q, k
+
+
+def _is_open(n: int) -> bool:
+    """Whether a compiler is to make one graph for many lengths: to ask would make one for each."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a third of a second
+
+    return not has_static_value(n)
 
 
 def _sizes(q: Tensor, k: Tensor, window: Window, windows: int) -> Sizes:

@@ -53,6 +53,23 @@ def test_inductor_trains_it(name, size, n, d):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_window_longer_than_the_sequence_costs_the_sequence():
+    """Where a graph is of one length."""
+    numels = []
+
+    def noting(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        numels.extend(x.numel() for x in values if isinstance(x, torch.Tensor))
+        return graph.forward
+
+    layer = LocalAttention(4096, causal=True, dropout=0.0, autopad=True, backend="eager")
+    q, k, v = torch.randn(3, 1, 2, 24, 8)
+    torch.compiler.reset()
+    found = torch.compile(layer, fullgraph=True, backend=noting)(q, k, v)
+    torch.testing.assert_close(found, layer(q, k, v))
+    assert max(numels) == 2 * 24 * 24  # the scores of both heads
+
+
 @pytest.mark.parametrize("size", [16, 256], ids=["of some windows", "below one window"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_lengths_share_graphs(size):
