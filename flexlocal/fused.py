@@ -125,7 +125,9 @@ def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int
     if bias.dtype == torch.float64:
         bias = written_out(bias.to(torch.float32))  # kernels read no float64
     if not on_gpu:
-        return written_out(bias), None  # kernels of the CPU read no bias that the graph computes
+        # Kernels of the CPU, which give no gradients, read no bias that the graph computes.
+        learned = torch.is_grad_enabled() and bias.requires_grad
+        return bias if learned else written_out(bias), None
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if blocks.rule is not blocks.window or blocks.n % STOCK_BLOCK:
         return bias, None
