@@ -192,8 +192,8 @@ def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
         )
     if rotary.xpos is not None and not xpos_products_fit(window, rotary.xpos.base, torch.float64):
         raise ValueError(
-            "rotary's scale_base must be larger for windows that reach so far, a layer's "
-            f"xpos_scale_base: factors over {window.span} tokens overflow, got {rotary.xpos.base}"
+            "rotary's scale_base (xpos_scale_base of a layer) must be larger for windows that "
+            f"reach so far: factors over {window.span} tokens overflow, got {rotary.xpos.base}"
         )
 
 

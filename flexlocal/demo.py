@@ -256,7 +256,8 @@ def run(
     training_files, held_out_files = source_files(root)
     training, held_out = read(training_files), read(held_out_files)
     if min(len(training), len(held_out)) <= 2 * context:
-        raise CannotRun(f"found no Python source to train on under {root}")
+        found = f"{len(training):,} and {len(held_out):,} bytes of Python source under {root}"
+        raise CannotRun(f"{found} are too few for a context of {context:,} tokens")
     starts = torch.linspace(
         0, len(held_out) - context - 1, max(1, HELD_OUT_TOKENS // context), dtype=torch.float64
     )

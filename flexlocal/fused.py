@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from .dropped import attend_dropped
 from .kernel import LEAST_HEAD, Blocks, Kernel
 from .masks import Rule, Segments, Window
-from .masks.buffer import written_out
+from .masks.buffer import copied, written_out
 from .masks.dropout import key_draws, query_draws
 from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
@@ -87,8 +87,8 @@ def fused(
     blocks = settings.blocks(n, dtype, key_mask is not None)
     kept = None if key_mask is None else _by_slot(rule, key_mask)
     on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
-    decodes = settings.tuning.decodes(n)
-    q, k, v = _as_kernels_read(q, k, v, decodes, alone=lists is not None)
+    decodes, alone = settings.tuning.decodes(n), lists is not None
+    q, k, v = _as_kernels_read(q, k, v, decodes, alone)
     if lists is None:
         lists = blocks.lists(q.device, kept)
     bias, margin = (None, None) if bias is None else _bias_table(bias, blocks, on_gpu)
@@ -97,7 +97,8 @@ def fused(
         out: Tensor = flex_attention(
             q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, kept)
         )
-        return _narrowed(out, d_v)
+        # On the CPU the compiler would fuse what follows with a kernel that takes nothing.
+        return _narrowed(out, d_v) if on_gpu or alone else copied(out)
     assert seed is not None
     draws = query_draws(seed, b * h, n), _by_slot(rule, key_draws(seed, b * h, n))
     out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, kept)
@@ -145,7 +146,8 @@ def _as_kernels_read(
         alone: this is a graph of its own, and no part of a user's.
     """
     if q.device.type != "cuda":
-        return (q, k, v) if alone else (_made_anew(q), _made_anew(k), _made_anew(v))
+        # The kernel reads a view that the graph makes without its offset (torch 2.13).
+        return (q, k, v) if alone else (copied(q), copied(k), copied(v))
     q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
     # torch 2.11 asks decoding kernels' query for its strides before they are settled: one
     # computed from a transposed view was read wrongly.
@@ -184,15 +186,6 @@ def _padded_head(x: Tensor) -> Tensor:
         # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
         return F.pad(x, (0, MOST_HEAD - d))
     return x
-
-
-def _made_anew(x: Tensor) -> Tensor:
-    """``x`` in a buffer of its own.
-
-    Kernels of the CPU read views that the graph makes without their offset (torch 2.13). A copy
-    of one is taken for the view itself, but not the result of an operation.
-    """
-    return x.masked_fill(torch.zeros((), dtype=torch.bool, device=x.device), 0.0)
 
 
 def _narrowed(x: Tensor, d: int) -> Tensor:

@@ -70,6 +70,8 @@ def run(
         said += _written(picture, blocks is not None, png, html)
     except (ValueError, ModuleNotFoundError) as error:
         raise CannotShow(str(error)) from error
+    except RuntimeError as error:  # of torch's allocator, there is no other
+        raise CannotShow(f"too large for memory: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise CannotShow(f"cannot write {error.filename}: {error.strerror}") from error
     print("\n".join(said))

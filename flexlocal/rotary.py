@@ -233,9 +233,10 @@ def _as_exact_as_saved(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_
     """
     name = f"{prefix}inv_freq"
     found = saved.get(name)
-    if found is None or found.is_meta:
-        return
+    if not isinstance(found, Tensor) or found.is_meta:
+        return  # torch says what is wrong
     exact, decay = (table.to(found.device) for table in _tables(rotary.dim))
-    saved[name] = exact if torch.equal(exact.to(found.dtype), found) else found.float()
+    if found.dtype != torch.float32:
+        saved[name] = exact if torch.equal(exact.to(found.dtype), found) else found.float()
     if rotary.scale.is_meta:
         rotary.scale = decay

@@ -60,7 +60,7 @@ def block_mask(
         key_mask: boolean ``(batch, n)`` or ``(batch, heads, n)``, by key position, True = keep.
             Blocks whose keys are all hidden become empty, others that hold a hidden one partial.
         full_width: index tensors as wide as the grid, which compiled FlexAttention wants on the
-            CPU, instead of as wide as the band.
+            CPU, and torch to print a BlockMask or make it dense, instead of as wide as the band.
 
     Returns:
         A BlockMask with forward and transposed lists, int32, of batch and heads 1 or

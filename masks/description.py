@@ -162,11 +162,12 @@ def _advice(picture: "MaskPicture", least: int, most: int, blind: int, waste: fl
     if short and waste > 1:
         advice.append("the sequence fits into one block, which a kernel computes whole")
     elif waste > _WASTEFUL:
-        advice.append(_of_blocks(picture.rule, picture.block_size, waste))
+        square = picture.n == picture.n_keys
+        advice.append(_of_blocks(picture.rule, picture.block_size, waste, square))
     return advice
 
 
-def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float) -> str:
+def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float, square: bool) -> str:
     # Where both sides' blocks begin, and the least step from one block's edge to any other's.
     block, grain = math.lcm(*block_size), math.gcd(*block_size)
     cost = f"{waste:.2f} scores are computed per score needed"
@@ -177,7 +178,7 @@ def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float) -> str:
             f"window_size {rule.size} is no multiple of the block {block}, so that windows end "
             f"inside blocks: {cost}; window_size {near} would end where blocks do"
         )
-    if isinstance(rule, Window):
+    if isinstance(rule, Window) and square:
         reach = rule.before, rule.after
         free = tuple(-(-keys // grain) * grain for keys in reach)
         if free != reach:

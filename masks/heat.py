@@ -99,7 +99,7 @@ def _draw(
     with sheet.style():
         from matplotlib.patches import Patch, Rectangle
 
-        seen = values[values.isfinite()]
+        seen = values[~values.isnan()]
         most = float(seen.abs().max()) if len(seen) else 1.0
         image = sheet.axes.imshow(
             values.numpy(),

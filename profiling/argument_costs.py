@@ -53,7 +53,7 @@ def calls(problem: Problem, q: Tensor) -> dict[str, dict[str, Any]]:
     return {
         "plain": {},
         "rotary": {"rotary": rotary},
-        "xpos": {"rotary": Rotary(d, True, window.size // 2).to(q.device)},
+        "xpos": {"rotary": Rotary(d, True, max(1, window.size // 2)).to(q.device)},
         "shared_qk": {"shared_qk": True},
         "q is k": {"k": q},
         "shared_qk, q is k": {"k": q, "shared_qk": True},

@@ -90,7 +90,7 @@ def _upstream(problem: Problem, device: torch.device) -> Attend:
     "local-attention compiled",
     "the same under torch.compile",
     # It ends the process, so that it cannot be tried.
-    no_training_on_cpu="torch 2.13 corrupts memory in its compiled backward pass on two threads",
+    no_training_on_cpu="torch 2.13's compiled backward pass corrupts memory on several threads",
     **_UPSTREAM,
 )
 def _upstream_compiled(problem: Problem, device: torch.device) -> Attend:

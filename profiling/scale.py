@@ -47,6 +47,9 @@ from .problems import PROBLEMS, Problem
 GPU_MOST, CPU_MOST = 20, 14
 """Powers of two that the lengths go up to by default."""
 
+LONGEST = 32
+"""The largest power of two: beyond, not even the block mask would fit."""
+
 
 def measure(
     problem: Problem, options: argparse.Namespace, device: torch.device, seconds: float
@@ -130,7 +133,10 @@ def main(argv: list[str] | None = None) -> list[Length]:
     dtype = dtype_of(options, device)
     title = f"{machine.device_name(device)}, 1 x {problem.heads} x n x {problem.d}, {dtype}"
     print(f"{title}, torch {torch.__version__}\n{problem.window}\n\n{heading()}", flush=True)
-    off = wrong(replace(problem, n=2**options.most), options, device)
+    try:
+        off = wrong(replace(problem, n=2**options.most), options, device)
+    except ValueError as refused:  # dropout by flex on a CPU, for one
+        sys.exit(f"cannot be measured: {refused}")
     if off is not None:
         sys.exit(f"not measured, the result is wrong: {off}")
     rows = []
@@ -164,8 +170,9 @@ def parse(argv: list[str] | None, most: int) -> tuple[argparse.Namespace, Proble
     parser.add_argument("--json", type=file_to_write, metavar="FILE")
     parser.add_argument("--plot", type=picture_to_write, metavar="FILE")
     options = parser.parse_args(argv)
-    if not 0 <= options.least <= options.most:
-        parser.error(f"--most must be --least ({options.least}) or more, got {options.most}")
+    if not 0 <= options.least <= options.most <= LONGEST:
+        least = f"--least ({options.least}) or more, up to {LONGEST}"
+        parser.error(f"--most must be {least}, got {options.most}")
     problem = problem_that_fits(parser, options, PROBLEMS["slide256"])
     return options, replace(problem, batch=1, heads=options.heads)
 

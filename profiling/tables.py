@@ -1,4 +1,4 @@
-"""Prints the README's table of what a script measured, from the JSON that it wrote.
+"""Prints the README's table of what bench, scale or argument_costs wrote as JSON.
 
 python -m profiling.tables profiling/results/h100.json
 """
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(json.loads(file.read_text())))
     except (OSError, ValueError) as wrong:  # of which a text that is no JSON is one
         parser.error(f"{file}: {wrong}")
+    except (KeyError, TypeError, IndexError, AttributeError):
+        parser.error(f"{file}: must hold what bench, scale or argument_costs wrote")
     return 0
 
 

@@ -28,7 +28,15 @@ from .chrome import STEP, Memory, Row, Trace
 from .clock import synchronize
 from .machine import default_device, device_name
 from .model import VOCABULARY, Model, loss
-from .options import add_layer, add_problem, count, dtype_of, layer_of, problem_that_fits
+from .options import (
+    add_layer,
+    add_problem,
+    count,
+    dtype_of,
+    folder_to_write,
+    layer_of,
+    problem_that_fits,
+)
 from .problems import PROBLEMS, Problem
 
 WARM_UP = 3
@@ -222,7 +230,7 @@ def parse(argv: list[str] | None, default: Problem) -> tuple[argparse.Namespace,
     parser.add_argument("--steps", type=count, default=3)
     parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
     parser.add_argument("--gzip", action="store_true", help="compress the trace")
-    parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
+    parser.add_argument("--out", type=folder_to_write, default=Path("traces"), metavar="DIR")
     options = parser.parse_args(argv)
     return options, problem_that_fits(parser, options, default)
 

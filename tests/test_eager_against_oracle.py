@@ -190,7 +190,7 @@ def test_xpos_of_windows_that_reach_beyond_float64():
     layer = LocalAttention(8, True, 2000, dim=8, use_xpos=True, dropout=0.0)
     q = torch.zeros(1, 8, 8)
     with pytest.raises(
-        ValueError, match="scale_base must be larger.*xpos_scale_base.*16008 tokens.*got 4"
+        ValueError, match="xpos_scale_base of a layer.*must be larger.*16008 tokens.*got 4"
     ):
         layer(q, q, q)
 

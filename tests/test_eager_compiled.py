@@ -70,6 +70,17 @@ def test_a_window_longer_than_the_sequence_costs_the_sequence():
     assert max(numels) == 2 * 24 * 24  # the scores of both heads
 
 
+def test_head_sizes_that_a_compiler_leaves_open():
+    layers = [LocalAttention(8, dim=d, dropout=0.0, backend="eager") for d in (16, 32)]
+    torch.compiler.reset()
+    for layer in layers:
+        q, k, v = torch.randn(3, 1, 2, 24, layer.dim)
+        expected = layer(q, k, v)
+        for dynamic in (None, True):
+            compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+            torch.testing.assert_close(compiled(q, k, v), expected)
+
+
 @pytest.mark.parametrize("size", [16, 256], ids=["of some windows", "below one window"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_lengths_share_graphs(size):

@@ -208,6 +208,20 @@ def test_masks_and_biases_that_a_graph_computes():
     torch.testing.assert_close(found, computed(eager), rtol=1e-5, atol=1e-5)
 
 
+def test_what_lies_around_it_in_a_graph():
+    """Kernels of the CPU read no view at its offset and take nothing that follows them."""
+    projected = torch.randn(2, 40, 4, 3 * 16)
+
+    def around(layer):
+        q, k, v = projected.transpose(1, 2).chunk(3, dim=-1)
+        return 2 * layer(layer(q, k, v).relu(), layer(q, k, v), v) + q
+
+    eager, fused = (LocalAttention(8, dropout=0.0, backend=name) for name in ("eager", "flex"))
+    with torch.no_grad():
+        found = torch.compile(around, fullgraph=True)(fused)
+    torch.testing.assert_close(found, around(eager), rtol=1e-5, atol=1e-5)
+
+
 def test_xpos_that_would_overflow_is_refused():
     layer = LocalAttention(16, True, 8, dim=16, use_xpos=True, dropout=0.0, backend="flex")
     q = torch.randn(1, 2, 64, 16, dtype=torch.float16)

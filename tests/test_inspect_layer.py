@@ -133,7 +133,6 @@ def test_explain_judges_what_a_call_would():
 def test_a_printed_layer_shows_its_settings():
     given = {"dim": 8, "use_xpos": True, "autopad": True, "shared_qk": True, "scale": 0.0}
     given |= {"dropout": 0.3, "backend": "flex", "kernel_options": {"BLOCK_M": 64}}
-    plain = repr(LocalAttention(4, xpos_scale_base=3))
     for name, value in given.items():
-        other = {name: value} if name != "use_xpos" else {"dim": 8, name: value}
-        assert repr(LocalAttention(4, xpos_scale_base=3, **other)) != plain
+        base = {"xpos_scale_base": 3} | ({"dim": 8} if name == "use_xpos" else {})
+        assert repr(LocalAttention(4, **base, **{name: value})) != repr(LocalAttention(4, **base))

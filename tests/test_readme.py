@@ -22,6 +22,8 @@ TABLES = {
     "h100_scale.json": RESULTS / "README.md",
 }
 
+WRITTEN = "must hold what bench, scale or argument_costs wrote"
+
 SHOWN = (
     "a query sees at most 128 keys: its window of 64 up to",
     "eager: auto takes the fused kernel on a GPU, and q is on cpu",
@@ -106,7 +108,12 @@ def test_its_tables_are_those_of_the_results(name, capsys):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{}", "record must hold one of problems, lengths, rows"), ("{", "Expecting")],
+    [
+        ("{}", "record must hold one of problems, lengths, rows"),
+        ("{", "Expecting"),
+        ("5", WRITTEN),
+        ('{"problems": [{"name": 1}]}', WRITTEN),
+    ],
 )
 def test_what_is_no_table_is_refused(text, says, tmp_path, capsys):
     file = tmp_path / "x.json"
