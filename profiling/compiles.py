@@ -63,7 +63,6 @@ class Layers(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for layer in self.layers:
-            # Nothing stands between: on the CPU torch refuses to fuse it with FlexAttention.
             q = layer(q, k, v)
         return q
 
