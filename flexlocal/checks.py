@@ -106,8 +106,7 @@ def check_qkv(q: object, k: object, v: object) -> None:
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        _check_device(name, x, q)
         if x.shape[-2] != q.shape[-2]:
             raise ValueError(f"{name} must have q's length {q.shape[-2]}, got {_shape(x)}")
     if q.shape[-1] < 1:
@@ -174,22 +173,23 @@ def check_seed(seed: object, q: Tensor) -> None:
     _check_device("dropout_seed", seed, q)
 
 
+def check_dim(name: str, dim: int, q: Tensor) -> None:
+    """``dim`` is q's last size; ``name`` is what the caller's argument is called."""
+    if dim != q.shape[-1]:
+        raise ValueError(
+            f"{name} must be q's head size {q.shape[-1]}, got {dim} for q of shape {_shape(q)}"
+        )
+
+
 def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
     """``rotary`` is None or turns heads of q's size on its device, by factors that are numbers."""
     if rotary is None:
         return
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
-    if q.shape[-1] != rotary.dim:
-        raise ValueError(
-            f"rotary's dim must be q's head size {q.shape[-1]}, got {rotary.dim} for q of shape "
-            f"{_shape(q)}"
-        )
-    if rotary.inv_freq.device != q.device:
-        raise ValueError(
-            f"rotary must be on q's device {q.device}, got {rotary.inv_freq.device}: move it, or "
-            "the layer that holds it, with .to(q.device)"
-        )
+    check_dim("rotary's dim", rotary.dim, q)
+    remedy = ": move it, or the layer that holds it, with .to(q.device)"
+    _check_device("rotary", rotary.inv_freq, q, remedy)
     if rotary.xpos is not None and not xpos_products_fit(window, rotary.xpos.base, torch.float64):
         raise ValueError(
             "rotary's scale_base (xpos_scale_base of a layer) must be larger for windows that "
@@ -218,9 +218,9 @@ def _check_leads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must agree with k {_shape(k)} up to its last size, got {_shape(v)}")
 
 
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+def _check_device(name: str, x: Tensor, q: Tensor, remedy: str = "") -> None:
     if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}{remedy}")
 
 
 def _divides(part: int, rows: int) -> bool:

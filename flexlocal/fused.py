@@ -97,7 +97,7 @@ def fused(
         out: Tensor = flex_attention(
             q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, kept)
         )
-        # On the CPU the compiler would fuse what follows with a kernel that takes nothing.
+        # A compiler would fuse what follows in a user's graph, which the CPU's kernel refuses.
         return _narrowed(out, d_v) if on_gpu or alone else copied(out)
     assert seed is not None
     draws = query_draws(seed, b * h, n), _by_slot(rule, key_draws(seed, b * h, n))
@@ -164,7 +164,7 @@ def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | Non
 
 
 def _by_slot(rule: Rule, x: Tensor) -> Tensor:
-    """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``."""
+    """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``, where kernels find it."""
     return written_out(rule.in_slots(x[..., None])[..., 0])
 
 

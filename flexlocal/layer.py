@@ -10,6 +10,7 @@ from .backend import Choice
 from .call import BackendName
 from .checks import (
     check_backend,
+    check_dim,
     check_dropout,
     check_kernel_options,
     check_length,
@@ -299,8 +300,8 @@ class LocalAttention(nn.Module):
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else it is refused later
         if has_length and not self.autopad:
             check_length("q's length", q.shape[-2], window.size)
-        if has_length and self.dim is not None and self.dim != q.shape[-1]:
-            raise ValueError(f"dim must be q's head size {q.shape[-1]}, got {self.dim}")
+        if has_length and self.dim is not None:
+            check_dim("dim", self.dim, q)
         if mask is not None and input_mask is not None:
             raise ValueError("mask must be None where input_mask is given, got both")
         if has_length and input_mask is not None:

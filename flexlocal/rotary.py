@@ -189,7 +189,7 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_as_exact_as_saved)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_exact_again)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Fills the buffers: at construction, and after ``to_empty`` from the meta device."""
@@ -225,7 +225,7 @@ def _tables(dim: int) -> tuple[Tensor, Tensor]:
     return (_THETA ** -(pair / dim)).float(), ((pair + 0.4 * dim) / (1.4 * dim)).float()
 
 
-def _as_exact_as_saved(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _exact_again(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before a checkpoint is loaded: its frequencies in fp32, rounded ones made anew.
 
     ``assign=True`` takes them as they are. It also brings layers from the meta device, where it

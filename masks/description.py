@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .rule import Rule
 from .window import Window
 
 if TYPE_CHECKING:
@@ -162,14 +161,14 @@ def _advice(picture: "MaskPicture", least: int, most: int, blind: int, waste: fl
     if short and waste > 1:
         advice.append("the sequence fits into one block, which a kernel computes whole")
     elif waste > _WASTEFUL:
-        square = picture.n == picture.n_keys
-        advice.append(_of_blocks(picture.rule, picture.block_size, waste, square))
+        advice.append(_of_blocks(picture, waste))
     return advice
 
 
-def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float, square: bool) -> str:
+def _of_blocks(picture: "MaskPicture", waste: float) -> str:
+    rule, sizes = picture.rule, picture.block_size
     # Where both sides' blocks begin, and the least step from one block's edge to any other's.
-    block, grain = math.lcm(*block_size), math.gcd(*block_size)
+    block, grain = math.lcm(*sizes), math.gcd(*sizes)
     cost = f"{waste:.2f} scores are computed per score needed"
     exact = isinstance(rule, Window) and rule.exact
     if rule.size % block and block % rule.size and not exact:
@@ -178,7 +177,8 @@ def _of_blocks(rule: Rule, block_size: tuple[int, int], waste: float, square: bo
             f"window_size {rule.size} is no multiple of the block {block}, so that windows end "
             f"inside blocks: {cost}; window_size {near} would end where blocks do"
         )
-    if isinstance(rule, Window) and square:
+    # Of more keys than queries a last block that is not whole may see another block.
+    if isinstance(rule, Window) and picture.n == picture.n_keys:
         reach = rule.before, rule.after
         free = tuple(-(-keys // grain) * grain for keys in reach)
         if free != reach:

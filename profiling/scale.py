@@ -171,8 +171,9 @@ def parse(argv: list[str] | None, most: int) -> tuple[argparse.Namespace, Proble
     parser.add_argument("--plot", type=picture_to_write, metavar="FILE")
     options = parser.parse_args(argv)
     if not 0 <= options.least <= options.most <= LONGEST:
-        least = f"--least ({options.least}) or more, up to {LONGEST}"
-        parser.error(f"--most must be {least}, got {options.most}")
+        parser.error(
+            f"--most must be --least ({options.least}) or more, up to {LONGEST}, got {options.most}"
+        )
     problem = problem_that_fits(parser, options, PROBLEMS["slide256"])
     return options, replace(problem, batch=1, heads=options.heads)
 

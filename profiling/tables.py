@@ -1,6 +1,8 @@
 """Prints the README's table of what bench, scale or argument_costs wrote as JSON.
 
-python -m profiling.tables profiling/results/h100.json
+    python -m profiling.tables profiling/results/h100.json
+
+Which of them wrote it is told by the field that holds the figures.
 """
 
 import argparse
@@ -17,7 +19,7 @@ TABLES = {
     "lengths": lengths.markdown,
     "rows": argument_costs.markdown,
 }
-"""By the field of the record that holds the figures: of bench, scale and argument_costs."""
+"""By that field: of bench, scale and argument_costs."""
 
 
 def table(record: dict[str, Any]) -> str:

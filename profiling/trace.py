@@ -192,12 +192,11 @@ def main(argv: list[str] | None = None) -> Traced:
     options, problem = parse(argv, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
     step = (model_step if options.model else layer_step)(problem, options, device)
     folder = options.out / label(problem, options)
-    with torch.set_grad_enabled(not options.forward_only):
-        try:
-            step()
-        except ValueError as wrong:  # flex on a CPU, for one
-            sys.exit(f"cannot be traced: {wrong}")
-        traced = record(step, device, folder, options.steps, options.gzip)
+    try:
+        with torch.set_grad_enabled(not options.forward_only):
+            traced = record(step, device, folder, options.steps, options.gzip)
+    except ValueError as wrong:  # flex on a CPU, for one
+        sys.exit(f"cannot be traced: {wrong}")
     written = write_memory(traced)
     unit = "kernels" if device.type == "cuda" else "operators; a label's own time is Python's"
     print(f"{problem.label}, {dtype_of(options, device)}\n{problem.window}")

@@ -21,8 +21,9 @@ COUNT = "must be 1 or more, got 0"
             "--layers", "--windows", "--lengths", "--heads", "--dim"
         )),
         (scale, ["--heads", "0"], f"--heads: {COUNT}"),
-        (scale, ["--least", "3", "--most", "2"], "be --least (3) or more, up to 32, got 2"),
-        (scale, ["--most", "50"], "be --least (10) or more, up to 32, got 50"),
+        *((scale, ["--least", least, "--most", most],
+            f"--most must be --least ({least}) or more, up to 32, got {most}")
+            for least, most in (("3", "2"), ("3", "50"))),
         (trace, ["--out", "README.md"], "--out: must be a folder, got the file README.md"),
         (trace, ["--steps", "0"], f"--steps: {COUNT}"),
         (trace, ["--top", "0"], f"--top: {COUNT}"),
