@@ -69,6 +69,11 @@ def test_full_training_must_beat_the_byte_frequencies(monkeypatch, learns, steps
     assert demo.run(steps=steps, device="cpu", window=32, compare=False) == status
 
 
+def test_a_context_longer_than_the_text_is_refused():
+    with pytest.raises(demo.CannotRun, match="are too few for a context of 1,000,000,000 tokens"):
+        demo.run(steps=1, device="cpu", window=10**9)
+
+
 def test_the_parts_of_the_text_share_no_file(tmp_path):
     for name in range(200):
         (tmp_path / f"{name}.py").write_text("")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flexlocal import mask_command
 from flexlocal.__main__ import main, parser
 from flexlocal.masks import PRESETS, Window, inspect
 
@@ -124,6 +125,19 @@ def test_bad_flags_end_with_one_line_and_status_2(capsys, flags, words):
     assert captured.out == ""
     assert captured.err.count("\n") == 1 and ": error: " in captured.err
     assert words in captured.err
+
+
+def test_what_is_too_large_for_memory_ends_with_one_line(capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a stack")
+
+    monkeypatch.setattr(mask_command, "inspect", refuse)
+    with pytest.raises(SystemExit) as end:
+        main(["mask", "--window", "5"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "too large for memory: DefaultCPUAllocator: can't allocate memory" in captured.err
 
 
 def test_a_missing_matplotlib_ends_with_what_to_install(capsys, monkeypatch):
