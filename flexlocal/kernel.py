@@ -26,6 +26,9 @@ from .tuning import STOCK_BLOCK, Tuning
 LEAST_HEAD = 16
 """Channels of the narrowest heads that kernels take on the GPU."""
 
+_MANY_BLOCKS = 4
+"""So many that to leave their keys unmasked is worth lists with the gaps that a key mask leaves."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -55,14 +58,20 @@ class Blocks:
     @property
     def one_list(self) -> bool:
         """Whether full blocks are listed as partial ones."""
-        if self.masked or (self.shared_qk and not self.window.causal):
-            return True  # full ones would not be asked for hidden keys, nor for the query's own
-        return self.tuning.one_list and self._have_gaps(one_list=False)
+        if self.shared_qk and not self.window.causal:
+            return True  # full ones would not be asked for the query's own key
+        few = self.masked and self.window.most_seen < _MANY_BLOCKS * self.tuning.block
+        return self.tuning.one_list and (few or self._windows_leave_gaps)
 
     @property
     def have_gaps(self) -> bool:
         """Whether a list may name blocks that are no neighbours."""
-        return self._have_gaps(self.one_list)
+        # A mask leaves some wherever it hides keys.
+        return not self.one_list and (self.masked or self._windows_leave_gaps)
+
+    @property
+    def _windows_leave_gaps(self) -> bool:
+        return lists_have_gaps(self.rule, self.lengths, self.tuning.block)
 
     def lists(self, device: torch.device, kept: Tensor | None = None) -> tuple[Tensor, ...]:
         """The index tensors of the block mask.
@@ -88,9 +97,6 @@ class Blocks:
         the options say the true size.
         """
         return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
-
-    def _have_gaps(self, one_list: bool) -> bool:
-        return lists_have_gaps(self.rule, self.lengths, self.tuning.block, one_list)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .buffer import written_out
 from .clip import at_least, at_most
 from .keys import padding_mod
 from .rule import MaskMod, Rule, mask_mod
-from .runs import Runs, Side, kept_blocks, runs_of, trimmed, widths
+from .runs import Runs, Side, kept_blocks, runs_of_both, trimmed, widths
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -87,7 +87,10 @@ def block_mask(
                 f"key_mask must be for n_keys {n_keys}, got one for {kept.shape[-1]} key slots"
             )
         mod = and_masks(mod, padding_mod(kept))
-    lists = block_lists(rule, lengths, sizes, device, kept, full_width=full_width)
+    if kept is None:
+        lists = block_lists(rule, lengths, sizes, device, full_width=full_width)
+    else:
+        lists = _exact_lists(rule, lengths, sizes, device, kept, full_width)
     return from_lists(lengths, lists, sizes, mod)
 
 
@@ -101,55 +104,46 @@ def block_lists(
     full_width: bool = False,
     one_list: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The index tensors of ``block_mask``: counts and indices of partial and of full blocks.
+    """The index tensors of a kernel's block mask: counts and indices of partial and full blocks.
+
+    As ``block_mask`` has them but for a key mask, with which they name some empty blocks, and some
+    full ones, as partial; see ``runs.trimmed``. That takes a few small kernels, exact lists many.
 
     Args:
         lengths: queries and key slots.
         kept: boolean ``(batch, heads, slots)``, the slots that a key mask keeps.
-        one_list: name full blocks as partial ones; there are no lists of full ones then. With a
-            key mask, a row's blocks go from the first to the last that keep a key.
+        one_list: name full blocks as partial ones; there are no lists of full ones then.
 
     Returns:
         For queries and for keys, the partial and the full list, each ``(batch, heads, rows)`` and
         ``(batch, heads, rows, width)``: eight tensors, or four with ``one_list``.
     """
     queries, keys = map(Side, lengths, block_size)
-    rows = runs_of(queries, keys, rule.first_key, rule.last_key, device)
-    columns = runs_of(keys, queries, rule.first_query, rule.last_query, device)
-    grid, band = (keys.blocks, queries.blocks), widths(rule, queries, keys)
-    if one_list:
-        rows, columns = (replace(runs, last_full=runs.first_full - 1) for runs in (rows, columns))
-        if kept is not None:
-            rows, columns = trimmed(rows, columns, kept_blocks(kept, keys.block)[0], band[0])
-    if kept is None or one_list:
-        wide = grid if full_width else band
-        lists = [
-            *_lists_of_runs(rows, grid[0], wide[0]),
-            *_lists_of_runs(columns, grid[1], wide[1]),
-        ]
-    else:
-        lists = _lists_of_states(rows, columns, kept_blocks(kept, keys.block), grid, band)
-        if full_width:
-            lists = [
-                (count, F.pad(indices, (0, grid[i // 2] - indices.shape[-1])))
-                for i, (count, indices) in enumerate(lists)
-            ]
-    if one_list:
-        lists = lists[::2]
+    both, wide = runs_of_both(rule, queries, keys, device), widths(rule, queries, keys)
+    if kept is not None:
+        both = trimmed(*both, kept_blocks(kept, keys.block), wide[0])
+    grid = keys.blocks, queries.blocks
+    if full_width:
+        wide = grid
+    lists = []
+    for runs, blocks, width in zip(both, grid, wide, strict=True):
+        if one_list:
+            runs = replace(runs, last_full=runs.first_full - 1)
+        lists += _lists_of_runs(runs, blocks, width)[: 1 if one_list else 2]
     return tuple(written_out(x) for pair in lists for x in pair)
 
 
-def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int, one_list: bool) -> bool:
+def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int) -> bool:
     """Whether a list of ``block_lists`` may name blocks that are no neighbours.
+
+    Where there is neither a key mask, which leaves gaps wherever it hides keys, nor ``one_list``,
+    which leaves none.
 
     Args:
         rule: the mask rule.
         lengths: queries and key slots.
         block: tokens in a sparse block.
-        one_list: as for ``block_lists``.
     """
-    if one_list:
-        return False  # all that a block sees is one run
     # Partial blocks lie on both sides of the full ones, unless windows begin and end with blocks.
     return not rule.aligned_to(block) or any(length % block for length in lengths)
 
@@ -189,19 +183,27 @@ def _by_head(x: Tensor, dimensions: int) -> Tensor:
     return x if x.dim() == dimensions else x[None, None]
 
 
-def _lists_of_states(
-    rows: Runs,
-    columns: Runs,
-    kept: tuple[Tensor, Tensor],
-    grid: tuple[int, int],
-    band: tuple[int, int],
-) -> list[tuple[Tensor, Tensor]]:
-    """As ``_lists_of_runs``, of both sides, where ``kept_blocks`` decides block by block."""
-    some, every = kept
-    across, down = _band(rows, grid[0], band[0]), _band(columns, grid[1], band[1])
+def _exact_lists(
+    rule: Rule,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    device: torch.device | str,
+    kept: Tensor,
+    full_width: bool,
+) -> tuple[Tensor, ...]:
+    """As ``block_lists``, where the mask decides block by block."""
+    queries, keys = map(Side, lengths, block_size)
+    rows, columns = runs_of_both(rule, queries, keys, device)
+    wide, (some, every) = widths(rule, queries, keys), kept_blocks(kept, keys.block)
+    across, down = _band(rows, keys.blocks, wide[0]), _band(columns, queries.blocks, wide[1])
     across = _with_keys(across, some[..., across.columns], every[..., across.columns])
     down = _with_keys(down, some[..., None], every[..., None])
-    return [_listed(states, state) for states in (across, down) for state in (PARTIAL, FULL)]
+    found = []
+    for band, blocks in ((across, keys.blocks), (down, queries.blocks)):
+        for count, indices in (_listed(band, PARTIAL), _listed(band, FULL)):
+            more = blocks - indices.shape[-1] if full_width else 0
+            found += [count, F.pad(indices, (0, more))]
+    return tuple(found)
 
 
 def _band(runs: Runs, blocks: int, width: int) -> Band:

@@ -8,7 +8,7 @@ same way from the rule's inverse bounds.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ _ALWAYS_HELD = 64
 class Runs:
     """The key blocks that each block of queries sees, one run of them, and the full ones in it.
 
-    All integer ``(rows,)``, the ends of a run ``(batch, heads, rows)`` where a key mask decides
-    them; ends included. A run is empty where its last is below its first.
+    All integer ``(rows,)``, or ``(batch, heads, rows)`` where a key mask decides; ends included. A
+    run is empty where its last is below its first.
     """
 
     first: Tensor
@@ -60,6 +60,16 @@ def block_runs(
     return runs_of(queries, keys, rule.first_key, rule.last_key, "cpu")
 
 
+def runs_of_both(
+    rule: Rule, queries: Side, keys: Side, device: torch.device | str
+) -> tuple[Runs, Runs]:
+    """The key blocks that each block of queries sees, the query blocks that see each of keys."""
+    return (
+        runs_of(queries, keys, rule.first_key, rule.last_key, device),
+        runs_of(keys, queries, rule.first_query, rule.last_query, device),
+    )
+
+
 def runs_of(
     rows: Side,
     columns: Side,
@@ -83,19 +93,52 @@ def runs_of(
     )
 
 
-def trimmed(forward: Runs, backward: Runs, some: Tensor, width: int) -> tuple[Runs, Runs]:
-    """Runs of query blocks from the first to the last block that keeps ``some`` key.
+def trimmed(
+    forward: Runs, backward: Runs, kept: tuple[Tensor, Tensor], width: int
+) -> tuple[Runs, Runs]:
+    """Runs for kernels with a key mask, all of whose arithmetic follows from ends of runs.
 
-    Runs of key blocks are empty where a block keeps none. Both get ``some``'s leading sizes.
+    A block of queries sees the key blocks from the first to the last that keeps a key. Full ones
+    are those before its first hidden key or those after its last, whichever are more: all of them
+    where padding is on one side.
+
+    Args:
+        forward: the runs of key blocks, as ``runs_of`` finds them.
+        backward: the runs of query blocks.
+        kept: ``kept_blocks`` of the mask.
+        width: key blocks in the longest run.
+
+    Returns:
+        Both, of the mask's leading sizes.
     """
-    place = torch.arange(width, device=some.device)
-    column = forward.first[:, None] + place
-    inside = (column <= forward.last[:, None]) & some[..., at_most(column, some.shape[-1] - 1)]
-    first = torch.where(inside, column, some.shape[-1]).amin(-1)
-    last = torch.where(inside, column, -1).amax(-1)
-    rows = replace(forward, first=first, last=last)
-    columns = replace(backward, last=torch.where(some, backward.last, -1))
+    some, every = kept
+    blocks = some.shape[-1]
+    column = forward.first[:, None] + torch.arange(width, device=some.device)
+    place, touched = at_most(column, blocks - 1), column <= forward.last[:, None]
+    full = (forward.first_full[:, None] <= column) & (column <= forward.last_full[:, None])
+    first, last = _ends(touched & some[..., place], column, blocks)
+    first_hole, last_hole = _ends(touched & full & ~every[..., place], column, blocks)
+    end = torch.minimum(first_hole - 1, forward.last_full)
+    start = torch.maximum(last_hole + 1, forward.first_full)
+    more_before = end - forward.first_full >= forward.last_full - start
+    rows = Runs(
+        first,
+        last,
+        first_full=torch.where(more_before, forward.first_full, start),
+        last_full=torch.where(more_before, end, forward.last_full),
+    )
+    columns = Runs(
+        backward.first.expand_as(some),
+        torch.where(some, backward.last, -1),
+        backward.first_full.expand_as(some),
+        torch.where(every, backward.last_full, -1),
+    )
     return rows, columns
+
+
+def _ends(chosen: Tensor, column: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """The first and the last of a row's chosen columns; ``blocks`` and -1 where there is none."""
+    return torch.where(chosen, column, blocks).amin(-1), torch.where(chosen, column, -1).amax(-1)
 
 
 def kept_blocks(key_mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class Space:
             (block, one_list)
             for block in self.blocks
             for one_list in (False, True)
-            if not one_list or lists_have_gaps(problem.window, lengths, block, one_list=False)
+            if not one_list or lists_have_gaps(problem.window, lengths, block)
         ]
 
 

@@ -166,7 +166,7 @@ def entry_of(
     """The table's entry."""
     block, one_list = winner.layout
     # Where it makes no difference to the window, it is for others of such a reach.
-    gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block, one_list=False)
+    gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block)
     return {
         "problem": problem.name,
         "capability": list(torch.cuda.get_device_capability(device)),

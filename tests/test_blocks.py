@@ -236,7 +236,7 @@ def test_lists_without_gaps(rule, n, windows_each, block, one_list):
     for counts, indices in zip(lists[::2], lists[1::2], strict=True):
         for count, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True):
             gaps |= bool((row[:count].diff() != 1).any())
-    assert not gaps or lists_have_gaps(layout, (n, slots), block, one_list)
+    assert not gaps or (not one_list and lists_have_gaps(layout, (n, slots), block))
 
 
 @pytest.mark.parametrize("size", [128, 256, 96])
@@ -246,28 +246,98 @@ def test_where_lists_have_no_gaps(size, n, exact):
     """It would be safe to say that there are always some, and slow."""
     window = Window(size, causal=True, exact=exact)
     whole = n % 128 == 0 and size % 128 == 0 and not exact
-    assert lists_have_gaps(window, (n, n), 128, one_list=False) is not whole
-    assert not lists_have_gaps(window, (n, n), 128, one_list=True)
+    assert lists_have_gaps(window, (n, n), 128) is not whole
 
 
-@settings(max_examples=2 * EXAMPLES)
-@given(windows(), st.integers(1, 60), block_sizes, st.booleans())
-def test_one_list_names_what_two_name(rule, n, block, masked):
-    window = Window(**asdict(rule))
-    kept = torch.arange(n)[None, None] % 7 < 3 if masked else None
-    two = block_lists(window, (n, n), (block, block), "cpu", kept)
-    one = block_lists(window, (n, n), (block, block), "cpu", kept, one_list=True)
-    rows = -(-n // block)
+def grids(lists, batch, head, n_queries, n_keys, one_list):
+    """The partial and the full blocks (rows, columns) that each side of ``block_lists`` names."""
     for side in range(2):
-        partial, full, every = (
-            listed(count[0, 0], indices[0, 0], rows, rows)
-            for count, indices in (
-                two[4 * side : 4 * side + 2],
-                two[4 * side + 2 : 4 * side + 4],
-                one[2 * side : 2 * side + 2],
+        shape = (n_keys, n_queries) if side else (n_queries, n_keys)
+        each = 2 if one_list else 4
+        partial, *full = (
+            listed(count[batch, head], indices[batch, head], *shape)
+            for count, indices in zip(
+                lists[side * each : (side + 1) * each : 2],
+                lists[side * each + 1 : (side + 1) * each : 2],
+                strict=True,
             )
         )
-        expected = partial | full
-        if masked and side == 0:  # a row goes on from its first kept block to its last
-            expected = (expected.cumsum(1) > 0) & (expected.flip(1).cumsum(1).flip(1) > 0)
-        assert torch.equal(expected, every)
+        full = full[0] if full else torch.zeros_like(partial)
+        assert not (partial & full).any(), "a block is both partial and full"
+        yield (partial.T, full.T) if side else (partial, full)
+
+
+@settings(max_examples=EXAMPLES)
+@given(windows(), st.integers(1, 60), block_sizes)
+def test_one_list_names_what_two_name(rule, n, block):
+    window, rows = Window(**asdict(rule)), -(-n // block)
+    two, one = (
+        grids(
+            block_lists(window, (n, n), (block, block), "cpu", one_list=one_list),
+            *(0, 0, rows, rows),
+            one_list,
+        )
+        for one_list in (False, True)
+    )
+    for (partial, full), (every, none) in zip(two, one, strict=True):
+        assert torch.equal(partial | full, every)
+        assert not none.any()
+
+
+def runs_of_ones(chosen):
+    """The longest run of ones in each row, as a length."""
+    length = best = torch.zeros(len(chosen), dtype=torch.long)
+    for column in chosen.long().unbind(1):
+        length = (length + 1) * column
+        best = torch.maximum(best, length)
+    return best
+
+
+@settings(max_examples=6 * EXAMPLES)
+@given(
+    windows(),
+    st.integers(1, 90),
+    block_sizes,
+    block_sizes,
+    st.sampled_from(["after", "before", "both", "scattered"]),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_lists_of_kernels_with_a_key_mask(rule, n, query_block, key_block, where, one_list, seed):
+    """Nothing that a query sees is left out, nothing that it does not see is full."""
+    generator = torch.Generator().manual_seed(seed)
+    place, (low, high) = torch.arange(n), sorted(torch.randint(n + 1, (2,), generator=generator))
+    kept = {
+        "after": place < low,
+        "before": place >= low,
+        "both": (place >= low) & (place < high),
+        "scattered": torch.rand(n, generator=generator) < 0.9,
+    }[where]
+    kept = torch.stack([kept, torch.ones_like(kept)])[:, None]  # batch, heads
+    sizes, rows, columns = (query_block, key_block), -(-n // query_block), -(-n // key_block)
+    window = Window(**asdict(rule))
+    lists = block_lists(window, (n, n), sizes, "cpu", kept, one_list=one_list)
+    assert len(lists) == (4 if one_list else 8)
+    plain = oracle.block_states(rule.mask(n), *sizes)
+    blocks = torch.nn.functional.pad(kept, (0, -n % key_block)).unflatten(-1, (-1, key_block))
+    for batch in range(2):
+        states = oracle.block_states(rule.mask(n) & kept[batch], *sizes)
+        some = (plain > 0) & blocks[batch, 0].any(-1)
+        # From the first to the last block that keeps a key; a key block is listed or not.
+        between = (some.cumsum(1) > 0) & (some.flip(1).cumsum(1).flip(1) > 0)
+        for side, (partial, full) in enumerate(grids(lists, batch, 0, rows, columns, one_list)):
+            named = partial | full
+            assert torch.equal(named, some if side else between)
+            assert not (full & (states != 2)).any()
+            if one_list:
+                assert not full.any()
+            elif side or batch or where in ("after", "before"):
+                assert torch.equal(full, states == 2)
+            else:  # the blocks before the first hole, or those after the last
+                count = full.sum(1)
+                assert torch.equal(count, runs_of_ones(full)), "they are neighbours"
+                whole = plain == 2
+                holed = whole & (states != 2)
+                before = (whole & (holed.cumsum(1) == 0)).sum(1)
+                after = (whole & (holed.flip(1).cumsum(1).flip(1) == 0)).sum(1)
+                assert torch.equal(count, torch.maximum(before, after))

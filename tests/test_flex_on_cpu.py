@@ -37,6 +37,7 @@ def run(case, call):
         "rotary, exact both ways",
         "xpos, mask, bias, shared",
         "mask by head",
+        "mask and bias, blocks full",
         "bias over rows",
         "shared both ways",
         "shared, mask",
@@ -262,6 +263,7 @@ def test_blocks_whose_keys_are_all_hidden_are_not_listed():
     kept = torch.ones(1, 1, 512, dtype=torch.bool)
     kept[..., :256] = False
     made_for = Settings(Window(64, causal=True), 1.0, False, 0.0, None, STOCK)
-    counts, _, by_key, _ = made_for.blocks(512, torch.float32, masked=True).lists(kept.device, kept)
-    assert counts.flatten().tolist() == [0, 0, 1, 2]  # blocks of 128 tokens
-    assert by_key.flatten().tolist() == [0, 0, 2, 1]
+    lists = made_for.blocks(512, torch.float32, masked=True).lists(kept.device, kept)
+    partial, full, by_key, full_by_key = lists[::2]  # counts, of blocks of 128 tokens
+    assert (partial + full).flatten().tolist() == [0, 0, 1, 2]
+    assert (by_key + full_by_key).flatten().tolist() == [0, 0, 2, 1]

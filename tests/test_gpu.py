@@ -99,7 +99,10 @@ def test_a_decoding_kernel_by_name(name):
     budget.check(case, torch.bfloat16, partial(case.run, layer), Call.cuda)
 
 
-@pytest.mark.parametrize("name", ["plain", "mask, a row hidden", "bias and shared", "xpos"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "mask, a row hidden", "mask, blocks full and empty", "bias and shared", "xpos"],
+)
 def test_dropout_drops_what_the_eager_path_drops(name):
     case = feature(name, n=301, d_v=40)
     found = []

@@ -60,26 +60,31 @@ def test_what_the_table_does_not_know_stays_as_it_is():
 )
 def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_through):
     window = Window(16, causal=True)
-    tuning = Tuning(STOCK_BLOCK, tuple(given.items()))
-    blocks = Blocks(window, window, 60, masked=True, shared_qk=False, tuning=tuning)
+    tuning = Tuning(STOCK_BLOCK, tuple(given.items()), one_list=True)
+    blocks = Blocks(window, window, 60, masked=False, shared_qk=False, tuning=tuning)
     kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
     assert kernel.options.get("BACKEND") == backend
     assert kernel.options.get("BLOCKS_ARE_CONTIGUOUS", False) == steps_through
 
 
 @pytest.mark.parametrize(
-    ("window", "n", "one_list", "without_gaps"),
+    ("window", "n", "masked", "one_list", "without_gaps"),
     [
-        (Window(256, causal=True), 1024, False, True),
-        (Window(256, causal=True), 1000, False, False),
-        (Window(256, causal=True, exact=True), 1024, False, False),
-        (Window(256, causal=True, exact=True), 1024, True, True),
+        (Window(256, causal=True), 1024, False, False, True),
+        (Window(256, causal=True), 1000, False, False, False),
+        (Window(256, causal=True), 1024, True, False, False),
+        (Window(256, causal=True), 1024, True, True, False),
+        (Window(128, causal=True), 1024, True, True, True),
+        (Window(256, causal=True, exact=True), 1024, False, False, False),
+        (Window(256, causal=True, exact=True), 1024, False, True, True),
+        (Window(256, causal=True, exact=True), 1024, True, False, False),
+        (Window(256, causal=True, exact=True), 1024, True, True, True),
     ],
 )
-def test_kernels_step_through_lists_without_gaps_alone(window, n, one_list, without_gaps):
+def test_kernels_step_through_lists_without_gaps_alone(window, n, masked, one_list, without_gaps):
     """Where a list has gaps they would read blocks that it does not name."""
     given = Tuning(STOCK_BLOCK, (), one_list)
-    blocks = Blocks(window, window, n, masked=False, shared_qk=False, tuning=given)
+    blocks = Blocks(window, window, n, masked=masked, shared_qk=False, tuning=given)
     kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
     assert ("BLOCKS_ARE_CONTIGUOUS" in kernel.options) == without_gaps
 
