@@ -1,6 +1,6 @@
 """What each argument of the layer costs: time of a call with it, over a call without.
 
-    python -m profiling.argument_costs [--problem slide256] [--json FILE]
+    python -m profiling.argument_costs [--problem slide256] [--only "key mask"] [--json FILE]
 
 By default slide256 in bf16 on a GPU, and a much smaller problem in fp32 on the CPU. The default
 path's output and gradients are compared with the eager path's before it is timed. A call is
@@ -40,8 +40,12 @@ KINDS = {"forward_ms": "forward", "train_ms": "training step", "kernels_ms": "it
 """The times of a call and their words; a CPU tells no kernels' time."""
 
 
-def calls(problem: Problem, q: Tensor) -> dict[str, dict[str, Any]]:
-    """The arguments of each call, by name; tensors like ``q`` in dtype and device."""
+def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The arguments of each call, by name; tensors like ``q`` in dtype and device.
+
+    Args:
+        only: beginnings of the names that are wanted, which come with what they are compared with.
+    """
     window, n, d = problem.window, problem.n, problem.d
     keep = torch.ones(problem.batch, n, dtype=torch.bool, device=q.device)
     few, half = keep.clone(), keep.clone()
@@ -50,7 +54,7 @@ def calls(problem: Problem, q: Tensor) -> dict[str, dict[str, Any]]:
     scattered = keep & (torch.rand(keep.shape, device=q.device) > 0.3)
     rotary = Rotary(d).to(q.device)
     bias = torch.randn(problem.heads, window.size, window.span, device=q.device)
-    return {
+    every: dict[str, dict[str, Any]] = {
         "plain": {},
         "rotary": {"rotary": rotary},
         "xpos": {"rotary": Rotary(d, True, max(1, window.size // 2)).to(q.device)},
@@ -67,6 +71,9 @@ def calls(problem: Problem, q: Tensor) -> dict[str, dict[str, Any]]:
         "bias, learned in fp32": {"attn_bias": bias.clone().requires_grad_()},
         "dropout": {"dropout": 0.1, "dropout_seed": torch.tensor(0, device=q.device)},
     }
+    wanted = [name for name in every if name.startswith(tuple(only) or "")]
+    bases = {"plain", *(BASE[name] for name in wanted if name in BASE)}
+    return {name: more for name, more in every.items() if name in bases.union(wanted)}
 
 
 def check(attend: Callable[..., Tensor], learned: dict[str, Tensor], grad: Tensor) -> str | None:
@@ -82,15 +89,16 @@ def check(attend: Callable[..., Tensor], learned: dict[str, Tensor], grad: Tenso
 
 
 def measure(
-    problem: Problem, device: torch.device, dtype: torch.dtype
+    problem: Problem, device: torch.device, dtype: torch.dtype, only: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:
     """Forward and training time in ms, by name of the call.
 
-    On a GPU also the time of a training step's kernels alone, and its peak bytes.
+    On a GPU also the time of a training step's kernels alone, and its peak bytes. ``only`` as for
+    ``calls``.
     """
     q, k, v, grad = problem.tensors(dtype, device)
     rows: dict[str, dict[str, float]] = {}
-    for name, more in calls(problem, q).items():
+    for name, more in calls(problem, q, only).items():
         given = {"q": q, "k": k, "v": v, "window": problem.window, **more}
         attend = partial(local_attention, **given)
         tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
@@ -145,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_problem(parser)
     parser.add_argument(
+        "--only", nargs="+", default=[], metavar="CALL", help="calls whose names begin so"
+    )
+    parser.add_argument(
         "--json", type=file_to_write, metavar="FILE", help="write the results there too"
     )
     options = parser.parse_args(arguments)
@@ -154,9 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Rotary(problem.d)  # which refuses heads that it cannot turn
     except ValueError as wrong:
         parser.error(str(wrong))
+    names = list(calls(problem, torch.empty((), device="meta")))
+    for words in options.only:
+        if not any(name.startswith(words) for name in names):
+            parser.error(f"--only must begin as one of {'; '.join(names)}, got {words!r}")
     print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}")
     dtype = usual_dtype(device)
-    rows = measure(problem, device, dtype)
+    rows = measure(problem, device, dtype, options.only)
     if options.json:
         settings = {"problem": problem.name, "shape": problem.shape, "dtype": str(dtype)}
         record = machine.record(device, **settings)

@@ -44,6 +44,21 @@ def test_each_call_is_compared_with_its_base(milliseconds, tmp_path, capsys):
     assert len(table) == 2 + len(times)
 
 
+def test_some_calls_come_with_what_they_are_compared_with(milliseconds, tmp_path):
+    file = tmp_path / "costs.json"
+    command = ["--problem", "tiny", "--only", "xpos", "shared_qk, q", "--json", str(file)]
+    assert argument_costs.main(command) == 0
+    names = list(json.loads(file.read_text())["rows"])
+    assert names == ["plain", "rotary", "xpos", "q is k", "shared_qk, q is k"]
+
+
+def test_calls_that_there_are_none_of_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        argument_costs.main(["--problem", "tiny", "--only", "bias", "masks"])
+    assert exit.value.code == 2
+    assert re.search("--only must begin as one of plain; .*, got 'masks'", capsys.readouterr().err)
+
+
 def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch, capsys):
     right = argument_costs.local_attention
 
