@@ -140,7 +140,7 @@ class Kernel:
         if bias is not None:
             mods.append(window_bias(bias, blocks.window, blocks.rule, self.heads, self.margin))
         if self.itself_by_score:
-            mods.append(itself_last(blocks.rule, blocks.window, blocks.n))
+            mods.append(itself_last(blocks.rule))
         return in_turn(*mods)
 
     def bias_place(self, bias: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -84,6 +84,14 @@ FEATURES: dict[str, dict] = {
         "n": 512,
     },
     "shared, mask": {"shared_qk": True, "mask_batch": 2, "window": windows_of(20), "n": 301},
+    "shared, mask, odd windows both ways": {
+        "shared_qk": True,
+        "lead": (6,),
+        "mask_batch": 3,
+        "n": 60,
+        "d": 4,
+        "window": windows_of(5, causal=False, look_backward=3, look_forward=2),
+    },
     "shared, mask, blocks full": {
         "shared_qk": True,
         "lead": (5, 2),

@@ -1,13 +1,16 @@
 """Shared queries and keys: a token is its own key only when it sees no other."""
 
+import math
 from dataclasses import asdict
 
+import oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
 
 from flexlocal.masks import Segments, Window, but_itself_mod, itself_last, mask_mod
+from flexlocal.masks.itself import OWN_SCORE
 
 
 def expected(visible):
@@ -33,9 +36,19 @@ def test_by_the_window_alone(rule, n, windows_each):
 
 
 def test_the_score_of_a_token_with_itself():
-    score = torch.randn(12, 12)
-    window, token = Window(4, causal=True, look_backward=0), torch.arange(12)
-    found = itself_last(window, window, 12)(score, 0, 0, token[:, None], token)
-    first = token % 4 == 0  # of its window, sees nothing else
-    own = torch.where(first, 0.0, -5e4)
+    score, token = torch.randn(12, 12), torch.arange(12)
+    found = itself_last(Window(4, causal=True))(score, 0, 0, token[:, None], token)
+    own = found.diagonal()
     assert torch.equal(found, score.diagonal_scatter(own))
+    torch.testing.assert_close(own, torch.full((12,), oracle.SELF_SCORE), rtol=1e-4, atol=0)
+
+
+def test_a_key_that_is_seen_alone_weighs_one_in_a_kernel():
+    """Which rounds the score in base 2 for the log-sum-exp, but may not round what it subtracts."""
+    log2_e = torch.tensor(1.44269504, dtype=torch.float32)  # as FlexAttention's templates have it
+    own = torch.tensor(OWN_SCORE, dtype=torch.float32)
+    assert own.item() == OWN_SCORE
+    total = own * log2_e
+    weight = torch.exp2(own.double() * log2_e.double() - total.double())
+    assert abs(weight.item() - 1) < torch.finfo(torch.float32).eps / 4
+    assert total * math.log(2) == own  # dropout takes the log-sum-exp to base e
