@@ -19,6 +19,9 @@ TABLES = {
     "cpu.json": README,
     "h100_rotary.json": RESULTS / "README.md",
     "h100_arguments.json": RESULTS / "README.md",
+    "h100_mask_doc256.json": RESULTS / "README.md",
+    "h100_mask_slide1k.json": RESULTS / "README.md",
+    "h100_mask_slide4k.json": RESULTS / "README.md",
     "h100_scale.json": RESULTS / "README.md",
 }
 
