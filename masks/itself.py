@@ -48,8 +48,9 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
 def itself_last(rule: Rule) -> ScoreMod:
     """FlexAttention's score_mod that sets the score of a token with itself.
 
-    Queries that see nothing else are no exception, whose arithmetic ptxas compiled wrongly beside
-    the mask's, for fp32 and windows of 3, 5 and 7 tokens (torch 2.11, Triton 3.6).
+    Queries that see nothing else are no exception: the arithmetic that tells them, beside the
+    mask's, came out wrong for fp32 and windows of 3, 5 and 7 tokens where ptxas optimised it, and
+    right where it did not (torch 2.11, Triton 3.6).
 
     Args:
         rule: the window, or the layout of its keys.
