@@ -125,12 +125,13 @@ def block_lists(
     grid = keys.blocks, queries.blocks
     if full_width:
         wide = grid
-    lists = []
+    lists: list[Tensor] = []
     for runs, blocks, width in zip(both, grid, wide, strict=True):
         if one_list:
             runs = replace(runs, last_full=runs.first_full - 1)
-        lists += _lists_of_runs(runs, blocks, width)[: 1 if one_list else 2]
-    return tuple(written_out(x) for pair in lists for x in pair)
+        partial, full = _lists_of_runs(runs, blocks, width)
+        lists += partial if one_list else partial + full
+    return tuple(map(written_out, lists))
 
 
 def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int) -> bool:
@@ -198,12 +199,12 @@ def _exact_lists(
     across, down = _band(rows, keys.blocks, wide[0]), _band(columns, queries.blocks, wide[1])
     across = _with_keys(across, some[..., across.columns], every[..., across.columns])
     down = _with_keys(down, some[..., None], every[..., None])
-    found = []
+    lists = []
     for band, blocks in ((across, keys.blocks), (down, queries.blocks)):
         for count, indices in (_listed(band, PARTIAL), _listed(band, FULL)):
             more = blocks - indices.shape[-1] if full_width else 0
-            found += [count, F.pad(indices, (0, more))]
-    return tuple(found)
+            lists += [count, F.pad(indices, (0, more))]
+    return tuple(map(written_out, lists))
 
 
 def _band(runs: Runs, blocks: int, width: int) -> Band:
