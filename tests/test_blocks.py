@@ -9,13 +9,13 @@ from dataclasses import asdict
 import oracle
 import pytest
 import torch
+from block_grids import blocks_that_keep, listed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexlocal.masks import Segments, Window, block_mask, mask_mod
-from flexlocal.masks.blocks import block_lists, lists_have_gaps
+from flexlocal.masks import Window, block_mask, mask_mod
 
 LISTS = [
     "kv_num_blocks",
@@ -27,20 +27,6 @@ LISTS = [
     "full_q_num_blocks",
     "full_q_indices",
 ]
-
-
-def listed(number, indices, rows, columns):
-    """(rows, columns) booleans: the blocks that one head's lists name."""
-    assert number.shape == (rows,)
-    assert indices.shape[0] == rows
-    grid = torch.zeros(rows, columns, dtype=torch.bool)
-    for row in range(rows):
-        named = indices[row, : int(number[row])].tolist()
-        assert len(named) == int(number[row]), "the list is narrower than its count"
-        assert named == sorted(set(named)), "a list is in order and names nothing twice"
-        assert not named or (named[0] >= 0 and named[-1] < columns)
-        grid[row, named] = True
-    return grid
 
 
 def states(found, batch, head, rows, columns, transposed):
@@ -123,14 +109,14 @@ def test_three_states_with_a_key_mask(rule, n, query_block, key_block, batch, he
     by_head = key_mask[:, None] if heads is None else key_mask
     masks = rule.mask(n)[None, None] & by_head[:, :, None, :]
     # Blocks with a kept key may stay partial though the window's part of them is hidden.
-    kept = torch.nn.functional.pad(by_head, (0, -n % key_block)).unflatten(-1, (-1, key_block))
+    kept = blocks_that_keep(by_head, key_block)
     empty = torch.stack(
         [
             torch.stack([oracle.block_states(mask, query_block, key_block) for mask in heads]) == 0
             for heads in masks
         ]
     )
-    cautious = empty & kept.any(-1)[:, :, None, :]
+    cautious = empty & kept[:, :, None, :]
     cautious &= oracle.block_states(rule.mask(n), query_block, key_block) > 0
     check(found, masks, query_block, key_block, cautious)
     assert torch.equal(tokens_of(found), masks), "its mask_mod must hide the same keys"
@@ -212,132 +198,3 @@ def test_errors(sizes, more, kind, says):
 def test_device_is_the_one_asked_for():
     found = block_mask(Window(8), 32, 32, block_size=16, device="meta")
     assert {getattr(found, name).device.type for name in LISTS} == {"meta"}
-
-
-def laid_out(rule, n, windows_each):
-    """The window itself, or xpos's layout of it, with its number of key slots."""
-    window = Window(**asdict(rule))
-    if windows_each is None:
-        return window, n
-    layout = Segments(window, windows_each, n)
-    return layout, layout.key_slots(layout.length)
-
-
-@settings(max_examples=6 * EXAMPLES)
-@given(
-    windows(), st.integers(1, 90), st.none() | st.integers(1, 5), st.integers(1, 8), st.booleans()
-)
-def test_lists_without_gaps(rule, n, windows_each, block, one_list):
-    """Kernels that are told so take each block's neighbour for the next one of the list."""
-    layout, slots = laid_out(rule, n, windows_each)
-    lists = block_lists(layout, (n, slots), (block, block), "cpu", one_list=one_list)
-    assert len(lists) == (4 if one_list else 8)
-    gaps = False
-    for counts, indices in zip(lists[::2], lists[1::2], strict=True):
-        for count, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True):
-            gaps |= bool((row[:count].diff() != 1).any())
-    assert not gaps or (not one_list and lists_have_gaps(layout, (n, slots), block))
-
-
-@pytest.mark.parametrize("size", [128, 256, 96])
-@pytest.mark.parametrize("n", [1024, 1000])
-@pytest.mark.parametrize("exact", [False, True])
-def test_where_lists_have_no_gaps(size, n, exact):
-    """It would be safe to say that there are always some, and slow."""
-    window = Window(size, causal=True, exact=exact)
-    whole = n % 128 == 0 and size % 128 == 0 and not exact
-    assert lists_have_gaps(window, (n, n), 128) is not whole
-
-
-def grids(lists, batch, head, n_queries, n_keys, one_list):
-    """The partial and the full blocks (rows, columns) that each side of ``block_lists`` names."""
-    for side in range(2):
-        shape = (n_keys, n_queries) if side else (n_queries, n_keys)
-        each = 2 if one_list else 4
-        partial, *full = (
-            listed(count[batch, head], indices[batch, head], *shape)
-            for count, indices in zip(
-                lists[side * each : (side + 1) * each : 2],
-                lists[side * each + 1 : (side + 1) * each : 2],
-                strict=True,
-            )
-        )
-        full = full[0] if full else torch.zeros_like(partial)
-        assert not (partial & full).any(), "a block is both partial and full"
-        yield (partial.T, full.T) if side else (partial, full)
-
-
-@settings(max_examples=EXAMPLES)
-@given(windows(), st.integers(1, 60), block_sizes)
-def test_one_list_names_what_two_name(rule, n, block):
-    window, rows = Window(**asdict(rule)), -(-n // block)
-    two, one = (
-        grids(
-            block_lists(window, (n, n), (block, block), "cpu", one_list=one_list),
-            *(0, 0, rows, rows),
-            one_list,
-        )
-        for one_list in (False, True)
-    )
-    for (partial, full), (every, none) in zip(two, one, strict=True):
-        assert torch.equal(partial | full, every)
-        assert not none.any()
-
-
-def runs_of_ones(chosen):
-    """The longest run of ones in each row, as a length."""
-    length = best = torch.zeros(len(chosen), dtype=torch.long)
-    for column in chosen.long().unbind(1):
-        length = (length + 1) * column
-        best = torch.maximum(best, length)
-    return best
-
-
-@settings(max_examples=6 * EXAMPLES)
-@given(
-    windows(),
-    st.integers(1, 90),
-    block_sizes,
-    block_sizes,
-    st.sampled_from(["after", "before", "both", "scattered"]),
-    st.booleans(),
-    st.integers(0, 2**16),
-)
-def test_lists_of_kernels_with_a_key_mask(rule, n, query_block, key_block, where, one_list, seed):
-    """Nothing that a query sees is left out, nothing that it does not see is full."""
-    generator = torch.Generator().manual_seed(seed)
-    place, (low, high) = torch.arange(n), sorted(torch.randint(n + 1, (2,), generator=generator))
-    kept = {
-        "after": place < low,
-        "before": place >= low,
-        "both": (place >= low) & (place < high),
-        "scattered": torch.rand(n, generator=generator) < 0.9,
-    }[where]
-    kept = torch.stack([kept, torch.ones_like(kept)])[:, None]  # batch, heads
-    sizes, rows, columns = (query_block, key_block), -(-n // query_block), -(-n // key_block)
-    window = Window(**asdict(rule))
-    lists = block_lists(window, (n, n), sizes, "cpu", kept, one_list=one_list)
-    assert len(lists) == (4 if one_list else 8)
-    plain = oracle.block_states(rule.mask(n), *sizes)
-    blocks = torch.nn.functional.pad(kept, (0, -n % key_block)).unflatten(-1, (-1, key_block))
-    for batch in range(2):
-        states = oracle.block_states(rule.mask(n) & kept[batch], *sizes)
-        some = (plain > 0) & blocks[batch, 0].any(-1)
-        # From the first to the last block that keeps a key; a key block is listed or not.
-        between = (some.cumsum(1) > 0) & (some.flip(1).cumsum(1).flip(1) > 0)
-        for side, (partial, full) in enumerate(grids(lists, batch, 0, rows, columns, one_list)):
-            named = partial | full
-            assert torch.equal(named, some if side else between)
-            assert not (full & (states != 2)).any()
-            if one_list:
-                assert not full.any()
-            elif side or batch or where in ("after", "before"):
-                assert torch.equal(full, states == 2)
-            else:  # the blocks before the first hole, or those after the last
-                count = full.sum(1)
-                assert torch.equal(count, runs_of_ones(full)), "they are neighbours"
-                whole = plain == 2
-                holed = whole & (states != 2)
-                before = (whole & (holed.cumsum(1) == 0)).sum(1)
-                after = (whole & (holed.flip(1).cumsum(1).flip(1) == 0)).sum(1)
-                assert torch.equal(count, torch.maximum(before, after))
