@@ -14,8 +14,10 @@ from budget import gradients
 from features import FEATURES, PLAIN, feature, windows_of
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from strategies import Call, cases
+from torch.nn.attention.flex_attention import flex_attention
 
 from flexlocal import LocalAttention, Rotary, Window, flex, local_attention
+from flexlocal.masks import block_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -182,6 +184,29 @@ def test_inside_a_compiled_model(name):
     assert str(layer.explain(call.q)).startswith("flex")
     for compiled, plain in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_mask_made_inside_a_compiled_function():
+    """With a key mask, whose lists the compiler must write out as they are."""
+    window, n = Window(64, causal=True, look_backward=3), 1000
+
+    def attend(q, k, v, kept):
+        blocks = block_mask(window, n, n, device=q.device, key_mask=kept)
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    kept = torch.rand(2, n, device="cuda") > 0.3
+    kept[0, 400:] = False  # blocks that are empty
+    kept[1, :600] = True  # and full ones
+    learned = [torch.randn(2, 3, n, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    grad = torch.randn_like(learned[0])
+    found = []
+    for out in (
+        torch.compile(attend, fullgraph=True)(*learned, kept),
+        local_attention(*learned, window, mask=kept, backend="eager"),
+    ):
+        found.append((out, *torch.autograd.grad(out, learned, grad)))
+    for compiled, eager in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_gives_its_dtype():
