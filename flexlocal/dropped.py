@@ -77,9 +77,11 @@ def attend_dropped(
     out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
     thin = value[..., :LEAST_HEAD]  # for the log-sum-exp alone
     _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
-    blind = every.lse == -torch.inf
-    share = torch.where(blind, 0.0, some.lse - torch.where(blind, 0.0, every.lse)).exp()
-    share = share / (1 - dropout)
+    # Where nothing is lost the difference is 0 and no rounding of one side: a compiler makes it of
+    # log-sum-exps in base 2 with the product of one side unrounded, which tells near -5e4. That
+    # holds for queries that see no key at all, too.
+    lost = torch.where(some.lse == every.lse, 0.0, some.lse - every.lse)
+    share = lost.exp() / (1 - dropout)
     return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, kept_slots)
 
 

@@ -83,6 +83,13 @@ FEATURES: dict[str, dict] = {
         "window": windows_of(128, causal=False),  # whole blocks, the diagonal's among them
         "n": 512,
     },
+    "shared, odd windows both ways": {
+        "shared_qk": True,
+        "n": 44,
+        "d": 4,
+        "d_v": 3,
+        "window": windows_of(3, causal=False, look_backward=3, look_forward=2),
+    },
     "shared, mask": {"shared_qk": True, "mask_batch": 2, "window": windows_of(20), "n": 301},
     "shared, mask, odd windows both ways": {
         "shared_qk": True,
