@@ -15,7 +15,7 @@ score function ``f`` whose gradient is ``f'``, and log-sum-exps ``l`` with gradi
 
     w = exp(f(s) - l)     grad_v_j = sum_i w_ij grad_i     grad_s = f'(w (v_j . grad_i - D_i + l'))
 
-and is given ``f(s) = s - L - log(1 - p)``, or -inf where dropped, ``l = 0`` and ``l' = p D``.
+and is given ``f(s) = s - L``, or -inf where dropped, ``l = log(1 - p)`` and ``l' = p D``.
 What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it, ``-P D``.
 
 The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of;
@@ -131,14 +131,18 @@ class _Dropped(torch.autograd.Function):
         )
         learned: bool = ctx.needs_input_grad[5]
         scores = _Scores(kernel, ctx.dropout, learned)
+        # Log-sum-exps have base 2 there. Blind queries want 0; were all numbers equal, a compiler
+        # would make a constant of them, and may leave gaps between its rows that kernels read.
+        norm = math.log1p(-ctx.dropout) * _LOG2_E
+        norms = torch.zeros_like(total).masked_fill(total > -torch.inf, norm)
         *grads, grads_captured = torch.ops.higher_order.flex_attention_backward(
             q,
             k,
             v,
             out,
-            settled(torch.zeros_like(total)),
+            settled(norms),
             grad,
-            along * (ctx.dropout / _LOG2_E),  # log-sum-exps have base 2 there
+            along * (ctx.dropout / _LOG2_E),
             scores.shifted,
             scores.pulled_back,
             kernel.blocks.mask(tuple(lists), scores.visible).as_tuple(),
@@ -189,10 +193,9 @@ class _Scores:
         return self.kernel.mask_mod(slots[0] if slots else None)(*place)
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
-        """``f``: the score less its query's log-sum-exp and a constant, hidden where dropped."""
+        """``f``: the score less its query's log-sum-exp, hidden where dropped."""
         place, at = arguments[:4], self._captured(arguments[4:])
-        # In this order: with a bias both may be near -5e4, where a constant would be lost.
-        below = self._final(score, place, at) - at.total[place[:3]] - math.log1p(-self.dropout)
+        below = self._final(score, place, at) - at.total[place[:3]]
         return torch.where(self._keeps(place, at), below, -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:

@@ -103,9 +103,9 @@ def test_a_decoding_kernel_by_name(name):
 
 SOME = ["plain", "mask, a row hidden", "mask, blocks full and empty", "bias and shared"]
 SOME += ["shared, mask", "xpos"]
-DROPPED = {name: feature(name, n=301, d_v=40) for name in SOME}
-SHORT = "shared, odd windows both ways"  # what a kernel got wrong
-DROPPED[SHORT] = feature(SHORT)
+LONG = 349  # with 3 heads more than 1024 numbers, past which inductor may part rows of a table
+SHORT = "shared, odd windows both ways"  # which a kernel got wrong
+DROPPED = {**{name: feature(name, n=LONG, d_v=40) for name in SOME}, SHORT: feature(SHORT)}
 
 
 @pytest.mark.parametrize("case", DROPPED.values(), ids=DROPPED)
