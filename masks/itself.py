@@ -29,9 +29,10 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
         window: the window, which alone decides what a query sees.
         n: tokens.
     """
-    visible, alone = mask_mod(rule), _alone(window, n)
+    visible = mask_mod(rule)
     if window.most_seen == 1:
         return visible
+    first_alone, last_alone = _alone(window, n, 0), _alone(window, n, n - 1)
 
     def before_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first, itself = rule.first_key(query), rule.last_key(query)
@@ -39,8 +40,14 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
 
     def beside_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         others = rule.key_position(query, key) != query
-        for token in alone:
-            others = others | (query == token)
+        # Where windows look both ways only the first and the last token can see none but itself.
+        # A kernel that asks each query for it comes out wrong on short sequences: up to 127 tokens
+        # LLVM adds numbers of 16 bits in pairs, and where one of a pair is missing, ptxas before
+        # CUDA 13.1 forgets to add.
+        if first_alone:
+            others = others | (query == 0)
+        if last_alone:
+            others = others | (query == n - 1)
         return visible(batch, head, query, key) & others
 
     sees = before_itself if window.causal else beside_itself
@@ -61,15 +68,6 @@ def itself_last(rule: Rule) -> ScoreMod:
     return demote
 
 
-def _alone(window: Window, n: int) -> list[int]:
-    """Tokens that see only themselves, where the window looks both ways and at more than one key.
-
-    None but the first and the last can be such. A kernel that asks each query for it comes out
-    wrong on short sequences: up to 127 tokens LLVM adds numbers of 16 bits in pairs, and where one
-    of a pair is missing, ptxas before CUDA 13.1 forgets to add.
-    """
-    return [
-        token
-        for token in (0, n - 1)
-        if at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)
-    ]
+def _alone(window: Window, n: int, token: int) -> bool:
+    """Whether the window shows ``token`` no key but its own."""
+    return at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)

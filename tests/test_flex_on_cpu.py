@@ -76,6 +76,19 @@ def test_lengths_share_kernels_and_give_the_right_result():
     assert graphs() <= MOST_GRAPHS
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_lengths_with_a_last_token_that_sees_only_itself():
+    flags = {"look_backward": 0, "exact_windowsize": True, "shared_qk": True, "autopad": True}
+    layer = LocalAttention(20, dropout=0.0, **flags, backend="flex")
+    for n in (150, 333, 161):
+        q, k, v = torch.randn(3, 1, 2, n, 16)
+        with torch.no_grad():
+            found = layer(q, k, v).double()
+        truth = oracle.attend(q, k, v, 20, look_backward=0, exact=True, shared_qk=True)
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    assert graphs() <= MOST_GRAPHS
+
+
 def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
     """What is left out of a call or added to it makes another kernel, in whatever order."""
     # Graphs without code of their own: what is asked is which one a call takes.
