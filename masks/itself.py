@@ -29,28 +29,9 @@ def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
         window: the window, which alone decides what a query sees.
         n: tokens.
     """
-    visible = mask_mod(rule)
     if window.most_seen == 1:
-        return visible
-    first_alone, last_alone = _alone(window, n, 0), _alone(window, n, n - 1)
-
-    def before_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        first, itself = rule.first_key(query), rule.last_key(query)
-        return (first <= key) & (key <= at_least(itself - 1, at_least(first, 0)))
-
-    def beside_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        others = rule.key_position(query, key) != query
-        # Where windows look both ways only the first and the last token can see none but itself.
-        # A kernel that asks each query for it comes out wrong on short sequences: up to 127 tokens
-        # LLVM adds numbers of 16 bits in pairs, and where one of a pair is missing, ptxas before
-        # CUDA 13.1 forgets to add.
-        if first_alone:
-            others = others | (query == 0)
-        if last_alone:
-            others = others | (query == n - 1)
-        return visible(batch, head, query, key) & others
-
-    sees = before_itself if window.causal else beside_itself
+        return mask_mod(rule)
+    sees = _before_itself(rule) if window.causal else _beside_itself(rule, window, n)
     sees.__name__ = f"{rule.label}_but_itself"
     return sees
 
@@ -66,6 +47,33 @@ def itself_last(rule: Rule) -> ScoreMod:
         return torch.where(rule.key_position(query, key) == query, OWN_SCORE, score)
 
     return demote
+
+
+def _before_itself(rule: Rule) -> MaskMod:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        first, itself = rule.first_key(query), rule.last_key(query)
+        return (first <= key) & (key <= at_least(itself - 1, at_least(first, 0)))
+
+    return sees
+
+
+def _beside_itself(rule: Rule, window: Window, n: int) -> MaskMod:
+    # Where windows look both ways only the first and the last token can see none but itself. A
+    # kernel that asks each query for it comes out wrong on short sequences: up to 127 tokens LLVM
+    # adds numbers of 16 bits in pairs, and where one of a pair is missing, ptxas before CUDA 13.1
+    # forgets to add.
+    first_alone, last_alone = _alone(window, n, 0), _alone(window, n, n - 1)
+    visible = mask_mod(rule)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        others = rule.key_position(query, key) != query
+        if first_alone:
+            others = others | (query == 0)
+        if last_alone:
+            others = others | (query == n - 1)
+        return visible(batch, head, query, key) & others
+
+    return sees
 
 
 def _alone(window: Window, n: int, token: int) -> bool:
