@@ -195,14 +195,13 @@ class _Scores:
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp, hidden where dropped."""
         place, at = arguments[:4], self._captured(arguments[4:])
-        below = self._final(score, place, at) - at.total[place[:3]]
-        return torch.where(self._keeps(place, at), below, -torch.inf)
+        return torch.where(self._keeps(place, at), self._log_weight(score, place, at), -torch.inf)
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
         """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
         place, grad, at = arguments[:4], arguments[4], self._captured(arguments[5:])
-        below = self._final(score, place, at) - at.total[place[:3]]
-        weight = (below * _LOG2_E).exp2()  # half the instructions of exp
+        log_weight = self._log_weight(score, place, at)
+        weight = (log_weight * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * at.along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
             dropped = torch.where(self.kernel.mask_mod(at.kept_slots)(*place), dropped, 0.0)
@@ -224,9 +223,10 @@ class _Scores:
         query_draws, key_draws, total, along = rest
         return _Captured(query_draws, key_draws, total, along, bias, kept_slots)
 
-    def _final(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
+    def _log_weight(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
+        """``s - L``."""
         mod = self.kernel.score_mod(at.bias)
-        return score if mod is None else mod(score, *place)
+        return (score if mod is None else mod(score, *place)) - at.total[place[:3]]
 
     def _keeps(self, place: Sequence[Tensor], at: _Captured) -> Tensor:
         keep = dropout_mod(at.query_draws, at.key_draws, self.kernel.heads, self.dropout)

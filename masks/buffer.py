@@ -15,7 +15,10 @@ def written_out(x: Tensor) -> Tensor:
 
 
 def settled(x: Tensor) -> Tensor:
-    """``written_out`` for what a compiler traces without knowing that it does."""
+    """``written_out`` for what a compiler traces without knowing that it does.
+
+    Not for equal numbers: a compiler makes a constant of them, whose rows it may lay out with gaps.
+    """
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
