@@ -1,6 +1,7 @@
 """A call of ``local_attention`` as one value: what it is given, by the same names."""
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 from torch import Tensor
@@ -32,7 +33,8 @@ class Call:
     @property
     def factor(self) -> float:
         """``scale`` with its default filled in."""
-        scale: float = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        # index has a compiler settle on a number, which kernels take, and no power of a size.
+        scale: float = index(self.q.shape[-1]) ** -0.5 if self.scale is None else self.scale
         return scale
 
     @property

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from .kernel import LEAST_HEAD, Kernel
+from .kernel import LEAST_HEAD, Kernel, MaskReads
 from .masks.buffer import settled
 from .masks.scores import drop_scores, dropout_mod, in_turn
 
@@ -55,20 +55,20 @@ def attend_dropped(
     bias: Tensor | None,
     draws: tuple[Tensor, Tensor],
     lists: tuple[Tensor, ...],
-    kept_slots: Tensor | None,
+    reads: MaskReads,
 ) -> Tensor:
     """Local attention with dropout.
 
     Args:
         draws: int32 ``(rows, n)`` of queries and ``(rows, slots)`` of keys; see ``masks.dropout``.
         lists: the index tensors of the block mask.
-        kept_slots: boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps.
+        reads: what the mask looks up.
 
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
     let_through()
-    common = kernel.arguments(lists, kept_slots)
+    common = kernel.arguments(lists, reads)
     aux = AuxRequest(lse=True)
     query, key, value = q.detach(), k.detach(), v.detach()
     score = kernel.score_mod(None if bias is None else bias.detach())
@@ -82,7 +82,7 @@ def attend_dropped(
     # holds for queries that see no key at all, too.
     lost = torch.where(some.lse == every.lse, 0.0, some.lse - every.lse)
     share = lost.exp() / (1 - dropout)
-    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, kept_slots)
+    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, reads)
 
 
 def let_through() -> None:
@@ -91,8 +91,8 @@ def let_through() -> None:
 
 
 def _attach(*arguments: Any) -> Tensor:
-    *others, draws, lists, kept_slots = arguments
-    out: Tensor = _Dropped.apply(*others, *draws, kept_slots, *lists)  # type: ignore[no-untyped-call]
+    *others, draws, lists, reads = arguments
+    out: Tensor = _Dropped.apply(*others, *draws, *reads, *lists)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -113,22 +113,24 @@ class _Dropped(torch.autograd.Function):
         total: Tensor,
         query_draws: Tensor,
         key_draws: Tensor,
-        kept_slots: Tensor | None,
+        kept: Tensor | None,
+        length: Tensor | None,
         *lists: Tensor,
     ) -> Tensor:
         out = (out * share[..., None]).to(q.dtype)
         ctx.kernel, ctx.dropout = kernel, dropout
-        ctx.save_for_backward(q, k, v, bias, out, total, query_draws, key_draws, kept_slots, *lists)
+        ctx.save_for_backward(
+            q, k, v, bias, out, total, query_draws, key_draws, kept, length, *lists
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, total, query_draws, key_draws, kept_slots, *lists = ctx.saved_tensors
+        q, k, v, bias, out, total, query_draws, key_draws, kept, length, *lists = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
         along = (out.float() * grad.float()).sum(-1)
-        captured = _Captured(
-            query_draws, key_draws, settled(total), settled(along), bias, kept_slots
-        )
+        reads = kept, length
+        captured = _Captured(query_draws, key_draws, settled(total), settled(along), bias, *reads)
         learned: bool = ctx.needs_input_grad[5]
         scores = _Scores(kernel, ctx.dropout, learned)
         # Log-sum-exps have base 2 there. Blind queries want 0; were all numbers equal, a compiler
@@ -149,7 +151,7 @@ class _Dropped(torch.autograd.Function):
             kernel.scale,
             {**_DEFAULTS, **kernel.options},
             tuple(x for x in captured if x is not None),
-            () if kept_slots is None else (kept_slots,),
+            tuple(x for x in reads if x is not None),
         )
         grad_bias = grads_captured[_BIAS] if learned else None
         others = len(ctx.needs_input_grad) - 6
@@ -166,7 +168,8 @@ class _Captured(NamedTuple):
     along: Tensor
     """``D``."""
     bias: Tensor | None
-    kept_slots: Tensor | None
+    kept: Tensor | None
+    length: Tensor | None
 
 
 _BIAS = _Captured._fields.index("bias")
@@ -189,8 +192,8 @@ class _Scores:
 
     def visible(self, *arguments: Tensor) -> Tensor:
         """The mask_mod."""
-        place, slots = arguments[:4], arguments[4:]
-        return self.kernel.mask_mod(slots[0] if slots else None)(*place)
+        place, reads = arguments[:4], self._reads(list(arguments[4:]))
+        return self.kernel.mask_mod(reads)(*place)
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp, hidden where dropped."""
@@ -204,7 +207,8 @@ class _Scores:
         weight = (log_weight * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * at.along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
-            dropped = torch.where(self.kernel.mask_mod(at.kept_slots)(*place), dropped, 0.0)
+            visible = self.kernel.mask_mod(MaskReads(at.kept, at.length))
+            dropped = torch.where(visible(*place), dropped, 0.0)
         grad_score = torch.where(self._keeps(place, at), grad, dropped)
         if self.kernel.itself_by_score:  # which is a constant
             own = self.kernel.blocks.rule.key_position(*place[2:]) == place[2]
@@ -218,10 +222,15 @@ class _Scores:
 
     def _captured(self, tensors: Sequence[Tensor]) -> _Captured:
         rest = list(tensors)
-        kept_slots = rest.pop() if self.kernel.blocks.masked else None
+        reads = self._reads(rest)
         bias = rest.pop() if self.kernel.biased else None
         query_draws, key_draws, total, along = rest
-        return _Captured(query_draws, key_draws, total, along, bias, kept_slots)
+        return _Captured(query_draws, key_draws, total, along, bias, *reads)
+
+    def _reads(self, tensors: list[Tensor]) -> MaskReads:
+        """Taken from the end of ``tensors``."""
+        length = tensors.pop() if self.kernel.asks_length else None
+        return MaskReads(tensors.pop() if self.kernel.blocks.masked else None, length)
 
     def _log_weight(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
         """``s - L``."""

@@ -95,7 +95,7 @@ def refusal(call: Call) -> str | None:
 
 
 def prepared(call: Call, flash: bool) -> Callable[..., Tensor]:
-    """Local attention in one fused kernel, for calls like this one, its q and k of 4 dimensions.
+    """Local attention in one fused kernel, for calls like this one: q, k and v of 4 dimensions.
 
     Args:
         flash: take FlashAttention 4's kernel.
@@ -111,7 +111,8 @@ def prepared(call: Call, flash: bool) -> Callable[..., Tensor]:
         return partial(fused, settings, None)
     # What makes another kernel makes another callable: each has torch's recompile limit to itself.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
-    given = masked, call.attn_bias is not None, call.rotary is not None
+    bias = call.attn_bias
+    given = masked, None if bias is None else bias.shape[0], call.rotary is not None
     compiled = _compiled(settings, *kind, q.shape[1], k.shape[1], *given, torch.is_grad_enabled())
     device, blocks = q.device, settings.blocks(q.shape[-2], q.dtype, masked)
 

@@ -6,6 +6,7 @@ graph already passes over the tensors. FlexAttention: arXiv:2412.05496.
 """
 
 from dataclasses import dataclass
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from .dropped import attend_dropped
-from .kernel import LEAST_HEAD, Blocks, Kernel
+from .kernel import LEAST_HEAD, Blocks, Kernel, MaskReads
 from .masks import Rule, Segments, Window
 from .masks.buffer import copied, written_out
 from .masks.dropout import key_draws, query_draws
+from .masks.itself import ends_alone
 from .masks.keys import without_padding
 from .masks.scores import unit_keys, with_margin
 from .rotary import Xpos, most_windows, rotate
@@ -71,6 +73,7 @@ def fused(
     """
     window, dtype = settings.window, q.dtype
     b, h, n, _ = q.shape
+    h = index(h)  # for a compiler: a number, before functions of a score capture it as a size
     rule = settings.rule(n, dtype)
     if key_mask is not None:
         key_mask = key_mask.expand(-1, -1, n)  # for a compiler: its length is q's, whatever it is
@@ -92,16 +95,19 @@ def fused(
     if lists is None:
         lists = blocks.lists(q.device, kept)
     bias, margin = (None, None) if bias is None else _bias_table(bias, blocks, on_gpu)
-    kernel = Kernel(blocks, h, grouped, settings.scale, bias is not None, margin, on_gpu)
+    by_mask = settings.shared_qk and kept is None and bias is None
+    ends = ends_alone(window, n) if by_mask else None
+    kernel = Kernel(blocks, h, grouped, settings.scale, bias is not None, margin, on_gpu, ends)
+    reads = MaskReads(kept, _looked_up(n, q.device) if kernel.asks_length else None)
     if settings.dropout == 0:
         out: Tensor = flex_attention(
-            q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, kept)
+            q, k, v, score_mod=kernel.score_mod(bias), **kernel.arguments(lists, reads)
         )
         # A compiler would fuse what follows in a user's graph, which the CPU's kernel refuses.
         return _narrowed(out, d_v) if on_gpu or alone else copied(out)
     assert seed is not None
     draws = query_draws(seed, b * h, n), _by_slot(rule, key_draws(seed, b * h, n))
-    out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, kept)
+    out = attend_dropped(kernel, settings.dropout, q, k, v, bias, draws, lists, reads)
     return _narrowed(out, d_v)
 
 
@@ -121,8 +127,15 @@ def _positioned(
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+def _looked_up(n: int, device: torch.device) -> Tensor:
+    """``n`` where kernels look it up."""
+    # Not torch.full: a compiler would make a constant of it, and no buffer.
+    return written_out(torch.arange(n, n + 1, dtype=torch.int32, device=device).view(()))
+
+
 def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int | None]:
     """``bias`` as kernels look it up, and its margin, if it has one."""
+    index(bias.shape[0])  # likewise a number: rows take its heads in turn
     if bias.dtype == torch.float64:
         bias = written_out(bias.to(torch.float32))  # kernels read no float64
     if not on_gpu:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,18 @@ class Blocks:
         return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
 
 
+class MaskReads(NamedTuple):
+    """What a mask_mod looks up; in the order in which operators without closures are given it."""
+
+    kept: Tensor | None
+    """Boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps."""
+    length: Tensor | None
+    """Tokens, 0-d int32, where the mask asks for them.
+
+    No int: a dynamic one, kernels take alone and no sum of it, and dropout's gradient not at all.
+    """
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel's mask, bias and options; without tensors, which the methods are given.
@@ -111,6 +123,8 @@ class Kernel:
         biased: a bias is added.
         margin: columns that it has beyond the window's; None where places are clipped.
         on_gpu: Triton makes it.
+        ends_alone: whether the first and the last token see only themselves, where a mask hides a
+            token's own key from it; None where it hides none, or the score says it.
     """
 
     blocks: Blocks
@@ -120,18 +134,29 @@ class Kernel:
     biased: bool
     margin: int | None
     on_gpu: bool
+    ends_alone: tuple[bool, bool] | None
 
     @property
     def itself_by_score(self) -> bool:
         """Whether a token's score with itself is set, and not its key hidden; see ``itself``."""
-        return self.blocks.shared_qk and (self.biased or self.blocks.masked)
+        return self.blocks.shared_qk and self.ends_alone is None
 
-    def mask_mod(self, kept: Tensor | None) -> MaskMod:
-        """Which key slots a query sees; ``kept`` are those that a key mask keeps."""
-        blocks = self.blocks
-        if blocks.shared_qk and not self.itself_by_score:  # nor is there a key mask
-            return but_itself_mod(blocks.rule, blocks.window, blocks.n)
-        visible = mask_mod(blocks.rule)
+    @property
+    def asks_length(self) -> bool:
+        """Whether the mask depends on how long the sequence is."""
+        last_alone = self.ends_alone is not None and self.ends_alone[1]
+        return last_alone or self.blocks.rule.asks_length
+
+    def mask_mod(self, reads: MaskReads) -> MaskMod:
+        """Which key slots a query sees."""
+        rule: Rule = self.blocks.rule
+        n: int | Tensor = self.blocks.n
+        kept, length = reads
+        if length is not None:
+            rule, n = rule.of_length(length), length
+        if self.ends_alone is not None:  # nor is there a key mask
+            return but_itself_mod(rule, self.blocks.window, n, self.ends_alone)
+        visible = mask_mod(rule)
         return visible if kept is None else and_masks(visible, padding_mod(kept))
 
     def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
@@ -148,10 +173,10 @@ class Kernel:
         blocks = self.blocks
         return bias_place(blocks.window, blocks.rule, self.heads, bias.shape[0], self.margin)
 
-    def arguments(self, lists: tuple[Tensor, ...], kept: Tensor | None) -> dict[str, Any]:
+    def arguments(self, lists: tuple[Tensor, ...], reads: MaskReads) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""
         return {
-            "block_mask": self.blocks.mask(lists, self.mask_mod(kept)),
+            "block_mask": self.blocks.mask(lists, self.mask_mod(reads)),
             "scale": self.scale,
             "enable_gqa": self.grouped,
             "kernel_options": self.options or None,

@@ -83,10 +83,8 @@ def _made(q: Tensor, k: Tensor, v: Tensor, window: Window | int, *arguments: Any
     call = checked(Call(q, k, v, as_window(window), *arguments))
     choice = choose(call)
     if choice.backend == "flex":
-        rows = replace(
-            call, q=four_dimensional(call.q, call.mask), k=four_dimensional(call.k, call.mask)
-        )
-        run = flex.prepared(rows, choice.flash)
+        q4, k4, v4 = (four_dimensional(x, call.mask) for x in (call.q, call.k, call.v))
+        run = flex.prepared(replace(call, q=q4, k=k4, v=v4), choice.flash)
     else:
         on_gpu = call.q.device.type == "cuda" and call.q.numel() and call.v.numel()
         if call.backend == "auto" and on_gpu:
@@ -111,12 +109,15 @@ def checked(call: Call) -> Call:
 
 
 def four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order; a view but in 5-D."""
+    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order; a view but in 5-D.
+
+    Compiled, any ``b`` is served by one kernel, but each ``h`` by one of its own.
+    """
     if x.dim() == 4:
         return x
     if x.dim() > 4:
         return x.flatten(0, -4)
     rows = math.prod(x.shape[:-2])
     # Rows that share a mask become heads of one batch entry, so that the mask has no heads.
-    batch = 1 if mask is None else max(1, mask.shape[0])
+    batch = max(1, rows if mask is None else mask.shape[0])
     return x.reshape(batch, rows // batch, *x.shape[-2:])

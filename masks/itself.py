@@ -21,17 +21,28 @@ took away, off by a thousandth at -5e4. This is the nearest number that loses no
 """
 
 
-def but_itself_mod(rule: Rule, window: Window, n: int) -> MaskMod:
+def ends_alone(window: Window, n: int) -> tuple[bool, bool]:
+    """Whether ``window`` shows the first and the last of ``n`` tokens no key but their own.
+
+    False for causal windows, whose mask can do without.
+    """
+    if window.causal:
+        return False, False
+    return _alone(window, n, 0), _alone(window, n, n - 1)
+
+
+def but_itself_mod(rule: Rule, window: Window, n: int | Tensor, ends: tuple[bool, bool]) -> MaskMod:
     """FlexAttention's mask_mod of ``rule`` without the query's own key, where it sees others.
 
     Args:
         rule: the window, or the layout of its keys.
         window: the window, which alone decides what a query sees.
-        n: tokens.
+        n: tokens; in a 0-d tensor for a kernel to look up.
+        ends: ``ends_alone`` of them.
     """
     if window.most_seen == 1:
         return mask_mod(rule)
-    sees = _before_itself(rule) if window.causal else _beside_itself(rule, window, n)
+    sees = _before_itself(rule) if window.causal else _beside_itself(rule, n, ends)
     sees.__name__ = f"{rule.label}_but_itself"
     return sees
 
@@ -57,12 +68,12 @@ def _before_itself(rule: Rule) -> MaskMod:
     return sees
 
 
-def _beside_itself(rule: Rule, window: Window, n: int) -> MaskMod:
+def _beside_itself(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> MaskMod:
     # Where windows look both ways only the first and the last token can see none but itself. A
     # kernel that asks each query for it comes out wrong on short sequences: up to 127 tokens LLVM
     # adds numbers of 16 bits in pairs, and where one of a pair is missing, ptxas before CUDA 13.1
     # forgets to add.
-    first_alone, last_alone = _alone(window, n, 0), _alone(window, n, n - 1)
+    first_alone, last_alone = ends
     visible = mask_mod(rule)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -77,5 +88,4 @@ def _beside_itself(rule: Rule, window: Window, n: int) -> MaskMod:
 
 
 def _alone(window: Window, n: int, token: int) -> bool:
-    """Whether the window shows ``token`` no key but its own."""
     return at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)

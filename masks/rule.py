@@ -35,6 +35,13 @@ class Rule(Protocol):
     def key_position(self, query: Index, slot: Index) -> Index:
         """Position in the sequence of the key that ``query`` finds in ``slot``."""
 
+    @property
+    def asks_length(self) -> bool:
+        """Whether the bounds of queries depend on how long the sequence is."""
+
+    def of_length(self, length: Tensor) -> "Rule":
+        """The rule with its length in a 0-d tensor, where a kernel looks it up."""
+
     def key_slots(self, n: int) -> int:
         """Slots of ``n`` keys."""
 

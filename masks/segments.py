@@ -7,7 +7,7 @@ halo of ``look_backward`` windows before and ``look_forward`` windows after. The
 interval per query, counted in slots of that layout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class Segments:
     def count(self) -> int:
         """Segments in the sequence."""
         return _ceil(self.length, self.queries)
+
+    @property
+    def asks_length(self) -> bool:
+        """Unless windows are causal, which end before the sequence does."""
+        return not self.window.causal
+
+    def of_length(self, length: Tensor) -> "Segments":
+        """For the bounds of queries alone: all else counts in ints."""
+        return replace(self, length=length)  # type: ignore[arg-type]
 
     def key_slots(self, n: int) -> int:
         """Those of all segments, for the ``n`` tokens of the layout."""
@@ -88,7 +97,9 @@ class Segments:
 
     def last_key(self, query: Index) -> Index:
         """Last slot that ``query`` sees."""
-        last = at_most(self.window.last_key(query), self.length - 1)
+        last = self.window.last_key(query)
+        if self.asks_length:
+            last = at_most(last, self.length - 1)
         return last + self._shift(query // self.queries)
 
     def first_query(self, key: Index) -> Index:

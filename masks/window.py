@@ -112,6 +112,15 @@ class Window:
         """Position of the key in ``slot``, for ``query``: keys lie in their own order here."""
         return slot
 
+    @property
+    def asks_length(self) -> bool:
+        """It does not: what lies beyond the sequence is no key of any kernel."""
+        return False
+
+    def of_length(self, length: Tensor) -> "Window":
+        """Itself."""
+        return self
+
     def key_slots(self, n: int) -> int:
         """One for each key."""
         return n

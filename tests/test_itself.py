@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import windows
 
 from flexlocal.masks import Segments, Window, but_itself_mod, itself_last, mask_mod
-from flexlocal.masks.itself import OWN_SCORE
+from flexlocal.masks.itself import OWN_SCORE, ends_alone
 
 
 def expected(visible):
@@ -25,7 +25,7 @@ def test_by_the_window_alone(rule, n, windows_each):
     layout = window if windows_each is None else Segments(window, windows_each, n)
     slots = n if windows_each is None else layout.key_slots(n)
     query, slot = torch.arange(n)[:, None], torch.arange(slots)
-    visible = but_itself_mod(layout, window, n)(0, 0, query, slot)
+    visible = but_itself_mod(layout, window, n, ends_alone(window, n))(0, 0, query, slot)
     # Kernels leave keys out that are not there, and slots of other segments.
     visible &= mask_mod(layout)(0, 0, query, slot)
     seen = torch.zeros(n, n, dtype=torch.bool)

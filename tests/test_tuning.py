@@ -50,6 +50,13 @@ def test_what_the_table_does_not_know_stays_as_it_is():
     assert nearest(H100, torch.float32, 64, window) is None
 
 
+def kernel_of(blocks):
+    """One for the GPU that adds nothing to the mask."""
+    return Kernel(
+        blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True, ends_alone=None
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "backend", "steps_through"),
     [
@@ -62,7 +69,7 @@ def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_t
     window = Window(16, causal=True)
     tuning = Tuning(STOCK_BLOCK, tuple(given.items()), one_list=True)
     blocks = Blocks(window, window, 60, masked=False, shared_qk=False, tuning=tuning)
-    kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
+    kernel = kernel_of(blocks)
     assert kernel.options.get("BACKEND") == backend
     assert kernel.options.get("BLOCKS_ARE_CONTIGUOUS", False) == steps_through
 
@@ -85,7 +92,7 @@ def test_kernels_step_through_lists_without_gaps_alone(window, n, masked, one_li
     """Where a list has gaps they would read blocks that it does not name."""
     given = Tuning(STOCK_BLOCK, (), one_list)
     blocks = Blocks(window, window, n, masked=masked, shared_qk=False, tuning=given)
-    kernel = Kernel(blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True)
+    kernel = kernel_of(blocks)
     assert ("BLOCKS_ARE_CONTIGUOUS" in kernel.options) == without_gaps
 
 

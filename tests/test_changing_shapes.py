@@ -1,0 +1,146 @@
+"""One compiled model, called with other shapes: batch sizes, lengths, heads and head sizes.
+
+torch compiles again for sizes that it is to leave open. Masks and functions of a score may capture
+them, as they are or in sums, which kernels and gradients take in few forms.
+"""
+
+import dataclasses
+from functools import partial
+
+import budget
+import pytest
+import torch
+from budget import gradients
+from compilers import needs_compiled_kernels_on_the_cpu
+from features import PLAIN, windows_of
+from torch.nn.attention import flex_attention
+
+from flexlocal import LocalAttention, flex
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_limit_is_hit")
+
+FAR = {"rotary": True, "xpos": True, "base": 2.0}  # so many windows that keys lie in segments
+ALONE = windows_of(16, causal=False, exact=True, look_backward=0)  # a last token sees only itself
+KINDS = {
+    "plain": {},
+    "mask": {"mask_batch": 2},
+    "bias": {"bias_heads": 2},
+    "rows, bias": {"lead": (4,), "bias_heads": 2},
+    "rows, mask": {"lead": (4,), "mask_batch": 4},
+    "shared": {"shared_qk": True, "window": ALONE},
+    "xpos": {**FAR, "window": windows_of(4, causal=False)},
+    "xpos, causal": {**FAR, "window": windows_of(4)},
+    "xpos, mask, bias, shared": {
+        **FAR,
+        "window": windows_of(4, causal=False),
+        "mask_batch": 2,
+        "bias_heads": 2,
+        "shared_qk": True,
+    },
+}
+
+
+def calls(name):
+    """Two of another batch size and length, and one of other heads and another head size."""
+    small = {"window": windows_of(16), "lead": (2, 2), "n": 100, "d": 16, "d_v": 16}
+    case = dataclasses.replace(PLAIN, **{**small, **KINDS[name]})
+    more = dataclasses.replace(case, n=158, lead=(2 * case.lead[0], *case.lead[1:]))
+    wider = dataclasses.replace(more, n=130, lead=(*more.lead[:1], *[4] * len(more.lead[1:])))
+    # A layer with a rotation is made for one head size.
+    return case, more, wider if case.rotary else dataclasses.replace(wider, d=32)
+
+
+class OfPairs(torch.nn.Module):
+    """A layer over tokens that come in pairs, so that no size is the length by itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, q, k, v, **named):
+        return self.layer(*(x.flatten(-3, -2) for x in (q, k, v)), **named)
+
+
+def in_pairs(model):
+    def layer(q, k, v, **named):
+        return model(*(x.unflatten(-2, (-1, 2)) for x in (q, k, v)), **named)
+
+    return layer
+
+
+def compiled(case, dropout, **options):
+    """A layer, and a model around it."""
+    arguments = {**case.arguments(), "dropout": dropout}
+    layer = LocalAttention(**arguments, backend="flex")
+    return layer, in_pairs(torch.compile(OfPairs(layer), fullgraph=True, **options))
+
+
+def check_calls(name, moved=lambda x: x, **options):
+    cases = calls(name)
+    layer, run = compiled(cases[0], 0.0, **options)
+    moved(layer)
+    for case in cases:
+        budget.check(case, torch.float32, partial(case.run, run), moved)
+
+
+def check_dropout(name, moved=lambda x: x, **options):
+    """The same weights are dropped as on the eager path."""
+    cases = calls(name)[:2]
+    layer, run = compiled(cases[0], 0.3, **options)
+    eager = LocalAttention(**{**cases[0].arguments(), "dropout": 0.3}, backend="eager")
+    moved(layer)
+    moved(eager)
+    for case in cases:
+        found = []
+        for attend in (run, eager):
+            call = moved(case.tensors(torch.float32))
+            seeded = partial(attend, dropout_seed=moved(torch.tensor(5)))
+            out = case.run(seeded, call)
+            found.append((out, *gradients(out, call).values()))
+        for ours, eagers in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def dense_on_the_cpu(monkeypatch):
+    # Kernels of the CPU have no backward pass; FlexAttention's dense operators have one.
+    monkeypatch.setattr(flex, "refusal", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.mark.usefixtures("dense_on_the_cpu")
+@pytest.mark.parametrize("name", ["rows, bias", "xpos, mask, bias, shared"])
+def test_training(name):
+    check_calls(name, backend="aot_eager")
+
+
+@pytest.mark.usefixtures("dense_on_the_cpu")
+@pytest.mark.parametrize("name", ["rows, mask", "shared", "xpos", "xpos, mask, bias, shared"])
+def test_dropout(name):
+    check_dropout(name, backend="aot_eager")
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.parametrize("name", ["rows, bias", "shared"])
+def test_inference(name):
+    """In kernels of the CPU, which compile slowly."""
+    first, more, _ = calls(name)
+    _, run = compiled(first, 0.0)
+    for case in (first, more):
+        call = case.tensors(torch.float32)
+        truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
+        with torch.no_grad():
+            out = case.run(run, call)
+        budget.assert_within_budget(out, rough, truth, torch.float32, "the output")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KINDS)
+def test_training_on_a_gpu(name):
+    check_calls(name, lambda x: x.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KINDS)
+def test_dropout_on_a_gpu(name):
+    check_dropout(name, lambda x: x.cuda())
