@@ -215,7 +215,7 @@ class _Scores:
             grad_score = torch.where(own, 0.0, grad_score)
         grads: list[Tensor | None] = [None] * (len(arguments) - 1)  # place and captured tensors
         if self.learned and at.bias is not None:
-            where = self.kernel.bias_place(at.bias)(*place)
+            where = self.kernel.bias_place(*place)
             found = torch.ops.flex_lib.zeros_and_scatter(at.bias.shape, where, grad_score)
             grads[len(place) + _BIAS] = found
         return [grad_score, *grads]
@@ -223,7 +223,7 @@ class _Scores:
     def _captured(self, tensors: Sequence[Tensor]) -> _Captured:
         rest = list(tensors)
         reads = self._reads(rest)
-        bias = rest.pop() if self.kernel.biased else None
+        bias = rest.pop() if self.kernel.bias_heads is not None else None
         query_draws, key_draws, total, along = rest
         return _Captured(query_draws, key_draws, total, along, bias, *reads)
 

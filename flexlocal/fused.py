@@ -94,10 +94,13 @@ def fused(
     q, k, v = _as_kernels_read(q, k, v, decodes, alone)
     if lists is None:
         lists = blocks.lists(q.device, kept)
-    bias, margin = (None, None) if bias is None else _bias_table(bias, blocks, on_gpu)
+    bias_heads = margin = None
+    if bias is not None:
+        bias_heads = index(bias.shape[0])  # as h
+        bias, margin = _bias_table(bias, bias_heads, blocks, on_gpu)
     by_mask = settings.shared_qk and kept is None and bias is None
     ends = ends_alone(window, n) if by_mask else None
-    kernel = Kernel(blocks, h, grouped, settings.scale, bias is not None, margin, on_gpu, ends)
+    kernel = Kernel(blocks, h, grouped, settings.scale, bias_heads, margin, on_gpu, ends)
     reads = MaskReads(kept, _looked_up(n, q.device) if kernel.asks_length else None)
     if settings.dropout == 0:
         out: Tensor = flex_attention(
@@ -133,20 +136,23 @@ def _looked_up(n: int, device: torch.device) -> Tensor:
     return written_out(torch.arange(n, n + 1, dtype=torch.int32, device=device).view(()))
 
 
-def _bias_table(bias: Tensor, blocks: Blocks, on_gpu: bool) -> tuple[Tensor, int | None]:
+def _bias_table(
+    bias: Tensor, heads: int, blocks: Blocks, on_gpu: bool
+) -> tuple[Tensor, int | None]:
     """``bias`` as kernels look it up, and its margin, if it has one."""
-    index(bias.shape[0])  # likewise a number: rows take its heads in turn
+    # Its sizes in numbers, where a compiler leaves them open: biases of other windows came before.
+    sized = bias.reshape(heads, blocks.window.size, blocks.window.span)
     if bias.dtype == torch.float64:
-        bias = written_out(bias.to(torch.float32))  # kernels read no float64
+        bias = sized = written_out(sized.to(torch.float32))  # kernels read no float64
     if not on_gpu:
         # Kernels of the CPU, which give no gradients, read no bias that the graph computes.
         learned = torch.is_grad_enabled() and bias.requires_grad
-        return bias if learned else written_out(bias), None
+        return bias if learned else written_out(sized), None
     # Where a length divides evenly, kernels look up no query and no key beyond its end.
     if blocks.rule is not blocks.window or blocks.n % STOCK_BLOCK:
         return bias, None
     margin = blocks.window.block_margin(blocks.tuning.block)
-    return with_margin(bias, margin), margin
+    return with_margin(sized, margin), margin
 
 
 def _as_kernels_read(

@@ -1,6 +1,5 @@
 """What FlexAttention is told of a call beside its tensors: the mask, the bias, the options."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +15,10 @@ from .masks import (
     itself_last,
     mask_mod,
     padding_mod,
-    window_bias,
 )
 from .masks.blocks import block_lists, from_lists, lists_have_gaps
 from .masks.rule import MaskMod
-from .masks.scores import ScoreMod, bias_place
+from .masks.scores import Place, ScoreMod, added, bias_place
 from .tuning import STOCK_BLOCK, Tuning
 
 LEAST_HEAD = 16
@@ -120,7 +118,7 @@ class Kernel:
         heads: query heads.
         grouped: there are fewer key heads.
         scale: factor on the query-key products.
-        biased: a bias is added.
+        bias_heads: those of the bias, which rows take in turn; None without one.
         margin: columns that it has beyond the window's; None where places are clipped.
         on_gpu: Triton makes it.
         ends_alone: whether the first and the last token see only themselves, where a mask hides a
@@ -131,7 +129,7 @@ class Kernel:
     heads: int
     grouped: bool
     scale: float
-    biased: bool
+    bias_heads: int | None
     margin: int | None
     on_gpu: bool
     ends_alone: tuple[bool, bool] | None
@@ -163,15 +161,17 @@ class Kernel:
         """What is done to a score."""
         blocks, mods = self.blocks, []
         if bias is not None:
-            mods.append(window_bias(bias, blocks.window, blocks.rule, self.heads, self.margin))
+            mods.append(added(bias, self.bias_place))
         if self.itself_by_score:
             mods.append(itself_last(blocks.rule))
         return in_turn(*mods)
 
-    def bias_place(self, bias: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """Where in it a score finds its number."""
+    @property
+    def bias_place(self) -> Place:
+        """Where in the bias a score finds its number."""
         blocks = self.blocks
-        return bias_place(blocks.window, blocks.rule, self.heads, bias.shape[0], self.margin)
+        assert self.bias_heads is not None
+        return bias_place(blocks.window, blocks.rule, self.heads, self.bias_heads, self.margin)
 
     def arguments(self, lists: tuple[Tensor, ...], reads: MaskReads) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""

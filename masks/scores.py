@@ -14,6 +14,9 @@ from .window import Window
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
+Place = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From batch entry, head, query and key slot to three indices."""
+
 SELF_SCORE = -5e4
 """Score of a token with itself when queries and keys are shared: seen only when alone."""
 
@@ -37,7 +40,7 @@ def with_margin(bias: Tensor, margin: int) -> Tensor:
 
 def bias_place(
     window: Window, rule: Rule, heads: int, bias_heads: int, margin: int | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+) -> Place:
     """Where in a bias a score finds its number: head, query's place in its window, column.
 
     Args:
@@ -71,7 +74,11 @@ def window_bias(
         bias: ``(h, W, (1 + look_backward + look_forward) * W)``, or that ``with_margin``.
         window, rule, heads, margin: as for ``bias_place``.
     """
-    place = bias_place(window, rule, heads, bias.shape[0], margin)
+    return added(bias, bias_place(window, rule, heads, bias.shape[0], margin))
+
+
+def added(bias: Tensor, place: Place) -> ScoreMod:
+    """Adds what ``bias`` holds where ``place`` says."""
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[place(batch, head, query, key)]

@@ -13,6 +13,7 @@ import torch
 from budget import gradients
 from compilers import needs_compiled_kernels_on_the_cpu
 from features import PLAIN, windows_of
+from strategies import Call
 from torch.nn.attention import flex_attention
 
 from flexlocal import LocalAttention, flex
@@ -101,6 +102,17 @@ def check_dropout(name, moved=lambda x: x, **options):
             torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4)
 
 
+def check_inference(cases):
+    """On the CPU, in its kernels."""
+    _, run = compiled(cases[0], 0.0)
+    for case in cases:
+        call = case.tensors(torch.float32)
+        truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
+        with torch.no_grad():
+            out = case.run(run, call)
+        budget.assert_within_budget(out, rough, truth, torch.float32, "the output")
+
+
 @pytest.fixture
 def dense_on_the_cpu(monkeypatch):
     # Kernels of the CPU have no backward pass; FlexAttention's dense operators have one.
@@ -123,15 +135,27 @@ def test_dropout(name):
 @needs_compiled_kernels_on_the_cpu
 @pytest.mark.parametrize("name", ["rows, bias", "shared"])
 def test_inference(name):
-    """In kernels of the CPU, which compile slowly."""
-    first, more, _ = calls(name)
-    _, run = compiled(first, 0.0)
-    for case in (first, more):
-        call = case.tensors(torch.float32)
-        truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
-        with torch.no_grad():
-            out = case.run(run, call)
-        budget.assert_within_budget(out, rough, truth, torch.float32, "the output")
+    check_inference(calls(name)[:2])
+
+
+def of_other_windows():
+    """Two layers' calls: torch takes the sizes of the second one's bias for open."""
+    case, *_ = calls("bias")
+    return case, dataclasses.replace(case, window=windows_of(20))
+
+
+@needs_compiled_kernels_on_the_cpu
+def test_layers_of_other_windows():
+    for case in of_other_windows():
+        check_inference([case])
+
+
+@pytest.mark.gpu
+def test_layers_of_other_windows_on_a_gpu():
+    for case in of_other_windows():
+        layer, run = compiled(case, 0.0)
+        layer.cuda()
+        budget.check(case, torch.float32, partial(case.run, run), Call.cuda)
 
 
 @pytest.mark.gpu

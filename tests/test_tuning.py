@@ -53,7 +53,14 @@ def test_what_the_table_does_not_know_stays_as_it_is():
 def kernel_of(blocks):
     """One for the GPU that adds nothing to the mask."""
     return Kernel(
-        blocks, 2, grouped=False, scale=1.0, biased=False, margin=None, on_gpu=True, ends_alone=None
+        blocks,
+        2,
+        grouped=False,
+        scale=1.0,
+        bias_heads=None,
+        margin=None,
+        on_gpu=True,
+        ends_alone=None,
     )
 
 
