@@ -33,9 +33,11 @@ class Call:
     @property
     def factor(self) -> float:
         """``scale`` with its default filled in."""
-        # index has a compiler settle on a number, which kernels take, and no power of a size.
-        scale: float = index(self.q.shape[-1]) ** -0.5 if self.scale is None else self.scale
-        return scale
+        # index has a compiler settle on a number: kernels take no power of an open size.
+        if self.scale is None:
+            default: float = index(self.q.shape[-1]) ** -0.5
+            return default
+        return float(index(self.scale)) if isinstance(self.scale, int) else self.scale
 
     @property
     def inv_freq(self) -> Tensor | None:

@@ -10,9 +10,11 @@ Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import index
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from .arguments import check_count, check_flag, kind_of
@@ -57,6 +59,9 @@ class Window:
             object.__setattr__(self, "look_forward", 0 if self.causal else 1)
         check_count("look_forward", self.ahead, least=0)
         check_flag("exact", self.exact)
+        # A compiler that met other windows takes these for open, and cannot make a mask of them.
+        for name in ("size", "look_backward", "look_forward"):
+            object.__setattr__(self, name, index(getattr(self, name)))
         if self.span > _MOST_SPAN:
             raise ValueError(
                 "window size times the windows looked at must be at most 2**62 tokens, "
@@ -210,7 +215,7 @@ def as_window(window: object, name: str = "window") -> Window:
         ValueError: the size is below 1.
     """
     if isinstance(window, Window):
-        return window
+        return replace(window) if torch.compiler.is_compiling() else window  # settles its numbers
     if isinstance(window, bool) or not isinstance(window, int):
         raise TypeError(f"{name} must be a Window or an int, got {window!r} of {kind_of(window)}")
     check_count(name, window)

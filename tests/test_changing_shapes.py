@@ -8,6 +8,7 @@ import dataclasses
 from functools import partial
 
 import budget
+import oracle
 import pytest
 import torch
 from budget import gradients
@@ -16,7 +17,7 @@ from features import PLAIN, windows_of
 from strategies import Call
 from torch.nn.attention import flex_attention
 
-from flexlocal import LocalAttention, flex
+from flexlocal import LocalAttention, Window, flex, local_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_limit_is_hit")
 
@@ -148,6 +149,45 @@ def of_other_windows():
 def test_layers_of_other_windows():
     for case in of_other_windows():
         check_inference([case])
+
+
+def check_windows(backend, given, moved=lambda x: x, **options):
+    """The window as an argument of what is compiled, which takes its numbers for open."""
+
+    @partial(torch.compile, fullgraph=True, **options)
+    def attend(q, k, v, window):
+        return local_attention(q, k, v, window, backend=backend)
+
+    for window in given:
+        rule = Window(window) if isinstance(window, int) else window
+        q, k, v = torch.randn(3, 2, 2, 96, 16)
+        with torch.no_grad():
+            out = attend(moved(q), moved(k), moved(v), window)
+        look = {"causal": rule.causal, "look_backward": rule.look_backward}
+        truth = oracle.attend(q, k, v, rule.size, **look)
+        torch.testing.assert_close(out.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
+WINDOWS = {
+    "sizes": (8, 16, 12),
+    "windows": (Window(8, causal=True), Window(16, causal=True), Window(12, True, 2)),
+}
+
+
+@pytest.mark.parametrize("given", WINDOWS.values(), ids=WINDOWS)
+def test_windows_of_the_eager_path(given):
+    check_windows("eager", given)
+
+
+@needs_compiled_kernels_on_the_cpu
+def test_windows_of_kernels():
+    check_windows("flex", WINDOWS["sizes"][:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", WINDOWS.values(), ids=WINDOWS)
+def test_windows_on_a_gpu(given):
+    check_windows("flex", given, lambda x: x.cuda())
 
 
 @pytest.mark.gpu
