@@ -23,11 +23,11 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
 
 def padding_mod(kept: Tensor) -> MaskMod:
     """FlexAttention's mask_mod of ``kept``, boolean ``(batch, heads or 1, slots)``, True = keep."""
-    heads = kept.shape[1]
+    by_head = kept.shape[1] > 1  # and no size, which a compiler may leave open, in a kernel
 
     def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # Looked up by the kernel's own index: any arithmetic on it would cost more than the rest.
-        return kept[batch, head if heads > 1 else 0, key]
+        return kept[batch, head if by_head else 0, key]
 
     keeps.__name__ = "key_padding"
     return keeps

@@ -14,7 +14,6 @@ import torch
 from budget import gradients
 from compilers import needs_compiled_kernels_on_the_cpu
 from features import PLAIN, windows_of
-from strategies import Call
 from torch.nn.attention import flex_attention
 
 from flexlocal import LocalAttention, Window, flex, local_attention
@@ -77,8 +76,11 @@ def compiled(case, dropout, **options):
     return layer, in_pairs(torch.compile(OfPairs(layer), fullgraph=True, **options))
 
 
-def check_calls(name, moved=lambda x: x, **options):
-    cases = calls(name)
+def on_gpu(x):
+    return x.cuda()
+
+
+def check_cases(cases, moved=lambda x: x, **options):
     layer, run = compiled(cases[0], 0.0, **options)
     moved(layer)
     for case in cases:
@@ -103,9 +105,9 @@ def check_dropout(name, moved=lambda x: x, **options):
             torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4)
 
 
-def check_inference(cases):
-    """On the CPU, in its kernels."""
-    _, run = compiled(cases[0], 0.0)
+def check_inference(cases, **options):
+    """On the CPU, in its kernels unless ``backend`` says otherwise."""
+    _, run = compiled(cases[0], 0.0, **options)
     for case in cases:
         call = case.tensors(torch.float32)
         truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
@@ -124,7 +126,7 @@ def dense_on_the_cpu(monkeypatch):
 @pytest.mark.usefixtures("dense_on_the_cpu")
 @pytest.mark.parametrize("name", ["rows, bias", "xpos, mask, bias, shared"])
 def test_training(name):
-    check_calls(name, backend="aot_eager")
+    check_cases(calls(name), backend="aot_eager")
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu")
@@ -149,6 +151,33 @@ def of_other_windows():
 def test_layers_of_other_windows():
     for case in of_other_windows():
         check_inference([case])
+
+
+def of_masks_by_head():
+    case, *_ = calls("plain")
+    return [dataclasses.replace(case, lead=(b, 2), mask_batch=2 * b) for b in (2, 3)]
+
+
+def without_sums(graph, inputs):
+    """A backend for torch.compile that runs the graph, whose kernels capture no sum of sizes."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.higher_order.flex_attention:
+            captured = [x.meta["example_value"] for x in (*node.args[-2], *node.args[-1])]
+            sizes = [x.node.expr for x in captured if isinstance(x, torch.SymInt)]
+            assert all(size.is_Symbol for size in sizes), sizes
+    return graph.forward
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.parametrize("name", [*KINDS, "mask by head"])
+def test_kernels_capture_no_sums(name):
+    """Nor other expressions of sizes, which kernels refuse on the GPU."""
+    check_inference(calls(name) if name in KINDS else of_masks_by_head(), backend=without_sums)
+
+
+@pytest.mark.gpu
+def test_masks_by_head_on_a_gpu():
+    check_cases(of_masks_by_head(), on_gpu)
 
 
 def check_windows(backend, given, moved=lambda x: x, **options):
@@ -187,24 +216,22 @@ def test_windows_of_kernels():
 @pytest.mark.gpu
 @pytest.mark.parametrize("given", WINDOWS.values(), ids=WINDOWS)
 def test_windows_on_a_gpu(given):
-    check_windows("flex", given, lambda x: x.cuda())
+    check_windows("flex", given, on_gpu)
 
 
 @pytest.mark.gpu
 def test_layers_of_other_windows_on_a_gpu():
     for case in of_other_windows():
-        layer, run = compiled(case, 0.0)
-        layer.cuda()
-        budget.check(case, torch.float32, partial(case.run, run), Call.cuda)
+        check_cases([case], on_gpu)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
 def test_training_on_a_gpu(name):
-    check_calls(name, lambda x: x.cuda())
+    check_cases(calls(name), on_gpu)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
 def test_dropout_on_a_gpu(name):
-    check_dropout(name, lambda x: x.cuda())
+    check_dropout(name, on_gpu)
