@@ -11,7 +11,7 @@ from .block_map import BlockMap
 from .blocks import EMPTY, FULL, PARTIAL, block_mask
 from .description import Description
 from .heat import bias_map, heat_map
-from .itself import but_itself_mod, itself_last
+from .itself import but_itself_mod, ends_alone, itself_last
 from .keys import padding_mod
 from .picture import MaskPicture, inspect
 from .presets import PRESETS, Preset, preset
@@ -35,6 +35,7 @@ __all__ = [
     "bias_map",
     "block_mask",
     "but_itself_mod",
+    "ends_alone",
     "heat_map",
     "in_turn",
     "inspect",

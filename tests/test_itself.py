@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
 
-from flexlocal.masks import Segments, Window, but_itself_mod, itself_last, mask_mod
-from flexlocal.masks.itself import OWN_SCORE, ends_alone
+from flexlocal.masks import Segments, Window, but_itself_mod, ends_alone, itself_last, mask_mod
+from flexlocal.masks.itself import OWN_SCORE
 
 
 def expected(visible):
