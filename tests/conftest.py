@@ -9,6 +9,9 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.nn.attention import flex_attention
+
+from flexlocal import flex
 
 settings.register_profile(
     "ci",
@@ -49,6 +52,13 @@ def fresh_compiler():
     """Nothing is compiled, and nothing counted against a limit."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def dense_on_the_cpu(monkeypatch):
+    """The fused path takes gradients on the CPU: FlexAttention's dense operators have them."""
+    monkeypatch.setattr(flex, "refusal", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ import torch
 from budget import gradients
 from compilers import needs_compiled_kernels_on_the_cpu
 from features import PLAIN, windows_of
-from torch.nn.attention import flex_attention
 
-from flexlocal import LocalAttention, Window, flex, local_attention
+from flexlocal import LocalAttention, Window, local_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_limit_is_hit")
 
@@ -116,13 +115,6 @@ def check_inference(cases, **options):
         budget.assert_within_budget(out, rough, truth, torch.float32, "the output")
 
 
-@pytest.fixture
-def dense_on_the_cpu(monkeypatch):
-    # Kernels of the CPU have no backward pass; FlexAttention's dense operators have one.
-    monkeypatch.setattr(flex, "refusal", lambda *_: None)
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-
-
 @pytest.mark.usefixtures("dense_on_the_cpu")
 @pytest.mark.parametrize("name", ["rows, mask", "shared", "xpos"])
 def test_dropout(name):
@@ -168,10 +160,10 @@ def test_masks_by_head_on_a_gpu():
     check_cases(of_masks_by_head())
 
 
-def check_windows(backend, given, moved=lambda x: x, **options):
+def check_windows(backend, given, moved=lambda x: x):
     """The window as an argument of what is compiled, which takes its numbers for open."""
 
-    @partial(torch.compile, fullgraph=True, **options)
+    @partial(torch.compile, fullgraph=True)
     def attend(q, k, v, window):
         return local_attention(q, k, v, window, backend=backend)
 

@@ -14,18 +14,11 @@ from features import FEATURES, feature
 from hypothesis import Phase, given, settings
 from strategies import cases
 from torch._dynamo.backends.debugging import aot_eager
-from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention, flex
 
-
-@pytest.fixture(autouse=True)
-def dense_on_the_cpu(monkeypatch):
-    # Kernels of the CPU have no backward pass; these operators have one.
-    monkeypatch.setattr(flex, "refusal", lambda *_: None)
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
 
 
 def compiled(case, **more):
