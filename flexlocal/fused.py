@@ -27,6 +27,11 @@ from .tuning import STOCK_BLOCK, Tuning
 MOST_HEAD = 256
 """Channels of the widest heads that kernels take on the GPU."""
 
+_LEAST_ON_CPU = 24
+"""Below, the CPU's kernel may multiply by keys past the last one and write what comes of it over
+the running maxima of the first queries: where a vector divides head size and length, and 16 does
+not divide the length (torch 2.11 to 2.14 without AVX-512)."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -165,6 +170,7 @@ def _as_kernels_read(
         alone: this is a graph of its own, and no part of a user's.
     """
     if q.device.type != "cuda":
+        q, k = _at_least(q, _LEAST_ON_CPU), _at_least(k, _LEAST_ON_CPU)
         # The kernel reads a view that the graph makes without its offset (torch 2.13).
         return (q, k, v) if alone else (copied(q), copied(k), copied(v))
     q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
@@ -197,14 +203,15 @@ def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tenso
 
 
 def _padded_head(x: Tensor) -> Tensor:
-    """``x`` with zeros up to a head size that kernels take."""
-    d = x.shape[-1]
-    if d < LEAST_HEAD:
-        return F.pad(x, (0, LEAST_HEAD - d))
-    if x.dtype == torch.float32 and MOST_HEAD // 2 < d < MOST_HEAD:
-        # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
-        return F.pad(x, (0, MOST_HEAD - d))
-    return x
+    """``x`` with zeros up to a head size that kernels take on the GPU."""
+    # In between, torch 2.11 knows no tiles that fit Hopper's shared memory at fp32.
+    wide = x.dtype == torch.float32 and x.shape[-1] > MOST_HEAD // 2
+    return _at_least(x, MOST_HEAD if wide else LEAST_HEAD)
+
+
+def _at_least(x: Tensor, d: int) -> Tensor:
+    """``x`` with zeros up to head size ``d``."""
+    return x if x.shape[-1] >= d else F.pad(x, (0, d - x.shape[-1]))
 
 
 def _narrowed(x: Tensor, d: int) -> Tensor:

@@ -236,6 +236,18 @@ def test_what_lies_around_it_in_a_graph():
     torch.testing.assert_close(found, around(eager), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("d", [8, 16])
+def test_nothing_behind_the_last_key_is_read(d):
+    """Without AVX-512, a kernel for heads so narrow read eight keys more, and wrote with them."""
+    n = 40
+    k = torch.full((2, 3, n + 8, d), torch.nan)[:, :, :n].normal_()
+    q, v = torch.randn(2, 2, 3, n, d)
+    layer = LocalAttention(8, dropout=0.0, backend="flex")
+    with torch.no_grad():
+        found = layer(q, k, v).double()
+    torch.testing.assert_close(found, oracle.attend(q, k, v, 8), rtol=1e-5, atol=1e-5)
+
+
 def test_xpos_that_would_overflow_is_refused():
     layer = LocalAttention(16, True, 8, dim=16, use_xpos=True, dropout=0.0, backend="flex")
     q = torch.randn(1, 2, 64, 16, dtype=torch.float16)
