@@ -81,7 +81,8 @@ def fused(
     h = index(h)  # for a compiler: a number, before functions of a score capture it as a size
     rule = settings.rule(n, dtype)
     if key_mask is not None:
-        key_mask = key_mask.expand(-1, -1, n)  # for a compiler: its length is q's, whatever it is
+        # For a compiler: the mask's sizes are those of q, however they were computed.
+        key_mask = key_mask.expand(-1, 1 if key_mask.shape[1] == 1 else h, n)
         v = without_padding(v, key_mask)
         # Kernels hide a score before they use it, but multiply by a hidden key for a gradient.
         if torch.is_grad_enabled() and (k.requires_grad or q.requires_grad):

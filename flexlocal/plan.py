@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -120,4 +121,6 @@ def four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
     rows = math.prod(x.shape[:-2])
     # Rows that share a mask become heads of one batch entry, so that the mask has no heads.
     batch = max(1, rows if mask is None else mask.shape[0])
-    return x.reshape(batch, rows // batch, *x.shape[-2:])
+    heads = index(rows // batch)
+    # Expanded for a compiler: it would take a quotient of sizes for the heads, not the number.
+    return x.reshape(batch, heads, *x.shape[-2:]).expand(-1, heads, -1, -1)

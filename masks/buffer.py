@@ -1,5 +1,7 @@
 """Tensors that a compiler must write out as they are."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,9 @@ def settled(x: Tensor) -> Tensor:
 
     Not for equal numbers: a compiler makes a constant of them, whose rows it may lay out with gaps.
     """
-    x = x.contiguous()
-    return x.as_strided(x.shape, x.stride())
+    # Its strides may be quotients of open sizes, where products of its own say the same.
+    strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.dim())]
+    return x.contiguous().as_strided(x.shape, strides)
 
 
 @torch.library.custom_op("flexlocal::copied", mutates_args=())
