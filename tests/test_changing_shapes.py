@@ -5,6 +5,7 @@ them, as they are or in sums, which kernels and gradients take in few forms.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import budget
@@ -139,16 +140,24 @@ def of_masks_by_head():
     return [dataclasses.replace(case, lead=(b, 2), mask_batch=2 * b) for b in (2, 3)]
 
 
+def steps_of(shape):
+    """The strides of a contiguous tensor."""
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
 def as_kernels_take(graph, inputs):
     """A backend for torch.compile that runs the graph, whose kernels meet sizes that they take.
 
-    They capture no sum of sizes, and heads of their tensors are numbers.
+    They capture no sum of sizes, nor what lies otherwise than its sizes say, and heads are numbers.
     """
     for node in graph.graph.nodes:
         if node.target is torch.ops.higher_order.flex_attention:
             captured = [x.meta["example_value"] for x in (*node.args[-2], *node.args[-1])]
             sizes = [x.node.expr for x in captured if isinstance(x, torch.SymInt)]
             assert all(size.is_Symbol for size in sizes), sizes
+            for x in (x for x in captured if isinstance(x, torch.Tensor)):
+                shape, strides = map(sympify, x.shape), map(sympify, x.stride())
+                assert [*strides] == steps_of([*shape])
             heads = [x.meta["example_value"].shape[1] for x in node.args[:3]]
             assert all(sympify(size).is_Integer for size in heads), heads
     return graph.forward
