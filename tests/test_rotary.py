@@ -56,9 +56,9 @@ def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
 
     monkeypatch.setattr(fused, "flex_attention", kernel)
     settings = fused.Settings(Window(4, causal=True), 1.0, False, 0.0, None, STOCK)
-    for x in (torch.randn(2, 3, 5, 8), torch.randn(2, 5, 3, 8).transpose(1, 2)):
+    for x in (torch.randn(2, 3, 5, 32), torch.randn(2, 5, 3, 32).transpose(1, 2)):
         lists = settings.blocks(5, x.dtype, masked=False).lists(x.device)
-        fused.fused(settings, lists, x, x, x, None, None, None, Rotary(8).inv_freq, None)
+        fused.fused(settings, lists, x, x, x, None, None, None, Rotary(32).inv_freq, None)
         assert seen == [x.stride(), x.stride()]
         seen.clear()
 
