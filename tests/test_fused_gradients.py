@@ -36,7 +36,7 @@ def test_arguments(name):
     check_case(feature(name))
 
 
-@settings(max_examples=8, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(cases())
 def test_random_calls(case):
     torch.compiler.reset()
@@ -134,7 +134,7 @@ def test_dropout(name):
     check_dropout(feature(name, n=301))
 
 
-@settings(max_examples=8, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(cases())
 def test_dropout_of_random_calls(case):
     torch.compiler.reset()
