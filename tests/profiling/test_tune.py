@@ -22,7 +22,7 @@ from profiling.problems import PROBLEMS
 from profiling.tuned_table import merged, text_of
 from profiling.workers import Workers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # The order of a sweep.

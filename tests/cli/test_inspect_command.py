@@ -13,7 +13,7 @@ from flexlocal import mask_command
 from flexlocal.__main__ import main, parser
 from flexlocal.masks import PRESETS, Window, inspect
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def said(capsys, line):

@@ -16,7 +16,7 @@ from profiling.problems import PROBLEMS
 from profiling.progress import Progress
 from profiling.windowed import FlashAttention2
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TINY = ["--device", "cpu", "--problem", "tiny", "--seconds", "0.005"]
 

@@ -19,7 +19,7 @@ from flexlocal import LocalAttention
 from flexlocal.masks import Window, bias_map, gallery, heat_map, inspect
 from flexlocal.masks.symbols import BLOCKS, SHADES, TOKENS, shade
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FEW = settings(max_examples=12)  # a PNG takes a tenth of a second
 
 

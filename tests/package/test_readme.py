@@ -11,7 +11,7 @@ import pytest
 from flexlocal.__main__ import parser
 from profiling import tables
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 RESULTS = README.parent / "profiling" / "results"
 TABLES = {
     "h100.json": README,

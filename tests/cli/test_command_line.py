@@ -14,7 +14,7 @@ from flexlocal.__main__ import main
 
 def run(*arguments):
     command = [sys.executable, "-m", "flexlocal", *arguments]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     # One thread: on a shared machine two wait for each other longer than they work.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)

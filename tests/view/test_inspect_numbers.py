@@ -16,7 +16,7 @@ from strategies import EXAMPLES, windows
 from flexlocal import LocalAttention
 from flexlocal.masks import Window, inspect
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @settings(max_examples=4 * EXAMPLES)
