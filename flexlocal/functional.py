@@ -10,8 +10,7 @@ from .backend import Choice, choose
 from .call import BackendName, Call
 from .masks import Window
 from .masks.keys import for_each_head, mask_of_rows
-from .masks.picture import MOST_DENSE
-from .masks.spans import from_spans
+from .masks.spans import MOST_DENSE, from_spans
 from .masks.window import as_window
 from .plan import checked, four_dimensional, plan_of
 from .rotary import Rotary

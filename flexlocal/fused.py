@@ -198,7 +198,7 @@ def _xpos_factors(xpos: Xpos, rule: Rule, window: Window, n: int) -> tuple[Tenso
     """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
     shift, dtype = window.after, torch.float32
     if isinstance(rule, Segments):
-        query, slot = xpos.scales(rule.queries, window.before, window.after, shift, dtype)
+        query, slot = xpos.scales(rule.queries_each, window.before, window.after, shift, dtype)
         return query.repeat(rule.count, 1)[:n], slot.repeat(rule.count, 1)
     return xpos.scales(n, 0, 0, shift, dtype)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,9 +19,12 @@ from .checks import (
     dim_of,
 )
 from .functional import attention_map, explain, local_attention
-from .masks import MaskPicture, Window, inspect
+from .masks import Window
 from .masks.arguments import check_count, check_flag
 from .rotary import Rotary, check_scale_base
+
+if TYPE_CHECKING:
+    from .masks import MaskPicture
 
 
 class LocalAttention(nn.Module):
@@ -191,7 +194,7 @@ class LocalAttention(nn.Module):
         key_mask: Tensor | None = None,
         block_size: int | tuple[int, int] = 128,
         window_size: int | None = None,
-    ) -> MaskPicture:
+    ) -> "MaskPicture":
         """Which keys each of ``n`` queries sees, as an object to ``print`` and draw.
 
         Args:
@@ -207,6 +210,8 @@ class LocalAttention(nn.Module):
         query 3 sees 4 keys: 0 to 3, the query's own included
         it stands in window 1, tokens 2 to 3, as token 1 of it
         """
+        from .masks import inspect  # loads the pictures, which a layer does without
+
         window = self._window(window_size)
         head_size = 64 if self.dim is None else self.dim
         picture = inspect(window, n, key_mask=key_mask, block_size=block_size, head_size=head_size)

@@ -49,7 +49,8 @@ def run(
                     "argument --preset: brings its own window, drop flags that shape one"
                 )
             found = masks.preset(preset)
-            said.append(f"{found}\n")
+            if query is None:  # one query's answer stands alone
+                said.append(f"{found}\n")
             shape, autopad = found.window, True  # a model takes any length
         else:
             assert window is not None

@@ -49,7 +49,13 @@ class Side:
 
 
 def block_runs(
-    rule: Rule, n_queries: int, n_keys: int, block_size: int | tuple[int, int] = 128
+    rule: Rule,
+    n_queries: int,
+    n_keys: int,
+    block_size: int | tuple[int, int] = 128,
+    *,
+    batch: int = 0,
+    head: int = 0,
 ) -> Runs:
     """The blocks that ``block_mask`` lists for each block of queries, as runs, on the CPU.
 
@@ -57,7 +63,14 @@ def block_runs(
     partial where it does not keep every key.
     """
     queries, keys = map(Side, (n_queries, n_keys), check_block_size(block_size))
-    return runs_of(queries, keys, rule.first_key, rule.last_key, "cpu")
+
+    def first(query: Tensor) -> Tensor:
+        return rule.keys(batch, head, query)[0]
+
+    def last(query: Tensor) -> Tensor:
+        return rule.keys(batch, head, query)[1]
+
+    return runs_of(queries, keys, first, last, "cpu")
 
 
 def runs_of_both(

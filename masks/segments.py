@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .buffer import written_out
 from .clip import at_least, at_most
+from .rule import Reach
 from .window import Index, Window
 
 
@@ -34,19 +35,19 @@ class Segments:
     length: int
 
     @property
-    def queries(self) -> int:
+    def queries_each(self) -> int:
         """Queries in a segment."""
         return self.windows * self.window.size
 
     @property
     def slots(self) -> int:
         """Key slots in a segment: its own keys and the halo."""
-        return self.queries + self._halo
+        return self.queries_each + self._halo
 
     @property
     def count(self) -> int:
         """Segments in the sequence."""
-        return _ceil(self.length, self.queries)
+        return _ceil(self.length, self.queries_each)
 
     @property
     def asks_length(self) -> bool:
@@ -77,12 +78,12 @@ class Segments:
         parts = copies.unflatten(-2, (self.count, self.slots))
         found = []
         # Slots that hold keys of the segment itself, of those before it and of those after it.
-        for step in range(-_ceil(after, self.queries), _ceil(before, self.queries) + 1):
-            start = before - step * self.queries
-            first, end = max(start, 0), min(start + self.queries, self.slots)
+        for step in range(-_ceil(after, self.queries_each), _ceil(before, self.queries_each) + 1):
+            start = before - step * self.queries_each
+            first, end = max(start, 0), min(start + self.queries_each, self.slots)
             inside = parts[..., first:end, :]
             behind, past = max(-step, 0), max(step, 0)
-            missing = (0, 0, first - start, start + self.queries - end, behind, past)
+            missing = (0, 0, first - start, start + self.queries_each - end, behind, past)
             found.append(self._joined(F.pad(inside, missing).narrow(-3, past, self.count)))
         return sum(found[1:], found[0])
 
@@ -93,20 +94,20 @@ class Segments:
 
     def first_key(self, query: Index) -> Index:
         """First slot that ``query`` sees."""
-        return at_least(self.window.first_key(query), 0) + self._shift(query // self.queries)
+        return at_least(self.window.first_key(query), 0) + self._shift(query // self.queries_each)
 
     def last_key(self, query: Index) -> Index:
         """Last slot that ``query`` sees."""
         last = self.window.last_key(query)
         if self.asks_length:
             last = at_most(last, self.length - 1)
-        return last + self._shift(query // self.queries)
+        return last + self._shift(query // self.queries_each)
 
     def first_query(self, key: Index) -> Index:
         """First query that sees the slot; the segment's end for a slot past the last key."""
         segment = key // self.slots
         position = key - self._shift(segment)
-        start, end = segment * self.queries, (segment + 1) * self.queries
+        start, end = segment * self.queries_each, (segment + 1) * self.queries_each
         first = at_most(at_least(self.window.first_query(position), start), end)
         return first + _where_above(position, self.length - 1, end - first)
 
@@ -114,17 +115,36 @@ class Segments:
         """Last query that sees the slot; before the segment for a slot before the first key."""
         segment = key // self.slots
         position = key - self._shift(segment)
-        start, end = segment * self.queries, (segment + 1) * self.queries
+        start, end = segment * self.queries_each, (segment + 1) * self.queries_each
         last = at_least(at_most(self.window.last_query(position), end - 1), start - 1)
         return last - _where_above(-position, 0, last - (start - 1))
 
-    def key_position(self, query: Index, slot: Index) -> Index:
-        """Position of the key that ``query`` finds in ``slot``."""
-        return slot - self._shift(query // self.queries)
+    def keys(self, batch: Index | int, head: Index | int, query: Index) -> tuple[Index, Index]:
+        """First and last slot that ``query`` sees."""
+        return self.first_key(query), self.last_key(query)
+
+    def queries(self, batch: Index | int, head: Index | int, key: Index) -> tuple[Index, Index]:
+        """First and last query that sees the slot."""
+        return self.first_query(key), self.last_query(key)
+
+    @property
+    def reach(self) -> Reach:
+        """The window's, under the layout's name."""
+        return replace(self.window.reach, label=self.label)
+
+    @property
+    def words(self) -> str:
+        """The label."""
+        return self.label
+
+    def key_position(self, *place: Any) -> Any:
+        """``(batch, query, slot)``: position of the key that ``query`` finds in ``slot``."""
+        query, slot = place[-2:]
+        return slot - self._shift(query // self.queries_each)
 
     def most_keys(self, queries: int) -> int:
         """Upper bound of the slots between the first and last key that a block sees."""
-        crossed = _ceil(queries - 1, self.queries)
+        crossed = _ceil(queries - 1, self.queries_each)
         return self.window.most_keys(queries) + crossed * self._halo
 
     def most_queries(self, keys: int) -> int:

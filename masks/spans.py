@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .window import Window
 
+MOST_DENSE = 2**24
+"""Token pairs that a dense mask or map holds at most: a square of 4096 tokens."""
+
 
 def from_spans(values: Tensor, window: Window) -> Tensor:
     """``(..., n, window.span)`` as ``(..., n, n)``, 0 outside the windows.

@@ -12,12 +12,15 @@ Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local
 import math
 from dataclasses import dataclass, replace
 from operator import index
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .arguments import check_count, check_flag, kind_of
+
+if TYPE_CHECKING:
+    from .rule import Reach
 
 Index = TypeVar("Index", int, Tensor)
 
@@ -113,9 +116,37 @@ class Window:
         """Last query that sees ``key``."""
         return self._forth(key, self.look_backward, self.exact)
 
-    def key_position(self, query: Index, slot: Index) -> Index:
-        """Position of the key in ``slot``, for ``query``: keys lie in their own order here."""
-        return slot
+    def keys(self, batch: Index | int, head: Index | int, query: Index) -> tuple[Index, Index]:
+        """First and last key that ``query`` sees."""
+        return self.first_key(query), self.last_key(query)
+
+    def queries(self, batch: Index | int, head: Index | int, key: Index) -> tuple[Index, Index]:
+        """First and last query that sees the key."""
+        return self.first_query(key), self.last_query(key)
+
+    @property
+    def reach(self) -> "Reach":
+        """How far the window reaches, and its name."""
+        from .rule import Reach
+
+        slides_ahead = self.exact or self.causal
+        return Reach(
+            self.most_seen,
+            self.before + (0 if self.exact else self.size - 1),
+            self.after + (0 if slides_ahead else self.size - 1),
+            self.label,
+            self.size,
+            1 if self.exact else self.size,
+        )
+
+    @property
+    def window(self) -> "Window":
+        """Itself."""
+        return self
+
+    def key_position(self, *place: Any) -> Any:
+        """``(batch, query, slot)``: the slot, since keys lie in their own order here."""
+        return place[-1]
 
     @property
     def asks_length(self) -> bool:

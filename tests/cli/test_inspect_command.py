@@ -65,10 +65,16 @@ def test_one_query(capsys):
 
 
 def test_presets(capsys):
-    out = said(capsys, "--preset gpt-oss --len 1000 --query 999")
-    assert out.startswith(str(PRESETS["gpt-oss"]))
-    assert "query 999 sees 128 keys: 872 to 999" in out
+    out = said(capsys, "--preset gpt-oss --len 1000")
+    gpt_oss = PRESETS["gpt-oss"]
+    assert out.startswith(f"{gpt_oss}\n\n{inspect(gpt_oss.window, 1000).text(color=False)}")
     said(capsys, "--preset llama-4")
+
+
+def test_the_answer_about_one_query_of_a_preset_stands_alone(capsys):
+    out = said(capsys, "--preset gpt-oss --len 1000 --query 999")
+    assert out == f"{inspect(PRESETS['gpt-oss'].window, 1000).query(999)}\n"
+    assert out.startswith("query 999 sees 128 keys: 872 to 999")
 
 
 def test_the_list_has_every_preset_and_source(capsys):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 
 from flexlocal.masks import Segments, Window, block_mask, inspect
-from flexlocal.masks.symbols import BLOCKS, SHADES, TOKENS, shade
+from flexlocal.masks.view.symbols import BLOCKS, SHADES, TOKENS, shade
 
 
 @st.composite
@@ -199,7 +199,7 @@ def test_one_query_in_words(mask, data):
         return [j for a, b in runs for j in range(int(a), int(b or a) + 1)]
 
     expected = seen[i].nonzero().flatten().tolist()
-    if len(re.findall("more runs", words)):
+    if len(re.findall("more intervals", words)):
         return  # shortened, see below
     assert keys(r"keys?: (.*), the query") == expected
     assert keys(r"key mask: (.*)") == struck[i].nonzero().flatten().tolist()
@@ -213,7 +213,7 @@ def test_one_query_in_words(mask, data):
 def test_many_runs_are_shortened():
     key_mask = torch.arange(60) % 2 == 0
     words = inspect(Window(60), 60, key_mask=key_mask).query(1)
-    assert "sees 30 keys: 0, 2, 4, 6, 8, 10, 12, 14 and 22 more runs up to 58" in words
+    assert "sees 30 keys: 0, 2, 4, 6, 8, 10, 12, 14 and 22 more intervals up to 58" in words
     assert "own not among them" in words
 
 

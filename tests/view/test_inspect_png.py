@@ -16,8 +16,9 @@ from PIL import Image
 from strategies import windows
 
 from flexlocal import LocalAttention
-from flexlocal.masks import Window, bias_map, gallery, heat_map, inspect
-from flexlocal.masks.symbols import BLOCKS, SHADES, TOKENS, shade
+from flexlocal.masks import Window, bias_map, heat_map, inspect
+from flexlocal.masks.view import gallery
+from flexlocal.masks.view.symbols import BLOCKS, SHADES, TOKENS, shade
 
 ROOT = Path(__file__).parents[2]
 FEW = settings(max_examples=12)  # a PNG takes a tenth of a second
@@ -287,7 +288,9 @@ def test_the_gallery_is_current(tmp_path, capsys):
         with Image.open(mine) as image, Image.open(theirs) as committed:
             said, kept = image.text, committed.text
         for name in ("Title", "Description", "Digest"):
-            assert said[name] == kept[name], f"{theirs.name}: python -m flexlocal.masks.gallery"
+            assert said[name] == kept[name], (
+                f"{theirs.name}: python -m flexlocal.masks.view.gallery"
+            )
 
 
 def test_the_gallery_shows_every_picture_and_keeps_them_small():

@@ -7,10 +7,11 @@ of 0.
 import torch
 from torch import Tensor
 
-from .rule import sees
+from ..spans import from_spans
+from ..window import Window
+from .counting import bounds_of
+from .drawing import lines_of
 from .sheet import File, Sheet
-from .spans import from_spans
-from .window import Window
 
 _HIDDEN, _LINES = "#dddddd", "#b8b8b8"
 _MOST_TOKENS = 1024
@@ -41,14 +42,14 @@ def heat_map(weights: Tensor, window: Window, file: File, *, dense: bool = False
         )
     values = weights.detach().double().cpu()
     query, key = torch.arange(n, device="cpu")[:, None], torch.arange(n, device="cpu")
-    subtitle, side = f"{window.label}, {n} queries, {n} keys", "key"
+    subtitle, side = f"{window.reach.label}, {n} queries, {n} keys", "key"
     if not dense and n <= _MOST_TOKENS:
         values = from_spans(values, window)
     elif not dense:
         key = window.span_start(query) + torch.arange(window.span, device="cpu")
-        subtitle = f"{window.label}, {n} queries, by place in the query's windows"
+        subtitle = f"{window.reach.label}, {n} queries, by place in the query's windows"
         side = "key's place in the query's windows"
-    inside = sees(window, query, key) & (key >= 0) & (key < n)
+    inside = _sees(window, query, key) & (key >= 0) & (key < n)
     values = values.masked_fill(~inside, torch.nan)
     step = 1
     if len(values) > _MOST_TOKENS:
@@ -78,10 +79,17 @@ def bias_map(bias: Tensor, window: Window, file: File) -> None:
     query = torch.arange(window.size, device="cpu")[:, None]
     key = window.span_start(query) + torch.arange(window.span, device="cpu")
     values = bias.detach().double().cpu()
-    hidden = ~sees(window, query, key) | (values == -torch.inf)
+    hidden = ~_sees(window, query, key) | (values == -torch.inf)
     values = values.masked_fill(hidden, torch.nan)
     sides = "query's place in its window", "key's place in the query's windows"
-    _draw(values, window.size, window, "Bias over its window", window.label, sides, file, True)
+    _draw(
+        values, window.size, window, "Bias over its window", window.reach.label, sides, file, True
+    )
+
+
+def _sees(window: Window, query: Tensor, key: Tensor) -> Tensor:
+    first, last = bounds_of(window, query)
+    return (first <= key) & (key <= last)
 
 
 def _draw(
@@ -114,7 +122,7 @@ def _draw(
             (0, 0), columns, rows, facecolor=_HIDDEN, edgecolor=_LINES, hatch="////", zorder=-1
         )
         sheet.axes.add_patch(ground)
-        sheet.edges(window.size)
+        sheet.edges(lines_of(window.size, (rows, columns)))
         sheet.label(sides[1], sides[0], window.size, offset=0.5)
         sheet.scale(image)
         sheet.legend([(Patch(facecolor=_HIDDEN, edgecolor=_LINES, hatch="////"), "hidden")])

@@ -6,11 +6,10 @@ blue and orange squares side by side; blocks are green tiles with gaps, so that 
 is taken for the other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 HIDDEN, STRUCK, SEEN, OWN = 0, 1, 2, 3
-"""A token pair: outside the window, in it but hidden by the key mask, seen, seen and the same."""
+"""A token pair: not seen, hidden by the key mask alone, seen, seen and the query's own key."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Kind:
         color: in print and on white, as ``#rrggbb``.
         dark: on black.
         ansi: its colour among a terminal's 256.
+        hatched: crossed by lines, in print.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Kind:
     color: str
     dark: str
     ansi: int
+    hatched: bool = False
 
 
 TOKENS = (
@@ -55,15 +56,10 @@ SHADES = (
 
 BLOCKS = (
     Kind("empty", "empty: skipped", "[ ]", "[ ]", "#ffffff", "#1a1a1a", 240),
-    Kind("partial", "partial: computed, then masked", "[P]", "[P]", "#a8dccb", "#2c5c4e", 79),
+    Kind("partial", "partial: computed, then masked", "[P]", "[P]", "#a8dccb", "#2c5c4e", 79, True),
     Kind("full", "full: computed", "[F]", "[F]", "#006b4f", "#00c48f", 29),
 )
-"""By ``blocks.EMPTY``, ``blocks.PARTIAL`` and ``blocks.FULL``."""
-
-
-def used_of(grid: list[list[int]], kinds: Sequence[Kind]) -> list[Kind]:
-    """The kinds that stand in a grid, for its legend."""
-    return [kinds[kind] for kind in sorted({kind for row in grid for kind in row})]
+"""By ``masks.EMPTY``, ``masks.PARTIAL`` and ``masks.FULL``."""
 
 
 def shade(share: float) -> int:

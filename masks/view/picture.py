@@ -4,27 +4,26 @@ Everything follows from the rule's bounds, never from queries and keys, and take
 the sequence at most: a long mask is described at once, and pictured in cells of many tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import IO
 
 import torch
 from torch import Tensor
 
-from .arguments import check_block_size, check_count, kind_of
-from .block_map import BlockMap
+from ..arguments import check_block_size, check_count, kind_of
+from ..rule import Rule
+from ..spans import MOST_DENSE
+from ..window import as_window
+from .block_map import BlockMap, suffix_of
+from .counting import Intervals, bounds_of, sides_of, step_of
 from .description import Description, described
-from .html import page, token_html
-from .intervals import Intervals, sides_of, step_of
-from .png import token_png
-from .query import query_words
-from .rule import Rule, sees
+from .drawing import Drawing
+from .html import html, page
+from .png import png
+from .query import QueryWords, query_words
 from .symbols import HIDDEN, OWN, SEEN, SHADES, STRUCK, TOKENS, Kind, shade
-from .text import token_text
-from .window import Window, as_window
-
-MOST_DENSE = 2**24
-"""Token pairs that ``dense`` makes at most: a square mask of 4096 tokens."""
+from .text import text
 
 
 def inspect(
@@ -35,11 +34,13 @@ def inspect(
     key_mask: Tensor | None = None,
     block_size: int | tuple[int, int] = 128,
     head_size: int = 64,
+    batch: int = 0,
+    head: int = 0,
 ) -> "MaskPicture":
     """A picture of which keys the queries of ``rule`` see.
 
     Args:
-        rule: a ``Window`` or another rule; an int is the size of a window that looks one back
+        rule: a ``Window`` or any other rule; an int is the size of a window that looks one back
             and one forward.
         n: queries, at least 1.
         n_keys: key slots, ``n`` by default.
@@ -47,6 +48,8 @@ def inspect(
             a rule's slots are no positions.
         block_size: tokens in a block of the block map, or ``(queries, keys)`` in one.
         head_size: channels of a head, for the floating-point operations.
+        batch, head: the batch entry and the head to show, for rules that differ by them; at
+            least 0. A rule is asked for its bounds with integer tensors on the CPU.
 
     Raises:
         ValueError: a number out of range, or a key mask of another shape or dtype.
@@ -56,14 +59,16 @@ def inspect(
     >>> print(inspect(Window(2, causal=True, exact=True), 5).query(3))
     query 3 sees 3 keys: 1 to 3, the query's own included
     """
-    if isinstance(rule, int) or not hasattr(rule, "first_key"):
+    if isinstance(rule, int) or not hasattr(rule, "reach"):
         rule = as_window(rule, "rule")
     check_count("n", n)
     keys = n if n_keys is None else n_keys
     check_count("n_keys", keys)
     check_count("head_size", head_size)
-    sizes = check_block_size(block_size)
-    return MaskPicture(rule, n, keys, _kept_slots(rule, key_mask, keys), sizes, head_size)
+    check_count("batch", batch, least=0)
+    check_count("head", head, least=0)
+    sizes, kept = check_block_size(block_size), _kept_slots(rule, key_mask, keys)
+    return MaskPicture(rule, n, keys, kept, sizes, head_size, batch, head)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +77,14 @@ class MaskPicture:
 
     ``print`` it for the token picture; a notebook shows its HTML. Made by ``inspect`` and by
     ``LocalAttention.mask``.
+
+    Attributes:
+        rule: the mask rule.
+        n, n_keys: queries, and key slots.
+        key_mask: boolean ``(n_keys,)`` by slot, True = keep; ``None`` to keep every key.
+        block_size: queries and keys in a block of the block map.
+        head_size: channels of a head.
+        batch, head: the entry that is shown, for rules that differ by entry.
     """
 
     rule: Rule
@@ -80,6 +93,8 @@ class MaskPicture:
     key_mask: Tensor | None
     block_size: tuple[int, int]
     head_size: int
+    batch: int = 0
+    head: int = 0
 
     def __str__(self) -> str:
         return self.text()
@@ -90,13 +105,13 @@ class MaskPicture:
     @property
     def title(self) -> str:
         """The rule's parameters and the numbers of queries and keys."""
-        hidden = "" if self.key_mask is None else ", key mask"
-        return f"{self.rule.label}, {self.n} queries, {self.n_keys} keys{hidden}"
+        name = f"{self.rule.reach.label}, {self.n} queries, {self.n_keys} keys"
+        return name + suffix_of(self.key_mask, self.batch, self.head)
 
     @property
     def words(self) -> str:
         """What the rule says, in countable words."""
-        return self.rule.words if isinstance(self.rule, Window) else self.rule.label
+        return self.rule.words
 
     def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 64) -> str:
         """The token picture for a terminal.
@@ -108,7 +123,7 @@ class MaskPicture:
             cells: rows and columns at most, at least 1; a longer mask is drawn in cells of
                 several tokens, shaded by the share of their pairs that see each other.
         """
-        return token_text(self, color, plain, cells)
+        return text(self.drawing(cells), color, plain)
 
     def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 512) -> None:
         """Writes the token picture as a PNG; ``file`` is a path or a binary file.
@@ -116,14 +131,14 @@ class MaskPicture:
         Raises:
             ModuleNotFoundError: matplotlib is missing; the message says what to install.
         """
-        token_png(self, file, cells)
+        png(self.drawing(cells), file)
 
     def html(self, *, cells: int = 128) -> str:
         """A page of its own: the token picture, the numbers and the block map."""
-        return page(self, cells)
+        return page(self.title, self._html(cells), self.blocks._repr_html_())
 
     def _repr_html_(self) -> str:
-        return token_html(self, 64)
+        return self._html(64)
 
     def dense(self) -> Tensor:
         """The mask itself, boolean ``(n, n_keys)``, True where the query sees the key.
@@ -139,19 +154,22 @@ class MaskPicture:
 
         Kernels with a key mask or with measured block sizes list blocks in other ways.
         """
-        return BlockMap(self.rule, self.n, self.n_keys, self.key_mask, self.block_size)
+        return BlockMap(
+            self.rule, self.n, self.n_keys, self.key_mask, self.block_size, self.batch, self.head
+        )
 
     def describe(self) -> Description:
         """The mask in numbers; ``print`` it."""
-        return described(self)
+        return described(self.title, self.words, self.seen, self.blocks, self.head_size)
 
-    def query(self, i: int) -> str:
-        """Which keys query ``i`` sees, in words.
+    def query(self, i: int) -> QueryWords:
+        """Which keys query ``i`` sees, in words: a ``str``.
 
         Raises:
             ValueError: there is no query ``i``.
+            TypeError: ``i`` is no int.
         """
-        return query_words(self, i)
+        return query_words(self.rule, i, self.n, self.n_keys, self.key_mask, self.batch, self.head)
 
     # What the pictures are drawn from.
 
@@ -171,22 +189,37 @@ class MaskPicture:
                 f"n times n_keys must be at most {MOST_DENSE} for a dense mask, got "
                 f"{self.n} times {self.n_keys}; png, html, text and blocks take any length"
             )
-        query, key = (
-            torch.arange(self.n, device="cpu")[:, None],
-            torch.arange(self.n_keys, device="cpu"),
-        )
-        kinds = torch.where(sees(self.rule, query, key), SEEN, HIDDEN)
-        own = (kinds == SEEN) & (self.rule.key_position(query, key) == query)
-        kinds = kinds.masked_fill(own, OWN)
+        query = torch.arange(self.n, device="cpu")
+        slot = torch.arange(self.n_keys, device="cpu")
+        first, last = (end[:, None] for end in self._bounds(query))
+        kinds = torch.where((first <= slot) & (slot <= last), SEEN, HIDDEN)
+        position = self.rule.key_position(self.batch, query[:, None], slot)
+        kinds = kinds.masked_fill((kinds == SEEN) & (position == query[:, None]).cpu(), OWN)
         if self.key_mask is not None:
             kinds = kinds.masked_fill((kinds >= SEEN) & ~self.key_mask, STRUCK)
         return kinds
 
-    def grid(self, step: int) -> tuple[list[list[int]], tuple[Kind, ...]]:
-        """Each cell of ``step`` tokens on a side as a place in kinds, and these."""
+    def drawing(self, cells: int) -> Drawing:
+        """What every picture of the mask shows, in ``cells`` rows and columns at most.
+
+        Cells of one token have the kinds of ``kinds``, larger ones a shade of their share.
+        """
+        step = self.step(cells)
+        kinds: tuple[Kind, ...] = TOKENS if step == 1 else SHADES
         if step == 1:
-            return self.kinds().tolist(), TOKENS
-        return [[shade(share) for share in row] for row in self.shares(step).tolist()], SHADES
+            grid = self.kinds().tolist()
+        else:
+            grid = [[shade(share) for share in row] for row in self.shares(step).tolist()]
+        return Drawing(
+            title=self.words,
+            subtitle=self.title,
+            shape=(self.n, self.n_keys),
+            grid=tuple(map(tuple, grid)),
+            kinds=kinds,
+            step=step,
+            edge=self.rule.reach.align,
+            axes=("query", "key"),
+        )
 
     def step(self, cells: int) -> int:
         """Tokens on a side of a picture's cell: the least power of two that ``cells`` allow."""
@@ -198,7 +231,18 @@ class MaskPicture:
         return self.seen.cells(step).double() / (rows[:, None] * columns)
 
     def _bounds(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rule.first_key(query), self.rule.last_key(query)
+        return bounds_of(self.rule, query, self.batch, self.head)
+
+    def _html(self, cells: int) -> str:
+        """The picture with a tip on each row, and the numbers."""
+        drawing = self.drawing(cells)
+        tips = [self._tip(row, drawing.step) for row in range(len(drawing.grid))]
+        return html(replace(drawing, tips=tuple(tips)), self.describe().rows_and_advice())
+
+    def _tip(self, row: int, step: int) -> str:
+        if step == 1:
+            return self.query(row)
+        return f"queries {row * step} to {min((row + 1) * step, self.n) - 1}"
 
 
 def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Rows that each see one interval of columns, counted row by row and cell by cell.
 
-Queries see an interval of keys, and blocks of queries touch an interval of key blocks: pictures
-and numbers of both are counted here, from the ends of the intervals, never from a dense mask.
-Columns may be struck out (hidden keys); the ends are then ranked among the columns that are kept.
+A query sees an interval of keys, a block of queries touches an interval of key blocks. Both are
+counted here, from the ends of the intervals and never from a dense mask. Where a key mask hides
+columns, an end counts as the number of kept columns before it.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_count
-from .clip import at_least, at_most
+from ..arguments import check_count
+from ..clip import at_least, at_most
+from ..rule import Rule
 
-_ROWS_AT_A_TIME = 2**15  # torch works on so many without starting threads
+_ROWS_AT_A_TIME = 2**15
+"""Bounds the memory. torch starts no threads for so few, which would cost more than they save."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +68,19 @@ class Intervals:
     def _lines(
         self, start: int, stop: int, step: int, edges: Tensor, rank: Tensor | None
     ) -> Tensor:
+        """``cells`` for the lines from ``start`` up to ``stop``: ``step`` rows make a line."""
         rows = torch.arange(start * step, stop * step, device="cpu")
         begin, end = self._clipped(at_most(rows, self.rows - 1))
-        end = torch.where(rows < self.rows, end, begin)  # rows past the last one see nothing
-        # Before an edge lies what it is past a row's first column, less what it is past its end.
-        begun, ended = (_passed(x.view(-1, step), step, edges, rank) for x in (begin, end))
-        return (begun - ended).diff(dim=1)
+        end = torch.where(rows < self.rows, end, begin)  # rows past the last one see no column
+        # Columns seen left of an edge: max(edge - begin, 0) - max(edge - end, 0), summed over the
+        # line's rows.
+        after_begin, after_end = (
+            _passed(x.view(-1, step), step, edges, rank) for x in (begin, end)
+        )
+        return (after_begin - after_end).diff(dim=1)
 
     def _clipped(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns that each row sees, from the first up to the end, which is not seen."""
+        """The first column that each row sees and the column after the last, in the grid."""
         first, last = self.bounds(rows)
         first = at_most(at_least(first, 0), self.columns)
         return first, at_least(at_most(last + 1, self.columns), first)
@@ -86,12 +92,35 @@ class Intervals:
         return F.pad(self.kept.cumsum(0), (1, 0))
 
 
+def bounds_of(rule: Rule, query: Tensor, batch: int = 0, head: int = 0) -> tuple[Tensor, Tensor]:
+    """First and last key slot that each query sees, on the CPU.
+
+    Args:
+        rule: the mask rule.
+        query: integer, of any shape, on the CPU.
+        batch, head: the entry that is asked for.
+
+    Returns:
+        Both int64, of the shape of ``query``.
+    """
+    first, last = rule.keys(batch, head, query)
+    return _on_cpu(first, query), _on_cpu(last, query)
+
+
+def _on_cpu(bound: Tensor | int, query: Tensor) -> Tensor:
+    return torch.as_tensor(bound, dtype=torch.int64, device="cpu").expand_as(query)
+
+
 def step_of(lengths: tuple[int, int], cells: int) -> int:
     """Places on a side of a picture's cell: the least power of two that ``cells`` allow.
 
     Args:
-        lengths: rows and columns to be drawn.
-        cells: rows and columns of the picture at most, at least 1.
+        lengths: places down and across.
+        cells: cells down and across at most, at least 1.
+
+    Raises:
+        ValueError: ``cells`` is below 1.
+        TypeError: ``cells`` is no int.
     """
     check_count("cells", cells)
     wanted = -(-max(lengths) // cells)
@@ -104,20 +133,23 @@ def sides_of(length: int, step: int) -> Tensor:
 
 
 def _passed(columns: Tensor, step: int, edges: Tensor, rank: Tensor | None) -> Tensor:
-    """How far each edge lies past the columns before it, summed over the rows of a line.
+    """``max(edge - column, 0)`` for each edge, summed over the rows of a line.
 
     Args:
-        columns: ``(lines, rows)``.
+        columns: int64 ``(lines, rows)``, one end of the rows' intervals.
         step: columns between two edges.
-        edges: ``(edges,)``, counted in kept columns.
-        rank: kept columns before each column, where not all are.
+        edges: int64 ``(edges,)``, counted in kept columns.
+        rank: int64 ``(columns + 1,)``, kept columns before each column; ``None`` where all are
+            kept.
 
     Returns:
-        ``(lines, edges)``.
+        int64 ``(lines, edges)``.
     """
+    # The sum over the columns left of an edge is `edge` times their number less their sum. Both
+    # are running sums over cells: a column in cell c lies left of edge c + 1 and those after it.
     cell = columns // step
-    many, sums = columns.new_zeros(2, len(columns), len(edges) + 1)
-    many.scatter_add_(1, cell + 1, torch.ones_like(cell))
-    sums.scatter_add_(1, cell + 1, columns if rank is None else rank[columns])
-    passed: Tensor = edges * many.cumsum(1)[:, :-1] - sums.cumsum(1)[:, :-1]
+    number, total = columns.new_zeros(2, len(columns), len(edges) + 1)
+    number.scatter_add_(1, cell + 1, torch.ones_like(cell))
+    total.scatter_add_(1, cell + 1, columns if rank is None else rank[columns])
+    passed: Tensor = edges * number.cumsum(1)[:, :-1] - total.cumsum(1)[:, :-1]
     return passed

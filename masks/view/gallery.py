@@ -1,7 +1,7 @@
-"""Draws the gallery again: ``python -m flexlocal.masks.gallery``.
+"""Draws the gallery again: ``python -m flexlocal.masks.view.gallery``.
 
-The gallery is ``README.md`` beside this file. Its blocks of Python draw the pictures that it
-shows; the command runs them in order, in the folder that holds them.
+The gallery is the page ``masks/README.md``. Its blocks of Python draw the pictures that it shows;
+the command runs them in order, in the page's folder.
 """
 
 import os
@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent
+HOME = Path(__file__).resolve().parents[1]
+"""The folder of the page."""
 
 
 def code() -> list[str]:
@@ -33,6 +34,6 @@ def draw(folder: Path) -> None:
 
 if __name__ == "__main__":
     if not (HOME / "README.md").is_file():
-        sys.exit("the gallery is drawn in a checkout: there is no README.md beside this module")
+        sys.exit(f"the gallery is drawn in a checkout: there is no {HOME / 'README.md'}")
     draw(HOME)
     print(f"drawn in {HOME / 'gallery'}: {len(list((HOME / 'gallery').glob('*.png')))} pictures")

@@ -25,7 +25,8 @@ INK, PALE_INK = "#222222", "#666666"
 _DOTS_PER_INCH = 100
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 7.0, 0.9, 0.2, 1.3, 0.75  # inches, of page and margins
 _MOST_TICKS = 12
-_MOST_EDGES = 32
+_MOST_DIGITS = 7
+"""Digits of a number that fit beside an axis's name; longer numbers are set smaller."""
 
 
 class Sheet:
@@ -65,20 +66,26 @@ class Sheet:
 
         return matplotlib.style.context("default")
 
-    def label(self, keys: str, queries: str, size: int, offset: float, step: int = 1) -> None:
-        """Names the axes and numbers them, in steps, at multiples of ``size``, ``offset`` in."""
+    def label(self, keys: str, queries: str, size: int, offset: float) -> None:
+        """Names the axes and numbers them.
+
+        Args:
+            keys, queries: the names of the axes across and down.
+            size: places in a window; numbers stand at multiples of it where it is not too wide.
+            offset: how far into its place a number stands, as a share.
+        """
         self.axes.set_xlabel(keys, fontsize=12)
         self.axes.set_ylabel(queries, fontsize=12)
         for axis, length in ((self.axes.xaxis, self.columns), (self.axes.yaxis, self.rows)):
             every = _every(length, size)
             places = range(0, length, every)
-            names = [f"{place * step}" for place in places]
-            axis.set_ticks([place + offset for place in places], names)
-            axis.set_tick_params(labelsize=9)
+            axis.set_ticks([place + offset for place in places], [f"{place}" for place in places])
+            digits = len(str(places[-1]))
+            axis.set_tick_params(labelsize=9 * min(1.0, _MOST_DIGITS / digits))
 
     def edges(self, size: int) -> None:
-        """Lines where windows of ``size`` tokens end, where they would not cover the picture."""
-        if size < 2 or max(self.rows, self.columns) > size * _MOST_EDGES:
+        """Lines where windows of ``size`` places end; none where it is 0."""
+        if size == 0:
             return
         for draw, length in ((self.axes.axvline, self.columns), (self.axes.axhline, self.rows)):
             for place in range(size, length, size):

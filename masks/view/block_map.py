@@ -1,9 +1,9 @@
 """The block map: which blocks of a mask a kernel skips, masks, or computes as they are.
 
 Not the mask. FlexAttention works on blocks of queries and keys: an empty block is skipped, a full
-one computed, a partial one computed whole and masked afterwards. What the map shows is what
-``blocks.block_mask`` lists; with a key mask a block that keeps some key counts as partial, though
-its kept keys may lie outside the window.
+one computed, a partial one computed whole and masked afterwards. The map shows the block lists
+that ``masks.block_mask`` makes. With a key mask a block that keeps some key counts as partial,
+though its kept keys may lie outside the window.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,36 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from .blocks import EMPTY, FULL, PARTIAL
-from .html import block_html, block_page
-from .intervals import Intervals, sides_of, step_of
-from .png import block_png
-from .rule import Rule
-from .runs import block_mask_bytes, block_runs, kept_blocks
-from .text import block_text
+from ..blocks import EMPTY, FULL, PARTIAL
+from ..rule import Rule
+from ..runs import block_mask_bytes, block_runs, kept_blocks
+from .counting import Intervals, sides_of, step_of
+from .drawing import Drawing
+from .html import html, page
+from .png import png
+from .symbols import BLOCKS
+from .text import text
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
-    """The blocks of a rule on ``n`` queries and ``n_keys`` keys; ``print`` it for a picture."""
+    """The blocks of a rule on ``n`` queries and ``n_keys`` keys; ``print`` it for a picture.
+
+    Attributes:
+        rule: the mask rule.
+        n, n_keys: queries, and key slots.
+        key_mask: boolean ``(n_keys,)`` by slot, True = keep; ``None`` to keep every key.
+        block_size: queries and keys in a block.
+        batch, head: the entry that is shown, for rules that differ by entry.
+    """
 
     rule: Rule
     n: int
     n_keys: int
     key_mask: Tensor | None
     block_size: tuple[int, int]
+    batch: int = 0
+    head: int = 0
 
     def __str__(self) -> str:
         return self.text()
@@ -41,9 +53,9 @@ class BlockMap:
     @property
     def title(self) -> str:
         """The rule's parameters and the size of the blocks."""
-        hidden = "" if self.key_mask is None else ", key mask"
         queries, keys = self.block_size
-        return f"{self.rule.label}, blocks of {queries} queries by {keys} keys{hidden}"
+        name = f"{self.rule.reach.label}, blocks of {queries} queries by {keys} keys"
+        return name + suffix_of(self.key_mask, self.batch, self.head)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,30 +88,53 @@ class BlockMap:
         """Blocks on a side of a picture's cell: the least power of two that ``cells`` allow."""
         return step_of(self.shape, cells)
 
+    def drawing(self, cells: int) -> Drawing:
+        """What every picture of the map shows, in ``cells`` rows and columns at most."""
+        step = self.step(cells)
+        return Drawing(
+            title="Block map: what a kernel computes, not the mask",
+            subtitle=self.title,
+            shape=self.shape,
+            grid=tuple(map(tuple, self.states(step).tolist())),
+            kinds=BLOCKS,
+            step=step,
+            edge=1,
+            axes=("query block", "key block"),
+        )
+
     def text(self, *, color: bool | None = None, plain: bool | None = None, cells: int = 32) -> str:
         """The map for a terminal; arguments as ``MaskPicture.text``."""
-        return block_text(self, color, plain, cells)
+        return text(self.drawing(cells), color, plain)
 
     def png(self, file: str | PathLike[str] | IO[bytes], *, cells: int = 64) -> None:
         """Writes the map as a PNG; arguments and errors as ``MaskPicture.png``."""
-        block_png(self, file, cells)
+        png(self.drawing(cells), file)
 
     def html(self, *, cells: int = 64) -> str:
         """A page of its own."""
-        return block_page(self, cells)
+        return page(f"block map of {self.title}", html(self.drawing(cells)))
 
     def _repr_html_(self) -> str:
-        return block_html(self, 64)
+        return html(self.drawing(64))
 
     def _intervals(self) -> tuple[Intervals, Intervals]:
         """The blocks that each block of queries touches, and those that are full."""
-        runs = block_runs(self.rule, self.n, self.n_keys, self.block_size)
+        blocks = block_runs(
+            self.rule, self.n, self.n_keys, self.block_size, batch=self.batch, head=self.head
+        )
         some = every = None
         if self.key_mask is not None:
             some, every = kept_blocks(self.key_mask, self.block_size[1])
+        ends = [
+            end.cpu() for end in (blocks.first, blocks.last, blocks.first_full, blocks.last_full)
+        ]
         return (
-            Intervals(*self.shape, lambda rows: (runs.first[rows], runs.last[rows]), some),
-            Intervals(
-                *self.shape, lambda rows: (runs.first_full[rows], runs.last_full[rows]), every
-            ),
+            Intervals(*self.shape, lambda rows: (ends[0][rows], ends[1][rows]), some),
+            Intervals(*self.shape, lambda rows: (ends[2][rows], ends[3][rows]), every),
         )
+
+
+def suffix_of(key_mask: Tensor | None, batch: int, head: int) -> str:
+    """What a title adds where not the whole rule is shown as it is."""
+    hidden = "" if key_mask is None else ", key mask"
+    return hidden + (f", batch entry {batch}, head {head}" if batch or head else "")

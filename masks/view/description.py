@@ -6,12 +6,10 @@ blocks of queries.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .window import Window
-
-if TYPE_CHECKING:
-    from .picture import MaskPicture
+from .block_map import BlockMap
+from .counting import Intervals
+from .html import table
 
 _PREFIXES = {1000: ("", "k", "M", "G", "T", "P"), 1024: ("", "Ki", "Mi", "Gi", "Ti", "Pi")}
 
@@ -110,80 +108,97 @@ class Description:
     def __str__(self) -> str:
         return f"{self.title}\n{self.words}\n{self.numbers()}"
 
+    def _repr_html_(self) -> str:
+        return table(self.words, self.title, self.rows_and_advice())
 
-def described(picture: "MaskPicture") -> Description:
-    """The numbers of a picture."""
-    least, most, scores, blind = picture.n_keys, 0, 0, 0
-    for count in picture.seen.counts():
+    def rows_and_advice(self) -> list[tuple[str, str]]:
+        """``rows``, and one row for each sentence of advice."""
+        return [*self.rows(), *(("advice", line) for line in self.advice)]
+
+
+def described(
+    title: str, words: str, seen: Intervals, blocks: BlockMap, head_size: int
+) -> Description:
+    """The numbers of a mask.
+
+    Args:
+        title: the rule's parameters and the numbers of queries and keys.
+        words: what the rule says.
+        seen: the keys that each query sees.
+        blocks: the same mask's block map.
+        head_size: channels of a head.
+    """
+    queries, keys = seen.rows, seen.columns
+    least, most, scores, blind = keys, 0, 0, 0
+    for count in seen.counts():
         least, most = min(least, int(count.min())), max(most, int(count.max()))
         scores += int(count.sum())
         blind += int((count == 0).sum())
-    blocks = picture.blocks
     empty, partial, full = blocks.count()
-    computed = (partial + full) * picture.block_size[0] * picture.block_size[1]
+    computed = (partial + full) * blocks.block_size[0] * blocks.block_size[1]
     waste = computed / scores if scores else float("inf") if computed else 1.0
     return Description(
-        title=picture.title,
-        words=picture.words,
-        queries=picture.n,
-        keys=picture.n_keys,
+        title=title,
+        words=words,
+        queries=queries,
+        keys=keys,
         least_keys=least,
         most_keys=most,
-        mean_keys=scores / picture.n,
+        mean_keys=scores / queries,
         blind_queries=blind,
         scores=scores,
-        share=scores / (picture.n * picture.n_keys),
-        block_size=picture.block_size,
+        share=scores / (queries * keys),
+        block_size=blocks.block_size,
         empty_blocks=empty,
         partial_blocks=partial,
         full_blocks=full,
         computed=computed,
         waste=waste,
-        head_size=picture.head_size,
-        flops=4 * picture.head_size * scores,
-        computed_flops=4 * picture.head_size * computed,
+        head_size=head_size,
+        flops=4 * head_size * scores,
+        computed_flops=4 * head_size * computed,
         block_mask_bytes=blocks.index_bytes,
-        dense_mask_bytes=picture.n * picture.n_keys,
-        advice=tuple(_advice(picture, least, most, blind, waste)),
+        dense_mask_bytes=queries * keys,
+        advice=tuple(_advice(blocks, least, most, blind, waste)),
     )
 
 
-def _advice(picture: "MaskPicture", least: int, most: int, blind: int, waste: float) -> list[str]:
-    short = picture.n <= picture.block_size[0] and picture.n_keys <= picture.block_size[1]
+def _advice(blocks: BlockMap, least: int, most: int, blind: int, waste: float) -> list[str]:
     advice = []
     if blind:
         what = "query sees" if blind == 1 else "queries see"
         advice.append(f"{blind:,} {what} no key, and attention gives zeros there")
-    if least == picture.n_keys > 1:
+    if least == blocks.n_keys > 1:
         advice.append("every query sees every key: full attention does the same")
-    elif most == 1 and picture.n > 1 and picture.key_mask is None:
+    elif most == 1 and blocks.n > 1 and blocks.key_mask is None:
         advice.append("a query sees one key only: attention copies its value")
-    if short and waste > 1:
+    if blocks.shape == (1, 1) and waste > 1:
         advice.append("the sequence fits into one block, which a kernel computes whole")
     elif waste > _WASTEFUL:
-        advice.append(_of_blocks(picture, waste))
+        advice.append(_of_blocks(blocks, waste))
     return advice
 
 
-def _of_blocks(picture: "MaskPicture", waste: float) -> str:
-    rule, sizes = picture.rule, picture.block_size
+def _of_blocks(blocks: BlockMap, waste: float) -> str:
+    """What would waste less on partial blocks."""
+    reach, window, sizes = blocks.rule.reach, blocks.rule.window, blocks.block_size
     # Where both sides' blocks begin, and the least step from one block's edge to any other's.
     block, grain = math.lcm(*sizes), math.gcd(*sizes)
     cost = f"{waste:.2f} scores are computed per score needed"
-    exact = isinstance(rule, Window) and rule.exact
-    if rule.size % block and block % rule.size and not exact:
-        near = max(block, round(rule.size / block) * block)
+    if reach.step > 1 and reach.align % block and block % reach.align:
+        near = max(block, round(reach.align / block) * block)
         return (
-            f"window_size {rule.size} is no multiple of the block {block}, so that windows end "
+            f"window_size {reach.align} is no multiple of the block {block}, so that windows end "
             f"inside blocks: {cost}; window_size {near} would end where blocks do"
         )
-    # Of more keys than queries a last block that is not whole may see another block.
-    if isinstance(rule, Window) and picture.n == picture.n_keys:
-        reach = rule.before, rule.after
-        free = tuple(-(-keys // grain) * grain for keys in reach)
-        if free != reach:
+    # With more keys than queries, the last block of queries may be cut off by the sequence's end
+    # and see more blocks with a longer reach.
+    if window is not None and window is blocks.rule and blocks.n == blocks.n_keys:
+        now = window.before, window.after
+        free = tuple(-(-keys // grain) * grain for keys in now)
+        if free != now:
             return (
-                f"a reach of {_reach(*reach)} is no multiple of the block {grain}: {cost}; "
+                f"a reach of {_reach(*now)} is no multiple of the block {grain}: {cost}; "
                 f"a reach of {_reach(*free)} visits the same blocks"
             )
     return f"partial blocks are computed whole: {cost}; smaller blocks would waste less"
