@@ -7,7 +7,6 @@ what was drawn (``Digest``, the same whatever version of matplotlib drew it).
 """
 
 import hashlib
-import io
 import json
 import textwrap
 from collections.abc import Sequence
@@ -121,6 +120,7 @@ class Sheet:
             drawn: what a digest of the picture is taken of, as JSON takes it.
             colors: as many are kept, which keeps the file small.
         """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image, PngImagePlugin
 
         place = 1 - 0.14 / self.height
@@ -133,7 +133,6 @@ class Sheet:
                 0.5, place, "\n".join(lines), ha="center", va="top", fontsize=size, color=color
             )
             place -= len(lines) * size / 55 / self.height
-        self.figure.draw_without_rendering()
         box, height = self.axes.get_window_extent(), self.figure.bbox.height
         cells = box.x0, height - box.y1, box.x1, height - box.y0
         what = json.dumps([self.title, self.subtitle, self.rows, self.columns, drawn])
@@ -143,9 +142,10 @@ class Sheet:
         about.add_text("Software", "flexlocal")
         about.add_text("Cells", " ".join(f"{place:.2f}" for place in cells))
         about.add_text("Digest", hashlib.sha256(what.encode()).hexdigest())
-        drawing = io.BytesIO()
-        self.figure.savefig(drawing, format="png", dpi=_DOTS_PER_INCH)
-        image = Image.open(drawing).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+        image = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
         image.save(file, format="PNG", optimize=True, pnginfo=about)
 
 
