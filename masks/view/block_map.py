@@ -2,8 +2,9 @@
 
 Not the mask. FlexAttention works on blocks of queries and keys: an empty block is skipped, a full
 one computed, a partial one computed whole and masked afterwards. The map shows the block lists
-that ``masks.block_mask`` makes. With a key mask a block that keeps some key counts as partial,
-though its kept keys may lie outside the window.
+that ``masks.block_mask`` makes. These name some empty blocks as partial: with a key mask, blocks
+that keep some key, though their kept keys may lie outside the window; and blocks between the ends
+of queries that see no key at all.
 """
 
 from dataclasses import dataclass

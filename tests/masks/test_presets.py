@@ -63,8 +63,7 @@ def test_each_query_sees_what_the_source_says(name):
     edges = [k * chunk for k in range(5)]
     queries = sorted({q for edge in edges for q in (edge - 1, edge, edge + 1) if q >= 0})
     n = max(queries) + 2 * window.span
-    picture = inspect(window, n)
-    first, last = (x.tolist() for x in picture._bounds(torch.tensor(queries)))
+    first, last = (x.tolist() for x in window.keys(0, 0, torch.tensor(queries)))
     for q, low, high in zip(queries, first, last, strict=True):
         around = range(max(0, q - 2 * window.span), min(n, q + 2 * window.span))
         expected = [kv for kv in around if seen(q, kv)]
