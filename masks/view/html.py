@@ -16,7 +16,7 @@ _PIXELS = 560
 _LARGEST_CELL = 24.0
 _MOST_NUMBERS = 12
 _AXIS_LENGTH = 90
-"""Pixels that an axis's name needs along its side."""
+"""Pixels along the side that the name of the queries' axis needs."""
 
 
 def html(drawing: Drawing, numbers: Sequence[tuple[str, str]] = ()) -> str:
@@ -72,11 +72,11 @@ def _svg(drawing: Drawing) -> str:
     cell = min(_LARGEST_CELL, _PIXELS / max(rows, columns))
     wide, high = columns * cell, rows * cell
     edge = drawing.lines / drawing.step
-    # An axis of few cells is shorter than its name, which needs room beyond it on both sides.
+    # Queries' axis may be shorter than its name. Above it there is room, below it room is made.
     missing = max(0.0, _AXIS_LENGTH - high) / 2
-    left, top = 74, max(44.0, missing)
+    left, top = 74, 44
     parts = [
-        f'<svg role="img" aria-label="{name}" width="{left + max(wide + 24, _AXIS_LENGTH):g}" '
+        f'<svg role="img" aria-label="{name}" width="{left + wide + 24:g}" '
         f'height="{top + high + max(8, missing):g}">'
     ]
     for at, axis in enumerate(drawing.axes):
@@ -89,11 +89,11 @@ def _svg(drawing: Drawing) -> str:
             where = (
                 f'class="side" x="{left - 6}" y="{top + middle + 4:g}"'
                 if at == 0
-                else f'class="head" x="{left + middle:g}" y="{top - 6:g}"'
+                else f'class="head" x="{left + middle:g}" y="{top - 6}"'
             )
             parts.append(f"<text {where}>{label}</text>")
     parts.append(
-        f'<svg class="{name}" x="{left}" y="{top:g}" width="{wide:g}" height="{high:g}" '
+        f'<svg class="{name}" x="{left}" y="{top}" width="{wide:g}" height="{high:g}" '
         f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" shape-rendering="crispEdges">'
         f'<rect class="ground" width="{columns}" height="{rows}"/>'
     )
@@ -111,7 +111,7 @@ def _svg(drawing: Drawing) -> str:
         parts.append(_lines("grid", rows, columns, 1))
     if edge:
         parts.append(_lines("edge", rows, columns, edge))
-    parts.append(f'</svg><rect class="frame" x="{left}" y="{top:g}" width="{wide:g}" ')
+    parts.append(f'</svg><rect class="frame" x="{left}" y="{top}" width="{wide:g}" ')
     parts.append(f'height="{high:g}"/></svg>')
     return "".join(parts)
 

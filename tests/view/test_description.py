@@ -157,6 +157,12 @@ def test_the_reach_it_advises_visits_the_same_blocks(size, back, causal, block):
             {},
             "a reach of 128 keys back and 128 ahead visits the same",
         ),
+        (
+            Window(100, causal=True, exact=True),
+            3200,
+            {},
+            "a reach of 100 keys back is no multiple of the block 128",
+        ),
         (Window(16), 16, {}, "every query sees every key"),
         (Window(4, causal=True, look_backward=0, exact=True), 512, {}, "one key only"),
         (Window(8), 100, {}, "fits into one block, which a kernel computes whole"),

@@ -92,6 +92,20 @@ def test_axes_are_not_transposed_and_edges_are_drawn():
     assert min(pixels.getpixel((beside, half + d)) for d in (-1, 0, 1)) < 60  # queries 3 | 4
 
 
+def test_neither_lines_nor_crosses_stand_where_there_are_none_to_show():
+    lines_at_every_token = drawn(inspect(Window(1, look_backward=9), 20).png)
+    crosses_on_shades = drawn(inspect(Window(2, exact=True), 40).png, cells=10)
+    for image in (lines_at_every_token, crosses_on_shades):
+        left, top, right, bottom = map(float, image.text["Cells"].split())
+        inside = image.convert("RGB").crop((left + 4, top + 4, right - 4, bottom - 4))
+        assert all(max(color) > 100 for _, color in inside.getcolors())  # ink is 0x22
+
+
+def test_long_numbers_push_no_name_off_the_page():
+    image = drawn(inspect(Window(2**20), 2**30).png).convert("L")
+    assert image.crop((0, 0, 3, image.height)).getextrema() == (255, 255)
+
+
 def test_the_text_of_a_png_says_what_it_shows():
     window = Window(5, causal=True)
     first = drawn(inspect(window, 20).png).text

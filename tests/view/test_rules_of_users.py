@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import drawing, drawn, kinds_of, read_html, read_text
 
-from flexlocal.masks import Reach, Rule, inspect
+from flexlocal.masks import Reach, Rule, Window, inspect
 from flexlocal.masks.view.symbols import BLOCKS, TOKENS
 
 
@@ -104,6 +104,25 @@ def test_its_pictures_and_numbers_are_those_of_its_mask(case, data, query_block,
     text = picture.blocks.text(color=False, plain=True)
     assert [row for _, row in read_text(text, BLOCKS, plain=True)] == states.tolist()
     assert drawing(picture.blocks.html(), "blocks") is not None
+
+
+def test_each_entry_has_its_own_blocks():
+    sizes = torch.tensor([[2, 3], [5, 7]])
+    apart = torch.arange(9)[:, None] - torch.arange(9)
+    for batch, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        found = inspect(SizesByEntry(sizes), 9, block_size=1, batch=batch, head=head)
+        seen = (apart >= 0) & (apart < sizes[batch, head])
+        assert torch.equal(found.blocks.states(), 2 * seen)
+
+
+def test_what_is_said_of_windows_is_not_said_of_rules_made_of_one():
+    class MadeOfAWindow(SizesByEntry):
+        window = Window(3, causal=True)
+
+    picture = inspect(MadeOfAWindow(torch.tensor([[3]])), 200, block_size=16)
+    (line,) = picture.describe().advice
+    assert line.endswith("smaller blocks would waste less")
+    assert picture.query(5) == "query 5 sees 3 keys: 3 to 5, the query's own included"
 
 
 def test_a_title_says_which_entry_is_shown():
