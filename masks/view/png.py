@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .drawing import Drawing
 from .sheet import INK, PALE_INK, File, Sheet
-from .symbols import BLOCKS, STRUCK, TOKENS, Kind
+from .symbols import BLOCKS, STRUCK, Kind
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -96,13 +96,13 @@ def _rgb(kind: Kind) -> list[float]:
 
 
 def _cross_out(drawing: Drawing, sheet: Sheet) -> None:
-    """Crosses on the keys that the key mask hides."""
+    """Crosses on the keys that the key mask hides, among cells of one token."""
     rows = len(drawing.grid)
     struck = [
         (column + 0.5, row + 0.5)
         for row, cells in enumerate(drawing.grid)
         for column, cell in enumerate(cells)
-        if drawing.kinds[cell] is TOKENS[STRUCK]
+        if cell == STRUCK
     ]
     if struck:
         x, y = zip(*struck, strict=True)
