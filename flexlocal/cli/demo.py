@@ -229,7 +229,7 @@ def run(
         after = held_out_loss(model, test_rows, batch)
     _say("after", f"{after:.3f} bits/byte held out")
     if compare:
-        with progress.doing("comparing the two paths; flex compiles, up to half a minute"):
+        with progress.doing("comparing the two paths; flex compiles first, for up to a minute"):
             apart = difference(model, test_rows[:1, :-1])
         _say("flex, eager", apart)
     length = math.ceil(SAMPLE / window) * window

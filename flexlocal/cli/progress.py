@@ -39,10 +39,12 @@ class Progress:
         else:
             self._stream.write(f"  {text}\n")
         self._stream.flush()
-        yield
-        if self._terminal:
-            self._over("")
-            self._stream.flush()
+        try:
+            yield
+        finally:
+            if self._terminal:
+                self._over("")
+                self._stream.flush()
 
     def _over(self, line: str) -> None:
         self._stream.write(f"\r{line[: self._columns()]}\033[K")

@@ -66,12 +66,11 @@ def test_masks_is_reached_through_a_relative_link():
 
 
 def test_an_editable_install_is_a_path_that_type_checkers_read():
-    try:
-        installed = importlib.metadata.distribution("flexlocal")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("not installed")
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
-    if not origin.get("dir_info", {}).get("editable"):
+    for installed in importlib.metadata.distributions(name="flexlocal"):  # egg-info stands here too
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            break
+    else:
         pytest.skip("not installed with -e")
     (path,) = (installed.locate_file(file) for file in installed.files if file.suffix == ".pth")
     assert Path(path.read_text().strip()) == ROOT  # a hook would be "import ..."
@@ -87,7 +86,9 @@ build_meta.build_wheel("out")
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_wheel_and_an_sdist_hold_the_package_and_are_built_without_a_warning(tmp_path, linked):
     copy = tmp_path / "copy"
-    generated = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out")
+    generated = shutil.ignore_patterns(
+        ".git", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "out"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=generated)
     link = copy / "flexlocal" / "masks"
     if not linked and not link.is_symlink():
@@ -118,7 +119,8 @@ def test_a_wheel_and_an_sdist_hold_the_package_and_are_built_without_a_warning(t
         held = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = [*ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("profiling/*.py")]
     wanted += [*ROOT.glob("profiling/results/*"), *ROOT.glob("masks/**/*.png")]
-    wanted += [ROOT / "masks" / "README.md", ROOT / "setup.py", ROOT / "constraints.txt"]
+    others = ("masks/README.md", "setup.py", "constraints.txt", ".ci/run")
+    wanted += [ROOT / name for name in others]
     assert {path.relative_to(ROOT).as_posix() for path in wanted} <= held
     assert names <= held if linked else "masks/window.py" in held
 
