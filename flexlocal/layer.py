@@ -55,8 +55,8 @@ class LocalAttention(nn.Module):
         TypeError: an argument is of the wrong kind.
 
     Source: https://github.com/lucidrains/local-attention, documented at
-    https://zeta.apac.ai/en/latest/zeta/nn/attention/local_attention/. The README lists where the
-    results differ on purpose.
+    https://zeta.apac.ai/en/latest/zeta/nn/attention/local_attention/. docs/differences.md lists
+    where the results differ on purpose.
     """
 
     def __init__(

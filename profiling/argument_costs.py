@@ -132,7 +132,7 @@ def measure(
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The README's table: each call's times, and how many times its base's they are."""
+    """A Markdown table: each call's times, and how many times its base's they are."""
     rows = record["rows"]
     kinds = {kind: words for kind, words in KINDS.items() if kind in rows["plain"]}
     lines = [

@@ -98,7 +98,7 @@ def growth_line(found: dict[str, float]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The README's table of lengths."""
+    """A Markdown table of lengths."""
     lines = [
         "| tokens | forward ms | training step ms | its ns a token | its kernels' ns a token "
         "| most GB | its bytes a token |",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-"""Figures worth keeping, as JSON; the README's tables are made of them."""
+"""Figures worth keeping, as JSON; the tables in docs/ are made of them."""
 
 _PACKAGES = ("torch", "triton", "local-attention", "flash-attn-4", "nvidia-cudnn-frontend")
 

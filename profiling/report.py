@@ -1,4 +1,4 @@
-"""What ``bench`` measured, as text, as the README's table and as a picture."""
+"""What ``bench`` measured, as text, as a table for docs/ and as a picture."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +121,7 @@ def _absent(entry: Entry) -> Iterator[str]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The README's table: peers in rows, problems in columns, and what they are above it."""
+    """A Markdown table: peers in rows, problems in columns, and what they are above it."""
     entries = record["problems"]
     names = list(dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"]))
     # A processor's own times say little of another's.

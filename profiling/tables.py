@@ -1,4 +1,4 @@
-"""Prints the README's table of what bench, scale or argument_costs wrote as JSON.
+"""Prints the Markdown table of what bench, scale or argument_costs wrote as JSON.
 
     python -m profiling.tables profiling/results/h100.json
 

@@ -1,7 +1,7 @@
 """Kernels that take a window as two numbers, made differentiable: FlashAttention 2 and cuDNN.
 
 ``left`` and ``right`` are the keys that a query sees before and after its own. Peers in ``peers``
-call these; the README's figures name their versions.
+call these; docs/comparison.md names the versions that were measured.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit statuses, and the parts of the demonstration."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexlocal import demo
-from flexlocal.__main__ import main
+import flexlocal
+from flexlocal.cli import demo
+from flexlocal.cli.main import main
+from flexlocal.cli.progress import Progress
 
 
 def run(*arguments):
@@ -46,17 +49,81 @@ def test_demo_reports_what_it_did(short_demo):
 
 def test_progress_is_lines_where_there_is_no_terminal(short_demo):
     assert "\r" not in short_demo.stderr
-    assert [line.split()[0] for line in short_demo.stderr.splitlines()] == ["33%", "67%", "100%"]
+    lines = short_demo.stderr.splitlines()
+    assert [line.split()[0] for line in lines if "%" in line] == ["33%", "67%", "100%"]
 
 
-def test_progress_is_one_line_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = demo.Progress(sys.stderr)
+def test_every_pause_says_what_it_is_for(short_demo):
+    lines = [line.strip() for line in short_demo.stderr.splitlines() if "%" not in line]
+    assert lines == [
+        "reading Python's standard library",
+        "measuring the loss before training",
+        "a first step, not counted",
+        "measuring the loss after training",
+        "writing a sample",
+    ]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make stderr a terminal of so many columns."""
+
+    def of(columns):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr("flexlocal.cli.progress.os.get_terminal_size", lambda fd: size)
+        return Progress(sys.stderr)
+
+    return of
+
+
+@pytest.mark.parametrize(("columns", "width"), [(40, 39), (79, 78), (80, 79), (300, 79), (0, 79)])
+def test_the_bar_is_one_line_as_wide_as_the_terminal_up_to_80_columns(
+    capsys, terminal, columns, width
+):
+    progress = terminal(columns)
     progress.show(0.5, "half")
     progress.show(1.0, "all")
     written = capsys.readouterr().err
     assert written.count("\n") == 1 and written.endswith("\n")
-    assert written.count("\r") == 2 and "50%  half" in written and "100%  all" in written
+    _, half, all_ = written.replace("\033[K", "").rstrip("\n").split("\r")
+    assert len(half) == len(all_) == width  # one column is left free: filled, a line may wrap
+    assert re.fullmatch(r"\[(#+)(\.+)\]  50%  half", half)
+    assert re.fullmatch(r"\[#+\] 100%  all", all_)
+    begun = half.count("#") / (half.count("#") + half.count("."))
+    assert begun == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_narrow_terminal_cuts_the_words(capsys, terminal):
+    terminal(20).show(0.5, "more words than fit into it")
+    assert len(capsys.readouterr().err.strip("\r").removesuffix("\033[K")) == 19
+
+
+def test_a_pause_is_taken_away_on_a_terminal(capsys, terminal):
+    with terminal(80).doing("counting"):
+        assert capsys.readouterr().err == "\rcounting ...\033[K"
+    assert capsys.readouterr().err == "\r\033[K"
+
+
+def test_the_demo_fits_80_columns_and_leaves_no_pause_behind(capsys, terminal, monkeypatch):
+    for name, value in (("HELD_OUT_TOKENS", 512), ("SAMPLE", 32), ("TOKENS", 512)):
+        monkeypatch.setattr(demo, name, value)
+    terminal(80)
+    assert main(["demo", "--steps", "2", "--device", "cpu", "--window", "32", "--no-compare"]) == 0
+    shown = [part.split("\033[K") for part in capsys.readouterr().err.split("\r")[1:]]
+    assert shown[0] == ["loading torch ...", ""]
+    assert all(len(line) <= 79 for line, _ in shown)
+    assert [line for line, _ in shown if line.endswith("...")]
+    for (before, _), (after, _) in zip(shown, shown[1:], strict=False):
+        assert not before.endswith("...") or after == ""
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"flexlocal {flexlocal.__version__}\n"
 
 
 @pytest.mark.parametrize(("learns", "steps", "status"), [(1, 5, 0), (0, 5, 1), (0, 4, 0)])
@@ -140,7 +207,7 @@ def test_a_reader_may_leave_early():
 
 
 def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
-    from flexlocal import doctor
+    from flexlocal.cli import doctor
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(doctor, "trials", lambda: [("eager", cpu)])
@@ -149,7 +216,8 @@ def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
 
 
 def test_doctor_says_when_a_path_is_wrong(capsys, monkeypatch):
-    from flexlocal import doctor, eager, plan
+    from flexlocal import eager, plan
+    from flexlocal.cli import doctor
 
     monkeypatch.setattr(plan, "_PLANS", {})
     right = eager.attend
@@ -165,7 +233,7 @@ def test_doctor_says_when_a_path_is_wrong(capsys, monkeypatch):
 
 
 def test_doctor_fails_when_a_path_does(capsys, monkeypatch):
-    from flexlocal import doctor
+    from flexlocal.cli import doctor
 
     def broken(backend, device):
         raise RuntimeError("a reason\nand more")
@@ -198,8 +266,9 @@ def test_bad_flags_end_with_one_line_and_status_2(capsys, arguments, names):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith("python -m flexlocal")
-    assert ": error: " in captured.err and names in captured.err
+    known = arguments[:1] if arguments[:1] in (["demo"], ["doctor"]) else []
+    program = " ".join(["python -m flexlocal", *known])
+    assert captured.err.startswith(f"{program}: error: ") and names in captured.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for flex where it cannot train")
@@ -207,4 +276,5 @@ def test_a_backend_that_cannot_train_here_ends_with_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         main(["demo", "--backend", "flex", "--steps", "3"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("python -m flexlocal demo: error: ") and said.count("\n") == 1

@@ -1,9 +1,15 @@
 """The folders, the package and the imports keep their contracts."""
 
+import ast
+import importlib.metadata
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,15 +25,28 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def modules():
+    """The package's modules by name; a checkout without links has no flexlocal/masks."""
+    tops = {"flexlocal": ROOT / "flexlocal"}
+    if not (ROOT / "flexlocal" / "masks").is_dir():
+        tops["flexlocal.masks"] = ROOT / "masks"
+    found = {}
+    for package, top in tops.items():
+        for folder, _, names in os.walk(top, followlinks=True):
+            inside = Path(folder).relative_to(top).parts
+            for name in names:
+                if name.endswith(".py"):
+                    module = ".".join([package, *inside, name.removesuffix(".py")])
+                    found[module.removesuffix(".__init__")] = Path(folder, name)
+    return found
+
+
 def folders():
     """The folders that hold modules, as packages."""
-    tops = {"flexlocal": ROOT / "flexlocal", "flexlocal.masks": ROOT / "masks"}
-    found = set()
-    for package, top in tops.items():
-        for module in top.rglob("*.py"):
-            if (top / "masks") not in module.parents:  # the link: it is masks/ itself
-                found.add(".".join([package, *module.parent.relative_to(top).parts]))
-    return found
+    return {
+        name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for name, path in modules().items()
+    }
 
 
 def test_every_folder_is_packaged():
@@ -35,15 +54,76 @@ def test_every_folder_is_packaged():
 
 
 def test_every_folder_is_a_package():
-    for package in folders():
-        path = package.replace("flexlocal.masks", "masks").replace(".", "/")
-        assert (ROOT / path / "__init__.py").is_file()
+    assert {"flexlocal", "flexlocal.masks"} <= folders() <= modules().keys()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a checkout without links holds a file there")
 def test_masks_is_reached_through_a_relative_link():
+    if not (ROOT / ".git").exists():
+        pytest.skip("an sdist has a folder there")
     link = ROOT / "flexlocal" / "masks"
     assert link.is_symlink() and os.readlink(link) == "../masks"
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_read():
+    for installed in importlib.metadata.distributions(name="flexlocal"):  # egg-info stands here too
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable") and origin["url"] == ROOT.as_uri():
+            break
+    else:
+        pytest.skip("not installed from here with -e")
+    (path,) = (installed.locate_file(file) for file in installed.files if file.suffix == ".pth")
+    path = path.read_text().strip()
+    assert path == str(ROOT), "a hook: run pip install -e . again"
+
+
+BUILD = """
+from setuptools import build_meta
+build_meta.build_sdist("out")
+build_meta.build_wheel("out")
+"""
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_wheel_and_an_sdist_hold_the_package_and_are_built_without_a_warning(tmp_path, linked):
+    copy = tmp_path / "copy"
+    generated = shutil.ignore_patterns(
+        ".git", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "out"
+    )
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=generated)
+    link = copy / "flexlocal" / "masks"
+    if not linked and not link.is_symlink():
+        pytest.skip("an sdist has a folder there")
+    if not linked:  # what git makes of it where core.symlinks is false
+        link.unlink()
+        link.write_text("../masks")
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # it would warn of that one
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD],
+        cwd=copy,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert not re.search("warn|deprecat", done.stdout, re.IGNORECASE), done.stdout
+
+    with zipfile.ZipFile(next((copy / "out").glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    files = {name.replace(".", "/") for name in modules()}
+    code = {name.removesuffix("/__init__.py").removesuffix(".py") for name in names}
+    assert code - files == {"flexlocal/py.typed", "flexlocal/tuned.json"} and files <= code
+
+    with tarfile.open(next((copy / "out").glob("*.tar.gz"))) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    wanted = [*ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("profiling/*.py")]
+    wanted += [*ROOT.glob("profiling/results/*"), *ROOT.glob("masks/**/*.png")]
+    others = ("masks/README.md", "setup.py", "constraints.txt", ".ci/run")
+    wanted += [ROOT / name for name in others]
+    assert {path.relative_to(ROOT).as_posix() for path in wanted} <= held
+    assert names <= held if linked else "masks/window.py" in held
 
 
 def test_the_version_is_one():
@@ -81,7 +161,7 @@ def loaded_after(statement, stubs):
 
 OPTIONAL = ("matplotlib", "tensorboard", "torch_tb_profiler", "flash_attn")
 LAYER = {f"flexlocal.{room}" for room in ("layer", "functional", "rotary", "flex", "eager")}
-TOOLS = {f"flexlocal.{tool}" for tool in ("__main__", "demo", "doctor", "mask_command")}
+TOOLS = {name for name in modules() if name.startswith(("flexlocal.cli", "flexlocal.__main__"))}
 
 
 @pytest.fixture
@@ -106,17 +186,16 @@ def test_the_masks_load_no_layer(stubs):
 
 
 def test_these_tests_can_fail(stubs):
-    statement = "import matplotlib, tensorboard, torch_tb_profiler, flash_attn, flexlocal.demo"
-    assert {*OPTIONAL, "flexlocal.demo", "flexlocal.layer"} <= loaded_after(statement, stubs)
+    statement = "import matplotlib, tensorboard, torch_tb_profiler, flash_attn, flexlocal.cli.demo"
+    assert {*OPTIONAL, "flexlocal.cli.demo", "flexlocal.layer"} <= loaded_after(statement, stubs)
 
 
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]|\bfrom torch(\.\w+)* import .*\b_[a-z]")
 
 
 def test_private_names_of_torch_stay_in_one_file():
-    modules = [*(ROOT / "flexlocal").glob("*.py"), *(ROOT / "masks").rglob("*.py")]
-    private = {module.name for module in modules if PRIVATE.search(module.read_text())}
-    assert private <= {"flex.py"}
+    private = {name for name, path in modules().items() if PRIVATE.search(path.read_text())}
+    assert private <= {"flexlocal.flex"}
 
 
 @pytest.mark.parametrize(
@@ -134,15 +213,43 @@ def test_private_names_are_recognised(line, private):
     assert bool(PRIVATE.search(line)) is private
 
 
+def imports(name, path):
+    """Modules of flexlocal that a module imports, wherever it does; also what they may hold."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (one for one in found if one.split(".")[0] == "flexlocal")
+
+
 def test_imports_point_one_way():
-    masks = ROOT / "masks"
-    for module in masks.rglob("*.py"):
-        above = r"\." * (len(module.relative_to(masks).parts) + 1)  # dots that lead out of masks/
-        upward = re.compile(rf"^\s*(from {above}|from flexlocal|import flexlocal)", re.MULTILINE)
-        assert not upward.search(module.read_text()), module
-    tools = re.compile(
-        r"^\s*(from \.|from flexlocal|import flexlocal).*\b(demo|doctor|mask_command)\b", re.M
-    )
-    for module in (ROOT / "flexlocal").glob("*.py"):
-        if f"flexlocal.{module.stem}" not in TOOLS:
-            assert not tools.search(module.read_text()), module
+    for name, path in modules().items():
+        for imported in imports(name, path):
+            if name.startswith("flexlocal.masks"):
+                assert imported.startswith("flexlocal.masks."), name
+            if name not in TOOLS:
+                assert not imported.startswith("flexlocal.cli"), name
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from .. import flex", ["flexlocal.flex"]),
+        ("from ..cli.demo import run", ["flexlocal.cli.demo.run"]),
+        ("from .window import Window", ["flexlocal.masks.window.Window"]),
+        ("from . import keys", ["flexlocal.masks.keys"]),
+        ("import flexlocal.cli, torch", ["flexlocal.cli"]),
+        ("def f():\n    from flexlocal import flex", ["flexlocal.flex"]),
+        ("from torch import nn", []),
+    ],
+)
+def test_imports_are_recognised(line, found, tmp_path):
+    path = tmp_path / "rule.py"
+    path.write_text(line)
+    assert list(imports("flexlocal.masks.rule", path)) == found

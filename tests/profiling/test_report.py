@@ -1,4 +1,4 @@
-"""What was measured, as a table for a terminal and for the README."""
+"""What was measured, as a table for a terminal and for docs/."""
 
 import re
 

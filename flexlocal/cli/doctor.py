@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from . import LocalAttention, __version__, flex
-from .call import BackendName
+from .. import LocalAttention, __version__, flex
+from ..call import BackendName
 
 Row = tuple[str, str]
 

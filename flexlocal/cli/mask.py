@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import masks
-from .masks import PRESETS, MaskPicture, Window, inspect
+from .. import masks
+from ..masks import PRESETS, MaskPicture, Window, inspect
 
 _BLOCK = 128
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import LocalAttention
-from .call import BackendName
+from .. import LocalAttention
+from ..call import BackendName
 
 EMBEDDING, HEADS, LAYERS = 128, 4, 3
 

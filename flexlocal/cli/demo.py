@@ -14,15 +14,15 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flex
+from .. import flex
+from ..call import BackendName
 from .byte_model import EMBEDDING, HEADS, LAYERS, ByteModel
-from .call import BackendName
+from .progress import Progress
 
 STEPS = 220  # with the rest about a minute on two CPU cores
 SECONDS = 90.0  # of training at most, unless asked for
@@ -35,24 +35,6 @@ SAMPLE = 256  # bytes, prompt included; rounded up to whole windows
 
 class CannotRun(Exception):
     """What was asked for cannot run here; the message says why."""
-
-
-class Progress:
-    """A bar where ``stream`` is a terminal, a line at every tenth of the way elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._bar, self._tenths = stream, stream.isatty(), 0
-
-    def show(self, done: float, text: str) -> None:
-        """Show the fraction ``done`` of the way and ``text``."""
-        if self._bar:
-            filled = int(30 * done)
-            bar = "#" * filled + "." * (30 - filled)
-            self._stream.write(f"\r[{bar}] {done:4.0%}  {text}\033[K" + "\n" * (done >= 1))
-        elif int(10 * done) > self._tenths:
-            self._tenths = int(10 * done)
-            self._stream.write(f"  {done:4.0%}  {text}\n")
-        self._stream.flush()
 
 
 def source_files(root: Path) -> tuple[list[Path], list[Path]]:
@@ -97,14 +79,19 @@ def frequency_loss(training: Tensor, rows_bn: Tensor) -> float:
 
 
 def train(
-    model: ByteModel, text: Tensor, context: int, steps: float, seconds: float, seed: int
+    model: ByteModel,
+    text: Tensor,
+    context: int,
+    steps: float,
+    seconds: float,
+    seed: int,
+    progress: Progress,
 ) -> float:
     """Train for ``steps`` or ``seconds``, what ends first; return tokens per second."""
     device = next(model.parameters()).device
     batch = max(1, TOKENS // context)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))
-    progress = Progress(sys.stderr)
     done, step, started = 0.0, 0, time.perf_counter()
     while done < 1:
         for group in optimizer.param_groups:  # warm up, then down along a cosine
@@ -120,7 +107,7 @@ def train(
         elapsed = time.perf_counter() - started
         done = min(1.0, max(step / steps, elapsed / seconds))
         rate = step * batch * context / elapsed
-        progress.show(done, f"step {step}  loss {now:.2f} bits/byte  {rate:,.0f} tokens/s")
+        progress.show(done, f"step {step:4}  {now:5.2f} bits/byte  {rate:9,.0f} tokens/s")
     return rate
 
 
@@ -193,9 +180,20 @@ def run(
     context = math.ceil(CONTEXT / window) * window
     batch = max(1, TOKENS // context)
 
+    torch.manual_seed(seed)
+    model = ByteModel(window, backend).to(where)
+    attention = model.attentions[0]
+    like_q = torch.empty(1, device=where).expand(batch, HEADS, context, EMBEDDING // HEADS)
+    try:
+        path = attention.explain(like_q.requires_grad_())
+    except ValueError as error:
+        raise CannotRun(str(error)) from error
+
+    progress = Progress(sys.stderr)
     root = Path(sysconfig.get_path("stdlib"))
-    training_files, held_out_files = source_files(root)
-    training, held_out = read(training_files), read(held_out_files)
+    with progress.doing("reading Python's standard library"):
+        training_files, held_out_files = source_files(root)
+        training, held_out = read(training_files), read(held_out_files)
     if min(len(training), len(held_out)) <= 2 * context:
         found = f"{len(training):,} and {len(held_out):,} bytes of Python source under {root}"
         raise CannotRun(f"{found} are too few for a context of {context:,} tokens")
@@ -203,17 +201,6 @@ def run(
         0, len(held_out) - context - 1, max(1, HELD_OUT_TOKENS // context), dtype=torch.float64
     )
     test_rows = rows(held_out, starts.long(), context + 1).to(where)
-
-    torch.manual_seed(seed)
-    model = ByteModel(window, backend).to(where)
-    attention = model.attentions[0]
-    like_q = torch.empty(
-        batch, HEADS, context, EMBEDDING // HEADS, device=where, requires_grad=True
-    )
-    try:
-        path = attention.explain(like_q)
-    except ValueError as error:
-        raise CannotRun(str(error)) from error
 
     parameters = sum(p.numel() for p in model.parameters())
     _say("device", _name(where))
@@ -227,19 +214,28 @@ def run(
         _say(name, f"{len(text) / 1e6:.1f} MB of Python's standard library, {len(files)} files")
     frequencies = frequency_loss(training, test_rows)
     _say("frequencies", f"{frequencies:.3f} bits/byte held out, from byte frequencies alone")
-    _say("before", f"{held_out_loss(model, test_rows, batch):.3f} bits/byte held out")
+    compiles = "; it compiles first" if path.backend == "flex" else ""
+    with progress.doing(f"measuring the loss before training{compiles}"):
+        before = held_out_loss(model, test_rows, batch)
+    _say("before", f"{before:.3f} bits/byte held out")
+    with progress.doing(f"a first step, not counted{compiles}"):
+        losses(model, test_rows[:batch]).backward()
+        model.zero_grad()
 
     started = time.perf_counter()
-    rate = train(model, training, context, steps or math.inf, seconds or math.inf, seed)
+    rate = train(model, training, context, steps or math.inf, seconds or math.inf, seed, progress)
     _say("speed", f"{rate:,.0f} tokens/s, trained for {time.perf_counter() - started:.0f} s")
-    after = held_out_loss(model, test_rows, batch)
+    with progress.doing("measuring the loss after training"):
+        after = held_out_loss(model, test_rows, batch)
     _say("after", f"{after:.3f} bits/byte held out")
     if compare:
-        _say("flex, eager", difference(model, test_rows[:1, :-1]))
-
-    print("\nsample\n", flush=True)
+        with progress.doing("comparing the two paths; flex compiles first, for up to a minute"):
+            apart = difference(model, test_rows[:1, :-1])
+        _say("flex, eager", apart)
     length = math.ceil(SAMPLE / window) * window
-    print(sample(model, b"import os\n\n\nclass ", length, seed), flush=True)
+    with progress.doing("writing a sample"):
+        written = sample(model, b"import os\n\n\nclass ", length, seed)
+    print(f"\nsample\n\n{written}", flush=True)
 
     if full and after >= frequencies:
         print("\nthe model is no better than the byte frequencies: it did not learn")

@@ -1,0 +1,1 @@
+"""The command line: ``python -m flexlocal demo``, ``doctor`` and ``mask``."""
