@@ -1,6 +1,6 @@
 """What is measured: the standard problems, and others of the same kind.
 
-Sizes are those at which the peers' figures are known; operations and bytes, from which ``rates``
+Sizes are those at which the peers' figures are known; operations and bytes, from which ``timing``
 makes the floors, follow from the sizes alone.
 """
 
