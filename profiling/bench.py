@@ -13,13 +13,13 @@ would take for the problem's bytes and operations.
 import argparse
 import gc
 import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .options import DTYPES, add_output, add_problem, dtype_of, problems_of, rea
 from .peers import OURS, PEERS, REFERENCE, Attend, Peer
 from .problems import STANDARD, Problem
 from .terminal import Bar
-from .timing import Rates, Run, first_call, in_turns, kernels_ms, measure_rates, peak_bytes
+from .timing import Rates, Run, add_times, first_call, measure_rates, peak_bytes
 
 Status = Literal["measured", "missing", "refused", "wrong", "out of memory", "failed"]
 
@@ -51,36 +51,31 @@ class Task:
         return self.problem.tensors(self.dtype, self.device, views=self.views)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What was found of a peer; ``reason`` says why there is nothing, or nothing of training.
+Row = dict[str, Any]
+"""What was found of a peer, as the JSON has it: ``peer``, ``status``, ``reason`` (why there is
+nothing, or nothing of training), ``error``, times in ms by their names, ``first_..._s`` of the
+calls that compile, ``peak_bytes``, and ``rounds``: what each round of turns took, by the time's
+name. Kernels, a GPU's alone, take less than a call that waits for the host."""
 
-    ``rounds`` holds, by the name of a time, what each round of turns took; the time itself is the
-    median. Kernels, a GPU's alone, take less than a call that waits for the host.
-    """
-
-    peer: str
-    status: Status
-    reason: str = ""
-    error: float | None = None
-    forward_ms: float | None = None
-    train_ms: float | None = None
-    forward_kernels_ms: float | None = None
-    train_kernels_ms: float | None = None
-    first_forward_s: float | None = None
-    first_train_s: float | None = None
-    peak_bytes: int | None = None
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def bad(self) -> bool:
-        """Whether it is wrong, or ours and does not run."""
-        ours = self.peer == OURS.name and self.status in ("out of memory", "failed")
-        return self.status == "wrong" or ours
+FIELDS = (
+    *("error", "forward_ms", "train_ms", "forward_kernels_ms", "train_kernels_ms"),
+    *("first_forward_s", "first_train_s", "peak_bytes"),
+)
 
 
-def measure_all(task: Task, peers: Sequence[Peer], bar: Bar) -> list[Measurement]:
-    """Every peer's measurement.
+def row_of(peer: str, status: Status, reason: str = "", **fields: Any) -> Row:
+    """A row with nothing in the fields that are not given."""
+    return {"peer": peer, "status": status, "reason": reason, **dict.fromkeys(FIELDS), **fields}
+
+
+def bad(row: Row) -> bool:
+    """Whether it is wrong, or ours and does not run."""
+    ours = row["peer"] == OURS.name and row["status"] in ("out of memory", "failed")
+    return row["status"] == "wrong" or ours
+
+
+def measure_all(task: Task, peers: Sequence[Peer], bar: Bar) -> list[Row]:
+    """Every peer's row.
 
     flexlocal must agree with the brute-force truth on a shortened problem, all the others with
     flexlocal's eager path in fp32 on the whole one.
@@ -88,41 +83,27 @@ def measure_all(task: Task, peers: Sequence[Peer], bar: Bar) -> list[Measurement
     reason = _off_the_truth(REFERENCE, replace(task, dtype=torch.float32))
     if reason is not None:
         reason = f"nothing to compare with: {REFERENCE.name} is {reason}"
-        return [Measurement(peer.name, "wrong", reason) for peer in peers]
-    tensors = [x.detach().float().requires_grad_() for x in task.tensors()]
+        return [row_of(peer.name, "wrong", reason) for peer in peers]
+    tensors = task.tensors()
+    exact = [x.detach().float().requires_grad_() for x in tensors]
     attend = REFERENCE.attend(task.problem, task.device)
     # In the host's memory, where it adds nothing to a peer's peak.
-    reference = [x.cpu() for x in results(attend, tensors, task.train)]
-    del tensors
-    ours_is = _tried(lambda: _off_the_truth(OURS, task))
-    # Kernels made for another problem are no matter of this one, and the limit on recompilation
-    # counts them all.
-    torch.compiler.reset()
-    found: dict[str, Measurement] = {}
+    reference = [x.cpu() for x in results(attend, exact, task.train)]
+    del exact
+    found: dict[str, Row] = {}
     runs: dict[str, dict[str, Run]] = {"forward": {}, "train": {}}
-    tensors = task.tensors()
     for peer in peers:
         bar.show(f"{task.problem.name}: {peer.name}")
-        if peer is OURS and ours_is is not None:
-            row = ours_is if isinstance(ours_is, Measurement) else None
-            words = f"on a short sequence {ours_is}"
-            found[peer.name] = row or Measurement(peer.name, "wrong", words)
-        else:
-            row = _tried(lambda peer=peer: _checked(peer, task, tensors, reference, runs))
-            found[peer.name] = replace(row, peer=peer.name)
-        bar.advance()
+        try:
+            found[peer.name] = _checked(peer, task, tensors, reference, runs)
+        except Exception as error:  # a peer may raise anything; the others go on
+            found[peer.name] = row_of(peer.name, *trouble(error))
         _free(task.device)
+        bar.advance()
     bar.show(f"{task.problem.name}: in turns")
     for kind, of_kind in runs.items():
-        _time(kind, of_kind, task, sum(x.nbytes for x in tensors), found)
+        _add_times(kind, of_kind, task, sum(x.nbytes for x in tensors), found)
     return list(found.values())
-
-
-def _tried(run: Callable[[], Measurement | str | None]) -> Measurement | str | None:
-    try:
-        return run()
-    except Exception as error:  # a peer may raise anything; the others go on
-        return Measurement(OURS.name, *trouble(error))
 
 
 def _off_the_truth(peer: Peer, task: Task) -> str | None:
@@ -130,6 +111,9 @@ def _off_the_truth(peer: Peer, task: Task) -> str | None:
     short = replace(task, problem=shortened(task.problem))
     tensors = short.tensors()
     found = results(peer.attend(short.problem, task.device), tensors, task.train)
+    # Kernels made for another length are no matter of the problem, and the limit on recompilation
+    # counts them all.
+    torch.compiler.reset()
     return complaint(errors(found, truth(short.problem, tensors, task.train)), task.dtype)
 
 
@@ -139,41 +123,43 @@ def _checked(
     tensors: Sequence[Tensor],
     reference: Sequence[Tensor],
     runs: dict[str, dict[str, Run]],
-) -> Measurement:
-    """Without its times; a peer that is right gets a place in ``runs``."""
+) -> Row:
+    """The row without its times; a peer that is right gets a place in ``runs``."""
     reason = peer.missing()
     if reason is not None:
-        return Measurement(peer.name, "missing", reason)
+        return row_of(peer.name, "missing", reason)
     reason = peer.obstacle(task.problem, task.dtype, task.device)
     if reason is not None:
-        return Measurement(peer.name, "refused", reason)
+        return row_of(peer.name, "refused", reason)
+    reason = _off_the_truth(peer, task) if peer is OURS else None
+    if reason is not None:
+        return row_of(peer.name, "wrong", f"on a short sequence {reason}")
     attend, device = peer.attend(task.problem, task.device), task.device
     forward, train = forward_of(attend, tensors), training_of(attend, tensors)
-    first = first_call(forward, device)
+    firsts: dict[str, Any] = {"first_forward_s": first_call(forward, device)}
     off = errors(results(attend, tensors, train=False), reference)
-    first_train, untrained = None, peer.inference_only(device) if task.train else None
+    untrained = peer.inference_only(device) if task.train else None
     trains = task.train and untrained is None
     if trains:
         try:
-            first_train = first_call(train, device)
+            firsts["first_train_s"] = first_call(train, device)
             off = errors(results(attend, tensors), reference)
         except Exception as error:
             trains, untrained = False, ": ".join(trouble(error))
-    wrong, error = complaint(off, task.dtype), max(off.values())
+    wrong, most = complaint(off, task.dtype), max(off.values())
     if wrong is not None:
-        return Measurement(peer.name, "wrong", wrong, error)
+        return row_of(peer.name, "wrong", wrong, error=most)
     runs["forward"][peer.name] = forward
     if trains:
         runs["train"][peer.name] = train
-    reason = "" if untrained is None else f"training: {untrained}"
-    firsts = {"first_forward_s": first, "first_train_s": first_train}
-    return Measurement(peer.name, "measured", reason, error, **firsts)
+    reason = f"training: {untrained}" if untrained else ""
+    return row_of(peer.name, "measured", reason, error=most, **firsts)
 
 
-def _time(
-    kind: str, runs: dict[str, Run], task: Task, passed: int, found: dict[str, Measurement]
+def _add_times(
+    kind: str, runs: dict[str, Run], task: Task, passed: int, found: dict[str, Row]
 ) -> None:
-    """Adds the times of one kind of call to what was found of the peers."""
+    """Adds the times of one kind of call to the rows of those that are right."""
     lost: dict[str, Exception] = {}
 
     def call(name: str) -> None:
@@ -183,26 +169,20 @@ def _time(
         except Exception as error:  # as memory that others left too little of
             lost[name] = error
 
-    turns = {name: lambda name=name: call(name) for name in runs}
-    clocks = {"": None} | ({"kernels_": kernels_ms} if task.device.type == "cuda" else {})
-    for words, clock in clocks.items():
-        name_of_time = f"{kind}_{words}ms"
-        for name, rounds in in_turns(turns, task.device, task.seconds, clock).items():
-            row = found[name]
-            times = {**row.rounds, name_of_time: rounds}
-            median = {name_of_time: statistics.median(rounds)}
-            found[name] = replace(row, rounds=times, **median)
+    turns = {name: partial(call, name) for name in runs}
+    times = f"{kind}_ms", f"{kind}_kernels_ms"
+    add_times(found, turns, times, task.device, task.seconds)
     for name, run in turns.items():
         if kind == "train":
-            found[name] = replace(found[name], peak_bytes=peak_bytes(run, task.device, passed))
+            found[name]["peak_bytes"] = peak_bytes(run, task.device, passed)
         if name in lost:
-            found[name] = Measurement(name, *trouble(lost[name]))
+            found[name] = row_of(name, *trouble(lost[name]))
         _free(task.device)
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -231,7 +211,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return of_its_own or "allocate memory" in str(error)
 
 
-def entry_of(task: Task, rates: Rates, rows: Sequence[Measurement]) -> report.Entry:
+def entry_of(task: Task, rates: Rates, rows: Sequence[Row]) -> report.Entry:
     """A problem's part of the record."""
     problem, kinds = task.problem, {"forward": False, "train": True}
     return {
@@ -241,7 +221,7 @@ def entry_of(task: Task, rates: Rates, rows: Sequence[Measurement]) -> report.En
         "window": asdict(problem.window),
         "rule": problem.window.words,
         "floors": {name: rates.floors(problem, task.dtype, kinds[name]) for name in kinds},
-        "rows": [asdict(row) for row in rows],
+        "rows": list(rows),
     }
 
 
@@ -276,7 +256,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit status, 1 where something was wrong."""
     options = read(arguments)
-    device, dtype, peers, bad = options.device, dtype_of(options, options.device), options.peers, 0
+    device, dtype, peers = options.device, dtype_of(options, options.device), options.peers
     rates = measure_rates(device, dtype, options.seconds)
     record = machine.record(
         device,
@@ -288,19 +268,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         float32_matmul_precision=torch.get_float32_matmul_precision(),
     )
     record |= {"rates": asdict(rates), "problems": []}
+    wrong = False
     print(f"{record['device']}, {record['settings']['dtype']}, torch {torch.__version__}")
     with Bar(len(options.problems) * len(peers)) as bar:
         for problem in options.problems:
             train = not options.forward_only
             task = Task(problem, dtype, device, options.views, train, options.seconds)
             rows = measure_all(task, peers, bar)
-            bad |= any(row.bad for row in rows)
+            wrong |= any(map(bad, rows))
             record["problems"].append(entry_of(task, rates, rows))
             print(f"\n{report.text(record['problems'][-1])}", flush=True)
             machine.write(record, options.json)  # a later one may take the machine with it
     if options.plot:
         report.plot(record, options.plot)
-    return int(bad)
+    return int(wrong)
 
 
 @contextmanager

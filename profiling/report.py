@@ -25,8 +25,9 @@ def row_of(entry: Entry, peer: str) -> dict[str, Any]:
 def text(entry: Entry) -> str:
     """A problem's measurements for a terminal; who was not measured stands below, with reasons."""
     tables = [_table(entry, kind) for kind in KINDS if row_of_any(entry, f"{kind}_ms")]
-    below = [paragraph(line) for line in (*_comparisons(entry), *_noise(entry), *_absent(entry))]
-    return "\n".join([paragraph(_title(entry)), *(f"\n{each}" for each in tables), "", *below])
+    below = [paragraph(line) for line in (*_noise(entry), *_absent(entry))]
+    above = paragraph(f"{_title(entry)}\nratio: to {OURS}'s time in the same round, with quartiles")
+    return "\n".join([above, *(f"\n{each}" for each in tables), "", *below])
 
 
 def row_of_any(entry: Entry, name: str) -> bool:
@@ -39,7 +40,7 @@ def _table(entry: Entry, kind: str) -> str:
     names = [call] + [kernels] * row_of_any(entry, kernels)
     titles = [KINDS[kind]]
     for name in names:
-        titles += ["ms" if name == call else "kernels", f"of {OURS}"]
+        titles += ["ms" if name == call else "kernels", "ratio"]
     titles += ["first s", "GB" if kind == "train" else "error"]
     lines = []
     for row in entry["rows"]:
@@ -53,6 +54,10 @@ def _table(entry: Entry, kind: str) -> str:
             line += [number(row[name]), words]
         last = _gigabytes(row) if kind == "train" else f"{row['error']:.0e}"
         lines.append([*line, number(row[f"first_{kind}_s"]), last])
+    for name, ms in entry["floors"][kind].items():
+        words = f"{ms / ours[call]:.2f}x" if ours.get(call) else "-"
+        line = [f"{name.removesuffix('_ms')} floor", number(ms), words]
+        lines.append(line + ["-"] * (len(titles) - len(line)))
     return table(titles, lines)
 
 
@@ -64,37 +69,6 @@ def _title(entry: Entry) -> str:
 
 def _gigabytes(row: dict[str, Any]) -> str:
     return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
-
-
-def _comparisons(entry: Entry) -> Iterator[str]:
-    """Our time over the best peer's and over the floors."""
-    ours = row_of(entry, OURS)
-    for kind, words in KINDS.items():
-        mine = ours.get(f"{kind}_ms")
-        if mine is None:
-            continue
-        parts = [
-            f"{mine / floor:.2f}x the {name.removesuffix('_ms')} floor of {number(floor)} ms"
-            for name, floor in entry["floors"][kind].items()
-        ]
-        best = best_peer(entry, kind)
-        if best is not None:
-            alone = ratio_of_rows(ours, best, f"{kind}_kernels_ms")
-            kernels = "" if alone is None else f", kernels {alone.words()} its kernels"
-            times = ratio_of_rows(ours, best, f"{kind}_ms")
-            assert times is not None  # both have a time
-            parts.insert(0, f"{times.words()} the best peer, {best['peer']}{kernels}")
-        yield f"{OURS} {words}: {'; '.join(parts)}"
-
-
-def best_peer(entry: Entry, kind: str) -> dict[str, Any] | None:
-    """The fastest that is not ours."""
-    others = [
-        row
-        for row in entry["rows"]
-        if not row["peer"].startswith(OURS) and row[f"{kind}_ms"] is not None
-    ]
-    return min(others, key=lambda row: row[f"{kind}_ms"], default=None)
 
 
 def _noise(entry: Entry) -> Iterator[str]:

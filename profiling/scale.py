@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -48,17 +48,19 @@ LONGEST = 32
 """The largest power of two: beyond, not even the block mask would fit."""
 
 MEASURED = {
-    # What is measured of a length: words for it, its unit for a token.
-    "forward_ms": ("forward ms", "ns"),
-    "train_ms": ("training step ms", "ns"),
-    "kernels_ms": ("its kernels ms", "ns"),
-    "peak_bytes": ("most bytes", "bytes"),
-    "mask_bytes": ("block mask bytes", "bytes"),
-    "mask_ms": ("block mask ms", "ns"),
+    "forward_ms": "forward",
+    "train_ms": "training",
+    "kernels_ms": "kernels",
+    "peak_bytes": "peak",
+    "mask_bytes": "mask",
+    "mask_ms": "mask",
 }
-"""``kernels_ms`` is a training step's, without the host's launches, on a GPU. ``peak_bytes`` is of
+"""What is measured of a length, and what tables call it.
+
+``kernels_ms`` is a training step's, without the host's launches, on a GPU. ``peak_bytes`` is of
 training where the path can train, else of the forward pass, with the tensors that are passed in.
-The block mask is timed by itself, outside a compiled graph, which would fuse it."""
+The block mask is timed by itself, outside a compiled graph, which would fuse it.
+"""
 
 MOST_ERROR = 0.1
 """Standard error of an exponent from which on it means nothing."""
@@ -157,25 +159,30 @@ def growths(rows: Sequence[Length]) -> dict[str, tuple[float, float]]:
 
 
 def text(rows: Sequence[Length]) -> str:
-    """A table of times, one of what a token takes, and the growth."""
+    """A table of times and bytes with their growth, and one of what each token takes."""
     names = [name for name in MEASURED if any(row[name] is not None for row in rows)]
-    found, lines, each = growths(rows), [], []
-    for row in rows:
-        note = "out of memory" if row["out_of_memory"] else ""
-        lines.append([str(row["n"]), *(number(row[name]) for name in names), note])
-        each.append([str(row["n"]), *(number(per_token(row, name)) for name in names), note])
+    found, notes = growths(rows), ["out of memory" * row["out_of_memory"] for row in rows]
+
+    def lines(value: Callable[[Length, str], float | None]) -> list[list[str]]:
+        return [
+            [str(row["n"]), *(number(value(row, name)) for name in names), note]
+            for row, note in zip(rows, notes, strict=True)
+        ]
+
+    def whole(row: Length, name: str) -> float | None:
+        return row[name] if row[name] is None or name.endswith("_ms") else row[name] / 1e6
+
     exponents = [f"n^{found[name][0]:.2f}" if name in found else "-" for name in names]
-    titles = ["tokens", *(MEASURED[name][0] for name in names), ""]
-    parts = [table(titles, [*lines, ["growth", *exponents, ""]])]
-    units = [f"{MEASURED[name][0].rsplit(' ', 1)[0]} {MEASURED[name][1]}" for name in names]
-    parts += ["For each token:", table(["tokens", *units, ""], each)]
-    times = [name for name in found if name.endswith("_ms")]
-    noisy = [MEASURED[name][0] for name in times if MOST_ERROR < found[name][1] < math.inf]
+    titles = [f"{MEASURED[name]} {'ms' if name.endswith('_ms') else 'MB'}" for name in names]
+    parts = [table(["tokens", *titles, ""], [*lines(whole), ["growth", *exponents, ""]])]
+    each = [f"{MEASURED[name]} {'ns' if name.endswith('_ms') else 'B'}" for name in names]
+    parts += ["For each token:", table(["tokens", *each, ""], lines(per_token))]
+    errors = {f"{MEASURED[n]} ms": found[n][1] for n in found if n.endswith("_ms")}
+    noisy = [name for name, error in errors.items() if MOST_ERROR < error < math.inf]
     if noisy:
         parts.append(paragraph(f"{TOO_NOISY} the growth of: {'; '.join(noisy)}"))
-    unknown = [MEASURED[name][0] for name in times if found[name][1] == math.inf]
-    if unknown:
-        parts.append(paragraph(f"Too few lengths to tell how sure the growth is: {unknown}"))
+    if math.inf in errors.values():
+        parts.append("With fewer than three lengths nothing tells how sure the growth is.")
     return "\n\n".join(parts)
 
 
