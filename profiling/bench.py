@@ -12,11 +12,8 @@ would take for the problem's bytes and operations.
 
 import argparse
 import gc
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,7 +27,7 @@ from .options import DTYPES, add_output, add_problem, dtype_of, problems_of, rea
 from .peers import OURS, PEERS, REFERENCE, Attend, Peer
 from .problems import STANDARD, Problem
 from .terminal import Bar
-from .timing import Rates, Run, add_times, first_call, measure_rates, peak_bytes
+from .timing import Run, add_times, first_call, measure_rates, peak_bytes
 
 Status = Literal["measured", "missing", "refused", "wrong", "out of memory", "failed"]
 
@@ -211,20 +208,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return of_its_own or "allocate memory" in str(error)
 
 
-def entry_of(task: Task, rates: Rates, rows: Sequence[Row]) -> report.Entry:
-    """A problem's part of the record."""
-    problem, kinds = task.problem, {"forward": False, "train": True}
-    return {
-        "name": problem.name,
-        "words": problem.words,
-        "shape": problem.shape,
-        "window": asdict(problem.window),
-        "rule": problem.window.words,
-        "floors": {name: rates.floors(problem, task.dtype, kinds[name]) for name in kinds},
-        "rows": list(rows),
-    }
-
-
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; wrong arguments end the program."""
     parser = reader("bench", __doc__)
@@ -267,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=options.seconds,
         float32_matmul_precision=torch.get_float32_matmul_precision(),
     )
-    record |= {"rates": asdict(rates), "problems": []}
+    record |= {"rates": rates, "problems": []}
     wrong = False
     print(f"{record['device']}, {record['settings']['dtype']}, torch {torch.__version__}")
     with Bar(len(options.problems) * len(peers)) as bar:
@@ -276,26 +259,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = Task(problem, dtype, device, options.views, train, options.seconds)
             rows = measure_all(task, peers, bar)
             wrong |= any(map(bad, rows))
-            record["problems"].append(entry_of(task, rates, rows))
-            print(f"\n{report.text(record['problems'][-1])}", flush=True)
+            entry = {
+                "name": problem.name,
+                "words": problem.words,
+                "shape": problem.shape,
+                "window": asdict(problem.window),
+                "rule": problem.window.words,
+                "floors": {
+                    kind: problem.floors(rates, dtype, kind == "train") for kind in report.KINDS
+                },
+                "rows": rows,
+            }
+            record["problems"].append(entry)
+            print(f"\n{report.text(entry)}", flush=True)
             machine.write(record, options.json)  # a later one may take the machine with it
     if options.plot:
         report.plot(record, options.plot)
     return int(wrong)
 
 
-@contextmanager
-def _cold_caches() -> Iterator[None]:
-    """First calls compile, whatever an earlier run left on the disk; unless a folder is named."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        yield
-
-
 if __name__ == "__main__":
-    with _cold_caches():
-        sys.exit(main())
+    # First calls compile, whatever an earlier run left on the disk.
+    torch.compiler.config.force_disable_caches = True
+    sys.exit(main())

@@ -5,6 +5,7 @@ blocks and their lists they share. Options carry their pass as a prefix, as
 ``flexlocal/tuned.json`` has them.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,8 @@ def spread(every: list[Candidate], limit: int | None) -> list[Candidate]:
 class Outcome:
     """What came of a candidate; ``reason`` says why it was not timed.
 
-    Attributes:
-        error: the largest of the output and the gradients.
-        ms: of a call; training with the fastest forward options of the candidate's layout.
-        first_s: of the first call, which compiles.
+    ``error`` is the largest of the output and the gradients; ``ms`` is of a call, in training with
+    the fastest forward options of the candidate's layout; ``first_s`` is of the call that compiles.
     """
 
     candidate: Candidate
@@ -149,20 +148,10 @@ class Outcome:
 
 def ranked(outcomes: Sequence[Outcome], kind: Pass, layout: Layout | None = None) -> list[Outcome]:
     """The swept candidates of a pass that were right, fastest first; of one layout if given."""
-    timed = [
-        o
-        for o in outcomes
-        if o.status == "measured"
-        and o.candidate.swept
-        and o.candidate.kind == kind
-        and layout in (None, o.candidate.layout)
-    ]
-    return sorted(timed, key=_ms)
-
-
-def milliseconds(outcomes: Sequence[Outcome], candidate: Candidate) -> float | None:
-    """The candidate's time; None where it has none."""
-    return next((o.ms for o in outcomes if o.candidate == candidate), None)
+    right = [o for o in outcomes if o.status == "measured" and o.candidate.swept]
+    of_kind = [o for o in right if o.candidate.kind == kind]
+    found = [o for o in of_kind if layout in (None, o.candidate.layout)]
+    return sorted(found, key=lambda outcome: outcome.ms or math.inf)
 
 
 @dataclass(frozen=True)
@@ -183,16 +172,16 @@ class Winner:
 def winner_of(
     outcomes: Sequence[Outcome], layouts: Collection[Layout] | None = None
 ) -> Winner | None:
-    """The pair with the least sum of both passes, which is the time of training.
+    """The pair with the least time of training, which holds both passes.
 
     None where no layout, or none of the given ones, has a right candidate for each.
     """
     pairs = []
     for layout in layouts or dict.fromkeys(o.candidate.layout for o in outcomes):
-        forward, training = (ranked(outcomes, kind, layout)[:1] for kind in PASSES)
-        if forward and training:
-            options = forward[0].candidate.options + training[0].candidate.options
-            pairs.append(Winner(layout, options, _ms(forward[0]), _ms(training[0])))
+        both = [o for kind in PASSES for o in ranked(outcomes, kind, layout)[:1]]
+        if len(both) == len(PASSES):
+            options = both[0].candidate.options + both[1].candidate.options
+            pairs.append(Winner(layout, options, *(o.ms or math.inf for o in both)))
     return min(pairs, key=lambda pair: pair.training_ms, default=None)
 
 
@@ -204,8 +193,3 @@ def counted(outcomes: Sequence[Outcome]) -> str:
         words = f" ({reasons.most_common(1)[0][0][:80]})" if reasons else ""
         parts.append(f"{count} {status}{words}")
     return ", ".join(parts)
-
-
-def _ms(outcome: Outcome) -> float:
-    assert outcome.ms is not None  # it was measured
-    return outcome.ms

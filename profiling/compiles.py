@@ -33,15 +33,9 @@ FIRST = "first call of its kind"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer or of a model of them.
+    """A call of a layer or of a model of them: graphs that it compiled, and found on the disk.
 
-    Attributes:
-        name: which of the layers, or ``model``.
-        dtype, n: of query, key and value.
-        compiles: graphs that torch.compile traced during the call.
-        from_disk: graphs, backward ones included, whose kernels were found on the disk.
-        seconds: that it took, compilation included.
-        causes: why an earlier compile did not serve, as torch says it.
+    ``seconds`` are all that it took, ``causes`` why no earlier compile served, in torch's words.
     """
 
     name: str
@@ -50,35 +44,24 @@ class Call:
     compiles: int
     from_disk: int
     seconds: float
-    causes: tuple[str, ...]
-
-
-def causes() -> list[str]:
-    """Guards that failed since the metrics were cleared, in torch's words, without their places."""
-    reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
-    return list(dict.fromkeys(reason.split(": ", 1)[1] for reason in reasons if reason))
+    causes: list[str]
 
 
 def watch(name: str, run: Run, dtype: str, n: int, device: torch.device) -> Call:
     """Makes one call and counts what it compiles."""
     clear_compilation_metrics()
-    before = _counted()
+    stats, disk = counters["stats"], counters["inductor"]
+    before = stats["unique_graphs"], disk["fxgraph_cache_hit"]
     seconds = first_call(run, device)
-    compiled, found = (now - then for now, then in zip(_counted(), before, strict=True))
-    why = tuple(causes()) or ((FIRST,) if compiled else ())
-    return Call(name, dtype, n, compiled, found, seconds, why)
-
-
-def _counted() -> tuple[int, int]:
-    return counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
+    compiled, found = stats["unique_graphs"] - before[0], disk["fxgraph_cache_hit"] - before[1]
+    reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
+    # Without the place of the compile that did not serve.
+    causes = list(dict.fromkeys(reason.split(": ", 1)[1] for reason in reasons if reason))
+    return Call(name, dtype, n, compiled, found, seconds, causes or [FIRST] * (compiled > 0))
 
 
 def layers_of(options: argparse.Namespace) -> list[LocalAttention]:
-    """The layers, their windows in turn.
-
-    Raises:
-        ValueError: arguments that do not fit.
-    """
+    """The layers, their windows in turn; a ValueError where arguments do not fit."""
     dim = options.dim if options.rotary else None
     windows = (options.windows * options.layers)[: options.layers]
     given = {"causal": True, "dropout": 0.0, "autopad": True, "dim": dim, "backend": "flex"}

@@ -148,14 +148,6 @@ def file_to_write(text: str) -> Path:
     return file
 
 
-def folder_to_write(text: str) -> Path:
-    """A folder from a flag, there or to be made."""
-    folder = Path(text)
-    if folder.exists() and not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text}")
-    return folder
-
-
 def picture_to_write(text: str) -> Path:
     """As ``file_to_write``, a picture by its suffix; matplotlib, which draws it, must be there."""
     file = file_to_write(text)

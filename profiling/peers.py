@@ -37,11 +37,9 @@ MOST_PAIRS = 2**26
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation.
+    """An implementation: what tables call it, and what makes it for a problem on a device.
 
     Attributes:
-        name: what tables call it.
-        make: the implementation for a problem on a device.
         obstacle: why it cannot compute a problem.
         module, package: what it imports, and the package that brings it; empty for torch itself.
         no_training_on_cpu: why it cannot train there, None where it can.
@@ -229,10 +227,7 @@ def _cudnn(problem: Problem, device: torch.device) -> Attend:
 
 
 @_peer(
-    "FlashAttention 4",
-    obstacle=windowed_kernels,
-    module="flash_attn.cute",
-    package="flash-attn-4",
+    "FlashAttention 4", obstacle=windowed_kernels, module="flash_attn.cute", package="flash-attn-4"
 )
 def _flash_4(problem: Problem, device: torch.device) -> Attend:
     from flash_attn.cute import flash_attn_func

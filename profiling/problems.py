@@ -75,6 +75,13 @@ class Problem:
         tensor = self.batch * self.heads * self.n * self.d * dtype.itemsize
         return (4 + 8 if train else 4) * tensor
 
+    def floors(self, rates: dict[str, float], dtype: torch.dtype, train: bool) -> dict[str, float]:
+        """Milliseconds at ``timing.measure_rates`` for the bytes and for the operations alone."""
+        return {
+            "memory_ms": 1e3 * self.traffic(dtype, train) / rates["copy"],
+            "arithmetic_ms": 1e3 * self.flops(train) / rates["product"],
+        }
+
     def tensors(
         self, dtype: torch.dtype, device: torch.device | str, *, views: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .terminal import number, paragraph, table
-from .timing import TOO_NOISY, ratio_of_rows
+from .timing import TOO_NOISY, Ratio, ratio_of_rows
 
 Entry = dict[str, Any]
 """A problem in a record: its sizes, its floors and a row for each peer."""
@@ -17,48 +17,42 @@ PACED = 0.9
 """Of a call's time, the most that its kernels take where they are said to wait."""
 
 
-def row_of(entry: Entry, peer: str) -> dict[str, Any]:
+def row_in(entry: Entry, peer: str) -> dict[str, Any]:
     """The peer's row, empty where it has none."""
     return next((row for row in entry["rows"] if row["peer"] == peer), {})
 
 
+def measured(entries: list[Entry], name: str) -> bool:
+    """Whether some peer has it."""
+    return any(row.get(name) is not None for entry in entries for row in entry["rows"])
+
+
 def text(entry: Entry) -> str:
     """A problem's measurements for a terminal; who was not measured stands below, with reasons."""
-    tables = [_table(entry, kind) for kind in KINDS if row_of_any(entry, f"{kind}_ms")]
-    below = [paragraph(line) for line in (*_noise(entry), *_absent(entry))]
-    above = paragraph(f"{_title(entry)}\nratio: to {OURS}'s time in the same round, with quartiles")
-    return "\n".join([above, *(f"\n{each}" for each in tables), "", *below])
+    above = f"{_title(entry)}\nratio: to {OURS}'s time in the same round, with quartiles\n"
+    parts = [paragraph(above)]
+    for kind, words in KINDS.items():
+        for more in ("", "kernels_"):
+            name = f"{kind}_{more}ms"
+            if measured([entry], name):
+                title = f"{words}, its kernels" if more else words
+                parts.append(_table(entry, kind, name, title) + "\n")
+    below = (*_noise(entry), *_absent(entry))
+    return "\n".join([*parts, *map(paragraph, below)])
 
 
-def row_of_any(entry: Entry, name: str) -> bool:
-    """Whether some peer has the time."""
-    return any(row.get(name) is not None for row in entry["rows"])
-
-
-def _table(entry: Entry, kind: str) -> str:
-    ours, call, kernels = row_of(entry, OURS), f"{kind}_ms", f"{kind}_kernels_ms"
-    names = [call] + [kernels] * row_of_any(entry, kernels)
-    titles = [KINDS[kind]]
-    for name in names:
-        titles += ["ms" if name == call else "kernels", "ratio"]
-    titles += ["first s", "GB" if kind == "train" else "error"]
-    lines = []
+def _table(entry: Entry, kind: str, name: str, title: str) -> str:
+    ours, lines, last = row_in(entry, OURS), [], "GB" if kind == "train" else "error"
     for row in entry["rows"]:
-        if row.get(call) is None:
-            continue
-        line = [row["peer"]]
-        for name in names:
+        if row.get(name) is not None:
             its = ratio_of_rows(row, ours, name)
-            # A call's own ratio has its spread; of kernels, what fits in 80 columns.
-            words = "-" if its is None else its.words() if name == call else f"{its.median:.2f}x"
-            line += [number(row[name]), words]
-        last = _gigabytes(row) if kind == "train" else f"{row['error']:.0e}"
-        lines.append([*line, number(row[f"first_{kind}_s"]), last])
-    for name, ms in entry["floors"][kind].items():
-        words = f"{ms / ours[call]:.2f}x" if ours.get(call) else "-"
-        line = [f"{name.removesuffix('_ms')} floor", number(ms), words]
-        lines.append(line + ["-"] * (len(titles) - len(line)))
-    return table(titles, lines)
+            cells = [number(row[name]), "-" if its is None else its.words()]
+            shown = _gigabytes(row) if kind == "train" else f"{row['error']:.0e}"
+            lines.append([row["peer"], *cells, number(row[f"first_{kind}_s"]), shown])
+    for floor, ms in entry["floors"][kind].items():
+        its = Ratio(ms / ours[name]).words() if ours.get(name) else "-"
+        lines.append([f"{floor.removesuffix('_ms')} floor", number(ms), its, "-", "-"])
+    return table([title, "ms", "ratio", "first s", last], lines)
 
 
 def _title(entry: Entry) -> str:
@@ -72,7 +66,7 @@ def _gigabytes(row: dict[str, Any]) -> str:
 
 
 def _noise(entry: Entry) -> Iterator[str]:
-    ours = row_of(entry, OURS)
+    ours = row_in(entry, OURS)
     for kind, words in KINDS.items():
         ratios = {row["peer"]: ratio_of_rows(row, ours, f"{kind}_ms") for row in entry["rows"]}
         noisy = [peer for peer, its in ratios.items() if its is not None and its.noisy]
@@ -125,13 +119,13 @@ def _caption(record: dict[str, Any]) -> str:
         what += " flexlocal's time"
     wait = any(kernels_wait(entry, kind) for entry in entries for kind in KINDS)
     then = f", and of its kernels where some take less than {PACED:.0%} of it" if wait else ""
-    memory = any(row_of_any(entry, "peak_bytes") for entry in entries)
+    memory = measured(entries, "peak_bytes")
     then += "; then the most memory that the step holds" if memory else ""
     return f"{record['device']} ({versions}), {', '.join(extras)}. {what}{then}:"
 
 
 def _cell(entry: Entry, peer: str, absolute: bool) -> str:
-    row = row_of(entry, peer)
+    row = row_in(entry, peer)
     if row.get("status") in ("wrong", "out of memory"):
         return row["status"]
     if row.get("forward_ms") is None:
@@ -148,7 +142,7 @@ def _times(entry: Entry, row: dict[str, Any], kind: str, absolute: bool) -> str:
 
 
 def _time(entry: Entry, row: dict[str, Any], name: str, absolute: bool) -> str:
-    its = ratio_of_rows(row, row_of(entry, OURS), name)
+    its = ratio_of_rows(row, row_in(entry, OURS), name)
     if its is None:
         return number(row.get(name)) if absolute else "-"
     return f"{number(row[name])} ({its.words(bracket=False)})" if absolute else its.words()
@@ -167,13 +161,13 @@ def plot(record: dict[str, Any], file: Path) -> None:
 
     entries = record["problems"]
     names = _peers(entries)
-    kinds = [kind for kind in KINDS if any(row_of_any(e, f"{kind}_ms") for e in entries)]
+    kinds = [kind for kind in KINDS if measured(entries, f"{kind}_ms")]
     figure = Figure(figsize=(3 + 2.5 * len(entries), 4 * len(kinds)), layout="constrained")
     width = 0.8 / len(names)
     for axes, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
         for place, name in enumerate(names):
             left = [group + width * (place + 0.5) - 0.4 for group in range(len(entries))]
-            heights = [row_of(entry, name).get(f"{kind}_ms") or 0 for entry in entries]
+            heights = [row_in(entry, name).get(f"{kind}_ms") or 0 for entry in entries]
             if any(heights):
                 axes.bar(left, heights, width, label=name)
         for group, entry in enumerate(entries):

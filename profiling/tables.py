@@ -13,11 +13,7 @@ from pathlib import Path
 from . import argument_costs, report, scale
 from .options import reader
 
-TABLES = {
-    "problems": report.markdown,
-    "lengths": scale.markdown,
-    "rows": argument_costs.markdown,
-}
+TABLES = {"problems": report.markdown, "lengths": scale.markdown, "rows": argument_costs.markdown}
 """By that field: of bench, scale and argument_costs."""
 
 

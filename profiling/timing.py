@@ -14,8 +14,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from .problems import Problem
-
 Run = Callable[[], object]
 
 ROUNDS = 7
@@ -185,27 +183,12 @@ def peak_bytes(run: Run, device: torch.device, passed: int) -> int | None:
     return passed + torch.cuda.max_memory_allocated(device) - before
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What the device can do at most: bytes read and written, and operations, in a second."""
-
-    copy: float
-    product: float
-
-    def floors(self, problem: Problem, dtype: torch.dtype, train: bool) -> dict[str, float]:
-        """Milliseconds to read and write the tensors once, and for the operations alone."""
-        return {
-            "memory_ms": 1e3 * problem.traffic(dtype, train) / self.copy,
-            "arithmetic_ms": 1e3 * problem.flops(train) / self.product,
-        }
-
-
-def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float) -> Rates:
-    """The rates of a copy and of a matrix product at ``dtype``."""
+def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """What the device can do at most in a second: bytes of a copy, operations of a product."""
     count, side = _COPIED[device.type], _PRODUCT[device.type]
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = median_ms(lambda: target.copy_(source), device, seconds)
     matrix = torch.randn(side, side, dtype=dtype, device=device)
     multiplied = median_ms(lambda: matrix @ matrix, device, seconds)
-    return Rates(1e3 * 2 * count / copied, 1e3 * 2 * side**3 / multiplied)
+    return {"copy": 1e3 * 2 * count / copied, "product": 1e3 * 2 * side**3 / multiplied}

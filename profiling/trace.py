@@ -3,12 +3,11 @@
     python -m profiling.trace [--problem NAME] [--rotary] [--forward-only] [--out DIR]
 
 writes a folder for TensorBoard's profiler plugin. The trace in it is a Chrome trace as well, which
-https://ui.perfetto.dev opens; the labels ``flexlocal::...`` in it are the layer's own steps. Beside
-it lies a table of the bytes allocated over time. Compilation happens before the trace begins.
+https://ui.perfetto.dev opens; the labels ``flexlocal::...`` in it are the layer's own steps. Both
+draw the bytes allocated over time. Compilation happens before the trace begins.
 """
 
 import argparse
-import csv
 import gc
 import gzip
 import json
@@ -24,16 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, tensorboa
 from flexlocal.regions import labelled
 
 from .machine import default_device, device_name
-from .options import (
-    add_layer,
-    add_problem,
-    count,
-    dtype_of,
-    folder_to_write,
-    layer_of,
-    problems_of,
-    reader,
-)
+from .options import add_layer, add_problem, count, dtype_of, layer_of, problems_of, reader
 from .problems import Problem
 from .terminal import table
 from .timing import synchronize
@@ -47,10 +37,7 @@ STEP = "ProfilerStep#"
 
 @dataclass(frozen=True)
 class Row:
-    """Kernels, operators or labels of one name: how many, and microseconds of all of them.
-
-    A label's time is all that passed in it, an operator's or kernel's without what runs inside.
-    """
+    """Kernels, operators or labels of one name: how many, and microseconds of all of them."""
 
     name: str
     calls: int
@@ -100,10 +87,10 @@ def memory_of(file: Path) -> dict[str, Memory]:
 
 @dataclass(frozen=True)
 class Traced:
-    """The file of one trace, and what the profiler and the file say of it.
+    """The file of a trace, and what the profiler says of it.
 
-    ``wall`` is all steps' microseconds, ``labels`` are those of ``record_function``, ``rows`` the
-    kernels, or the operators and labels where no kernel ran, longest first.
+    ``wall`` is all steps' microseconds; a label's time is all that passed in it. ``rows`` are own
+    times of kernels, or of operators and labels where no kernel ran, longest first.
     """
 
     file: Path
@@ -174,19 +161,6 @@ def record(
     return Traced(file, steps, wall, labels, rows, memory_of(file))
 
 
-def write_memory(traced: Traced) -> Path:
-    """Writes the memory timeline beside the trace."""
-    stem = traced.file.name.split(".pt.trace")[0]
-    file = traced.file.with_name(f"{stem}.memory.csv")
-    with file.open("w", newline="") as text:
-        writer = csv.writer(text)
-        writer.writerow(("device", "microseconds", "bytes"))
-        for device, memory in traced.memory.items():
-            lines = zip(memory.times, memory.held, strict=True)
-            writer.writerows((device, round(time, 3), held) for time, held in lines)
-    return file
-
-
 def summary(traced: Traced, top: int) -> str:
     """Where the time of a step went, by label and by kernel or operator, and the memory's peak."""
     every = sum(row.time for row in traced.rows)
@@ -221,9 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> Traced:
     parser.add_argument("--steps", type=count, default=3)
     parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
     parser.add_argument("--gzip", action="store_true", help="compress the trace")
-    parser.add_argument("--out", type=folder_to_write, default=Path("traces"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
     options = parser.parse_args(arguments)
     default = "slide256" if device.type == "cuda" else "cpu"
+    if options.out.is_file():
+        parser.error(f"argument --out: must be a folder, got the file {options.out}")
     (problem,) = problems_of(parser, options, [default])
     step = layer_step(problem, options, device)
     words = [name for name in ("rotary", "xpos", "dropout") if getattr(options, name)]
@@ -241,7 +217,6 @@ def main(arguments: Sequence[str] | None = None) -> Traced:
     print(summary(traced, options.top))
     print(f"\n{traced.file}\n    open it in https://ui.perfetto.dev, or in TensorBoard:")
     print(f"    tensorboard --logdir {options.out}   # its pages load Google Charts")
-    print(f"{write_memory(traced)}   # bytes allocated over time")
     return traced
 
 

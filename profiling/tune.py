@@ -33,7 +33,6 @@ from flexlocal.tuning import FLASH, STOCK, STOCK_BLOCK
 from . import machine
 from .candidates import (
     PASSES,
-    Layout,
     Outcome,
     Space,
     Winner,
@@ -46,16 +45,7 @@ from .candidates import (
 )
 from .options import DTYPES, add_output, add_problem, count, file_to_write, problems_of, reader
 from .problems import Problem
-from .sweep import (
-    Final,
-    Rounds,
-    Trial,
-    flash_runs,
-    in_processes,
-    in_the_end,
-    most_workers,
-    sweep,
-)
+from .sweep import Final, Rounds, Trial, flash_runs, in_processes, in_the_end, most_workers, sweep
 from .terminal import number, paragraph, table
 from .timing import TOO_NOISY, Ratio, ratio_of_rounds
 
@@ -66,14 +56,6 @@ OWN, FASTEST, PASSED, FLASHED = "own options", "fastest", "to pass", "FlashAtten
 """The tunings of the final, by name."""
 
 SHOWN = 10
-SPACE = {
-    "blocks": "tokens in a sparse block",
-    "tiles": "rows and columns of a tile, where they divide a block",
-    "warps": "warps of a program",
-    "stages": "stages of its pipeline",
-}
-"""Options that change what is combined."""
-
 HINT = "--ship has every call of this head size and reach take the fastest"
 
 Table = dict[str, Any]
@@ -88,9 +70,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the candidates and end")
     words = "candidates of each pass, evenly spread"
     parser.add_argument("--limit", type=count, metavar="N", help=words)
-    for name, words in SPACE.items():
-        usual = getattr(Space(), name)
-        words = f"{words} ({' '.join(map(str, usual))})"
+    for name, usual in asdict(Space()).items():
+        words = f"of which kernels are made ({' '.join(map(str, usual))})"
         flag = f"--{name}"
         parser.add_argument(flag, nargs="+", type=count, metavar="N", default=usual, help=words)
     workers = max(1, min(15, (os.cpu_count() or 1) - 1))
@@ -98,9 +79,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=count, default=workers, help=words)
     add_output(parser, seconds=0.1)
     group = parser.add_mutually_exclusive_group()
-    words = "merge the fastest into it"
-    group.add_argument("--table", type=file_to_write, metavar="FILE", help=words)
-    words = f"into {SHIPPED.name}"
+    group.add_argument("--table", type=file_to_write, metavar="FILE", help="to merge it into")
+    words = f"merge it into {SHIPPED.name}"
     group.add_argument("--ship", action="store_const", dest="table", const=SHIPPED, help=words)
     options = parser.parse_args(arguments)
     if options.table and options.dtype == "fp32":
@@ -108,19 +88,9 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     wrong = [block for block in options.blocks if STOCK_BLOCK % block]
     if wrong:
         parser.error(f"argument --blocks: must divide {STOCK_BLOCK}, got {wrong[0]}")
-    options.space = Space(**{name: tuple(getattr(options, name)) for name in SPACE})
+    options.space = Space(**{name: tuple(getattr(options, name)) for name in asdict(Space())})
     options.problems = problems_of(parser, options, ["slide256"])
     return options
-
-
-def listing(problem: Problem, space: Space, limit: int | None) -> str:
-    """The candidates and their number."""
-    lines = [problem.label]
-    for kind in PASSES:
-        found = candidates(kind, problem, space, limit)
-        lines.append(f"{kind}: {len(found)} candidates")
-        lines += [f"  {layout_words(each.layout)}: {each.words}" for each in found]
-    return "\n".join(lines)
 
 
 def finalists(outcomes: Sequence[Outcome], winner: Winner) -> dict[str, tuning.Tuning]:
@@ -155,7 +125,7 @@ def report(outcomes: Sequence[Outcome], winner: Winner | None, rounds: Rounds) -
     for kind in PASSES:
         of_kind = [o for o in outcomes if o.candidate.kind == kind]
         parts.append(paragraph(f"{kind}: {counted(of_kind)}"))
-        beside = [o for o in of_kind if o.ms is not None and not o.candidate.swept]
+        beside = [o for o in of_kind if o.status == "measured" and not o.candidate.swept]
         lines = [
             [number(o.ms), layout_words(o.candidate.layout), o.candidate.words]
             for o in (*beside, *ranked(outcomes, kind)[:SHOWN])
@@ -186,34 +156,27 @@ def report(outcomes: Sequence[Outcome], winner: Winner | None, rounds: Rounds) -
     return "\n\n".join(parts)
 
 
-def entry_of(problem: Problem, dtype: str, winner: Winner, flash: bool) -> Entry:
-    """The table's entry."""
-    block, one_list = winner.layout
-    # Where it makes no difference to the window, it is for others of such a reach.
-    gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block)
-    return {
-        "problem": problem.name,
-        "capability": list(torch.cuda.get_device_capability("cuda")),
-        "dtype": dtype,
-        "head_size": problem.d,
-        "reach": problem.window.most_seen,
-        "block": block,
-        "one_list": one_list or not gaps,
-        "flash": flash,
-        "device": machine.device_name(torch.device("cuda")),
-        "torch": torch.__version__,
-        "options": dict(winner.options),
-    }
-
-
 def merge(problem: Problem, options: argparse.Namespace, winner: Winner, rounds: Rounds) -> str:
     """Writes the table; says what was done."""
     own = ratios(rounds, FASTEST, OWN)
     if own and own[-1].median > 1:
         return f"FlexAttention's own options are faster: {options.table} stays as it is"
-    dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
-    table = read_table(options.table)
-    entry = entry_of(problem, dtype, winner, faster(rounds, FLASHED, FASTEST))
+    table, (block, one_list) = read_table(options.table), winner.layout
+    # Where it makes no difference to the window, it is for others of such a reach.
+    gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block)
+    entry = {
+        "problem": problem.name,
+        "capability": list(torch.cuda.get_device_capability("cuda")),
+        "dtype": str(DTYPES[options.dtype]).removeprefix("torch."),
+        "head_size": problem.d,
+        "reach": problem.window.most_seen,
+        "block": block,
+        "one_list": one_list or not gaps,
+        "flash": faster(rounds, FLASHED, FASTEST),
+        "device": machine.device_name(torch.device("cuda")),
+        "torch": torch.__version__,
+        "options": dict(winner.options),
+    }
     if not flash_runs(problem, options):
         entry["flash"] = old_flash(table, entry)
     machine.write(merged(table, entry), options.table)
@@ -255,15 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Sweeps, prints and writes; returns the exit status, 1 where a problem has no winner."""
     options = read(arguments)
     if options.list:
-        listed = (listing(each, options.space, options.limit) for each in options.problems)
-        print("\n\n".join(listed))
+        for problem in options.problems:
+            print(problem.label)
+            for kind in PASSES:
+                found = candidates(kind, problem, options.space, options.limit)
+                print(f"{kind}: {len(found)} candidates")
+                for each in found:
+                    print(f"  {layout_words(each.layout)}: {each.words}")
         return 0
     if not torch.cuda.is_available():
-        print(
-            "torch finds no GPU, and kernels for the CPU take no options: there is nothing to "
-            "tune here. --list prints the candidates.",
-            file=sys.stderr,
-        )
+        words = "torch finds no GPU, and kernels for the CPU take no options: nothing to tune here."
+        print(f"{words} --list prints the candidates.", file=sys.stderr)
         return 2
     settings = {name: getattr(options, name) for name in ("dtype", "seconds", "limit")}
     record = machine.record(torch.device("cuda"), **settings, **asdict(options.space))
@@ -279,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with closing(sweep(problem, options, most, lock)) as found:
                 for outcome in found:
                     outcomes.append(outcome)
-                    part["outcomes"].append(_plain(outcome))
+                    part["outcomes"].append(plain(outcome))
                     machine.write(record, options.json)  # a later one may take the machine with it
             winner, rounds = winner_of(outcomes), {}
             if winner is not None:
@@ -291,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if isinstance(rounds, str):
                     print(f"{problem.name}: the fastest were not timed again: {rounds}")
                     rounds = {}
-                part |= {"winner": _plain_pair(winner), "rounds": rounds}
+                part |= {"winner": plain(winner), "rounds": rounds}
                 part["flash_is_faster"] = faster(rounds, FLASHED, FASTEST)
             machine.write(record, options.json)
             print(f"\n{problem.label}\n{report(outcomes, winner, rounds)}\n", flush=True)
@@ -301,21 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad)
 
 
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    candidate, fields = outcome.candidate, asdict(outcome)
-    del fields["candidate"]
-    options = dict(candidate.options)
-    return {"kind": candidate.kind, **_plain_layout(candidate.layout), "options": options, **fields}
-
-
-def _plain_pair(winner: Winner) -> dict[str, Any]:
-    fields = {**asdict(winner), "options": dict(winner.options)}
-    del fields["layout"]
-    return {**_plain_layout(winner.layout), **fields}
-
-
-def _plain_layout(layout: Layout) -> dict[str, Any]:
-    return dict(zip(("block", "one_list"), layout, strict=True))
+def plain(made: Outcome | Winner) -> dict[str, Any]:
+    """For the record: the layout as two numbers, the options by name."""
+    fields = asdict(made)
+    fields = fields.pop("candidate", {}) | fields
+    block, one_list = fields.pop("layout")
+    return {"block": block, "one_list": one_list} | fields | {"options": dict(fields["options"])}
 
 
 if __name__ == "__main__":

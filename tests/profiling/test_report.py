@@ -93,11 +93,10 @@ def test_kernels_that_wait_for_the_host_are_told_apart():
     assert f"| quick | {first} | - |" in table
     assert "| slow | 5.00 (10.0x), kernels 4.90 (24.5x) / 30.0 (15.0x), 1.00 GB | - |" in table
     assert "| 1.00 (1.00x) / 4.00 (1.00x), 1.00 GB |" in table  # nothing is known of two's
-    columns = [re.split(r" +", line.strip()) for line in report.text(one).splitlines()]
-    heads = ["forward", "ms", "ratio", "kernels", "ratio", "first", "s", "error"]
-    assert heads in columns
-    quick = ["quick", "0.400", "0.80x", "0.400", "2.00x", "0.400", "1e-03"]
-    assert quick in columns
+    text = report.text(one)
+    assert re.search(r"^forward, its kernels +ms +ratio +first s error$", text, re.M)
+    assert re.search(r"^quick +0\.400 +0\.80x +0\.400 +1e-03$", text, re.M)  # of calls
+    assert re.search(r"^quick +0\.400 +2\.00x +0\.400 +1e-03$", text, re.M)  # of kernels
     assert "kernels" not in report.text(two)
 
 
@@ -134,4 +133,4 @@ def test_the_text_fits_a_terminal_of_80(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = report.text(entry).splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("local-attention compiled ") for line in lines) == 2
+    assert sum(line.startswith("local-attention compiled ") for line in lines) == 4

@@ -1,6 +1,5 @@
 """Traces: the layer's steps in them, times of labels and operators, memory over time."""
 
-import csv
 import gc
 import json
 import re
@@ -86,13 +85,6 @@ def test_what_the_warm_up_left_is_freed_before_the_trace(tmp_path):
     finally:
         gc.enable()
     assert left == [None] * trace.WARM_UP * STEPS
-
-
-def test_memory_is_written_beside_the_trace(traced):
-    with trace.write_memory(traced).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    held = [int(row["bytes"]) for row in rows if row["device"] == "cpu"]
-    assert held == traced.memory["cpu"].held
 
 
 def test_memory_of_a_gpu_counts_from_what_it_held(tmp_path):
