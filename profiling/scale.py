@@ -170,10 +170,12 @@ def text(rows: Sequence[Length]) -> str:
         ]
 
     def whole(row: Length, name: str) -> float | None:
-        return row[name] if row[name] is None or name.endswith("_ms") else row[name] / 1e6
+        value, unit = row[name], {"peak_bytes": 1e6, "mask_bytes": 1e3}.get(name, 1.0)
+        return None if value is None else value / unit
 
     exponents = [f"n^{found[name][0]:.2f}" if name in found else "-" for name in names]
-    titles = [f"{MEASURED[name]} {'ms' if name.endswith('_ms') else 'MB'}" for name in names]
+    units = {"peak_bytes": "MB", "mask_bytes": "kB"}
+    titles = [f"{MEASURED[name]} {units.get(name, 'ms')}" for name in names]
     parts = [table(["tokens", *titles, ""], [*lines(whole), ["growth", *exponents, ""]])]
     each = [f"{MEASURED[name]} {'ns' if name.endswith('_ms') else 'B'}" for name in names]
     parts += ["For each token:", table(["tokens", *each, ""], lines(per_token))]

@@ -34,6 +34,7 @@ class Bar:
             disable=not stderr.isatty(),
             expand=True,
             transient=True,
+            auto_refresh=False,  # which is a thread of its own, and disturbs what is timed
             # Otherwise rich would send what is printed to the terminal, past a file or a pipe.
             redirect_stdout=sys.stdout.isatty(),
         )
@@ -48,11 +49,11 @@ class Bar:
 
     def show(self, words: str) -> None:
         """Says what is at work now."""
-        self._bar.update(self._task, description=words)
+        self._bar.update(self._task, description=words, refresh=True)
 
     def advance(self) -> None:
         """One more is done."""
-        self._bar.advance(self._task)
+        self._bar.update(self._task, advance=1, refresh=True)
 
 
 def table(
