@@ -22,6 +22,7 @@ from .checks import check_call
 from .masks import Window
 from .masks.window import as_window
 from .rotary import Rotary
+from .tuning import overridden
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Plan:
     try:
         kind = (
             _kind(q), _kind(k), _kind(v), *map(_kind, arguments), torch.is_grad_enabled(),
-            autocast_dtype(q.device),
+            autocast_dtype(q.device), overridden(),
         )  # fmt: skip
         plan = _PLANS.get(kind)
     except (AttributeError, TypeError, RuntimeError):  # nothing to look up by: the checks will say

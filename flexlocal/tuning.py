@@ -8,6 +8,8 @@ options stand.
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,25 @@ def _ratio(one: int, other: int) -> float:
     return max(one / other, other / one)
 
 
+_overriding: Tuning | None = None
+
+
+@contextmanager
+def overriding(tuning: Tuning) -> Iterator[None]:
+    """Calls of ``local_attention`` inside it take ``tuning`` instead of the table's."""
+    global _overriding
+    before, _overriding = _overriding, tuning
+    try:
+        yield
+    finally:
+        _overriding = before
+
+
+def overridden() -> Tuning | None:
+    """The tuning of the innermost ``overriding`` that is open; None outside."""
+    return _overriding
+
+
 def tuning_of(call: Call, flash: bool) -> Tuning:
     """The caller's options over FlexAttention's own, or the table's.
 
@@ -118,6 +139,8 @@ def tuning_of(call: Call, flash: bool) -> Tuning:
         flash: take FlashAttention 4's kernel.
     """
     q, v = call.q, call.v
+    if _overriding is not None:
+        return _overriding
     if call.kernel_options is not None:
         return Tuning(STOCK_BLOCK, tuple(sorted(call.kernel_options.items())))
     if flash:

@@ -5,8 +5,9 @@ blocks and their lists they share. Options carry their pass as a prefix, as
 ``flexlocal/tuned.json`` has them.
 """
 
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from flexlocal.masks.blocks import lists_have_gaps
 from flexlocal.tuning import FLASH, STOCK_BLOCK, Tuning
 
-from .measure import Status
+from .bench import Status
 from .problems import Problem
 
 Pass = Literal["forward", "training"]
@@ -53,12 +54,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Options for one pass.
-
-    Attributes:
-        layout: the sparse blocks.
-        options: ``kernel_options``; empty for FlexAttention's own.
-    """
+    """Options for one pass, in sparse blocks of a ``layout``; FlexAttention's own where empty."""
 
     kind: Pass
     layout: Layout
@@ -101,49 +97,45 @@ def candidates(
     kind: Pass, problem: Problem, space: Space, limit: int | None = None
 ) -> list[Candidate]:
     """All of the space that the kernels of a pass can run, or ``limit`` of them evenly spread."""
-    tiles = _forward_tiles if kind == "forward" else _backward_tiles
     tma: tuple[Options, ...] = ((),)
     if problem.d >= LEAST_TMA_HEAD:
         tma = ((), (("USE_TMA", True),))
     found = []
     for layout in space.layouts(problem):
         sizes = [size for size in space.tiles if layout[0] % size == 0]
-        for one, warps, stages, more in product(tiles(sizes), space.warps, space.stages, tma):
-            options = (*one, ("num_warps", warps), ("num_stages", stages), *more)
+        for tiles, warps, stages, more in product(
+            _tiles(kind, sizes), space.warps, space.stages, tma
+        ):
+            options = (*tiles, ("num_warps", warps), ("num_stages", stages), *more)
             prefixed = tuple((PREFIX[kind] + name, value) for name, value in options)
             found.append(Candidate(kind, layout, prefixed))
     return spread(found, limit)
 
 
-def _forward_tiles(sizes: Sequence[int]) -> Iterator[Options]:
-    for m, n in product(sizes, repeat=2):
-        yield ("BLOCK_M", m), ("BLOCK_N", n)
-
-
-def _backward_tiles(sizes: Sequence[int]) -> Iterator[Options]:
+def _tiles(kind: Pass, sizes: Sequence[int]) -> list[Options]:
     """M1 and N1 make the gradients of key and value, M2 and N2 that of the query."""
-    for m1, n1, m2, n2 in product(sizes, repeat=4):
-        if n1 % m1 == 0 and m2 % n2 == 0:
-            yield ("BLOCK_M1", m1), ("BLOCK_N1", n1), ("BLOCK_M2", m2), ("BLOCK_N2", n2)
+    if kind == "forward":
+        return [(("BLOCK_M", m), ("BLOCK_N", n)) for m, n in product(sizes, repeat=2)]
+    return [
+        (("BLOCK_M1", m1), ("BLOCK_N1", n1), ("BLOCK_M2", m2), ("BLOCK_N2", n2))
+        for m1, n1, m2, n2 in product(sizes, repeat=4)
+        if n1 % m1 == 0 and m2 % n2 == 0
+    ]
 
 
 def spread(every: list[Candidate], limit: int | None) -> list[Candidate]:
     """``limit`` of them from the first to the last, in even steps."""
     if limit is None or limit >= len(every):
         return every
-    if limit == 1:
-        return every[:1]
-    return [every[step * (len(every) - 1) // (limit - 1)] for step in range(limit)]
+    return [every[step * (len(every) - 1) // max(1, limit - 1)] for step in range(limit)]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of a candidate; ``reason`` says why it was not timed.
 
-    Attributes:
-        error: the largest of the output and the gradients.
-        ms: of a call; training with the fastest forward options of the candidate's layout.
-        first_s: of the first call, which compiles.
+    ``error`` is the largest of the output and the gradients; ``ms`` is of a call, in training with
+    the fastest forward options of the candidate's layout; ``first_s`` is of the call that compiles.
     """
 
     candidate: Candidate
@@ -156,20 +148,10 @@ class Outcome:
 
 def ranked(outcomes: Sequence[Outcome], kind: Pass, layout: Layout | None = None) -> list[Outcome]:
     """The swept candidates of a pass that were right, fastest first; of one layout if given."""
-    timed = [
-        o
-        for o in outcomes
-        if o.status == "measured"
-        and o.candidate.swept
-        and o.candidate.kind == kind
-        and layout in (None, o.candidate.layout)
-    ]
-    return sorted(timed, key=_ms)
-
-
-def milliseconds(outcomes: Sequence[Outcome], candidate: Candidate) -> float | None:
-    """The candidate's time; None where it has none."""
-    return next((o.ms for o in outcomes if o.candidate == candidate), None)
+    right = [o for o in outcomes if o.status == "measured" and o.candidate.swept]
+    of_kind = [o for o in right if o.candidate.kind == kind]
+    found = [o for o in of_kind if layout in (None, o.candidate.layout)]
+    return sorted(found, key=lambda outcome: outcome.ms or math.inf)
 
 
 @dataclass(frozen=True)
@@ -181,29 +163,26 @@ class Winner:
     forward_ms: float
     training_ms: float
 
+    @property
+    def tuning(self) -> Tuning:
+        """For a call."""
+        return Tuning(self.layout[0], tuple(sorted(self.options)), self.layout[1])
+
 
 def winner_of(
     outcomes: Sequence[Outcome], layouts: Collection[Layout] | None = None
 ) -> Winner | None:
-    """The pair with the least sum of both passes, which is the time of training.
+    """The pair with the least time of training, which holds both passes.
 
     None where no layout, or none of the given ones, has a right candidate for each.
     """
     pairs = []
     for layout in layouts or dict.fromkeys(o.candidate.layout for o in outcomes):
-        forward, training = (ranked(outcomes, kind, layout)[:1] for kind in PASSES)
-        if forward and training:
-            options = forward[0].candidate.options + training[0].candidate.options
-            pairs.append(Winner(layout, options, _ms(forward[0]), _ms(training[0])))
+        both = [o for kind in PASSES for o in ranked(outcomes, kind, layout)[:1]]
+        if len(both) == len(PASSES):
+            options = both[0].candidate.options + both[1].candidate.options
+            pairs.append(Winner(layout, options, *(o.ms or math.inf for o in both)))
     return min(pairs, key=lambda pair: pair.training_ms, default=None)
-
-
-def flash_is_faster(outcomes: Sequence[Outcome], winner: Winner) -> bool:
-    """Whether FlashAttention 4's kernel beats the winner, forward and in training."""
-    forward, training = (milliseconds(outcomes, flash(kind)) for kind in PASSES)
-    if forward is None or training is None:
-        return False
-    return forward < winner.forward_ms and training < winner.training_ms
 
 
 def counted(outcomes: Sequence[Outcome]) -> str:
@@ -214,8 +193,3 @@ def counted(outcomes: Sequence[Outcome]) -> str:
         words = f" ({reasons.most_common(1)[0][0][:80]})" if reasons else ""
         parts.append(f"{count} {status}{words}")
     return ", ".join(parts)
-
-
-def _ms(outcome: Outcome) -> float:
-    assert outcome.ms is not None  # it was measured
-    return outcome.ms

@@ -6,6 +6,7 @@ The truth compares positions as the rule is written and shares no code with ``fl
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexlocal import Window
@@ -16,8 +17,6 @@ MOST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Norm of the difference over the norm of the truth; fp32 allows for TF32."""
 
 NAMES = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
-
-_ROWS = 1024  # queries that the truth works on at a time
 
 
 def visible(window: Window, query: Tensor, n: int) -> Tensor:
@@ -40,27 +39,18 @@ def truth(problem: Problem, tensors: Sequence[Tensor], train: bool = True) -> li
     Args:
         tensors: q, k, v and the output's gradient.
     """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        position = torch.arange(problem.n, device=q.device)
+        if problem.rotary:
+            # The documented layer turns queries as if they stood in the last window they look at.
+            q = _turned(q, position + problem.window.look_forward * problem.window.size)
+            k = _turned(k, position)
+        seen = visible(problem.window, position, problem.n)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
     q, k, v, grad = (x.detach().double() for x in tensors)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    outputs, grads = [], [torch.zeros_like(x) for x in leaves]
-    for rows in torch.arange(problem.n, device=q.device).split(_ROWS):
-        out = _attend(problem, rows, q, k, v)
-        outputs.append(out.detach())
-        if train:
-            found = torch.autograd.grad(out, leaves, grad[..., rows, :])
-            grads = [total + part for total, part in zip(grads, found, strict=True)]
-    return [torch.cat(outputs, dim=-2), *(grads if train else [])]
-
-
-def _attend(problem: Problem, rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    query = q[..., rows, :]
-    if problem.rotary:
-        # The documented layer rotates queries as if they stood in the last window they look at.
-        query = _turned(query, rows + problem.window.look_forward * problem.window.size)
-        k = _turned(k, torch.arange(problem.n, device=k.device))
-    scores = query @ k.transpose(-1, -2) * problem.d**-0.5
-    seen = visible(problem.window, rows, problem.n)
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
+    return results(attend, [*(x.requires_grad_() for x in (q, k, v)), grad], train)
 
 
 def _turned(x: Tensor, position: Tensor) -> Tensor:
@@ -78,7 +68,7 @@ def _turned(x: Tensor, position: Tensor) -> Tensor:
 def results(
     attend: Callable[..., Tensor], tensors: Sequence[Tensor], train: bool = True
 ) -> list[Tensor]:
-    """What ``attend`` finds in place of the truth."""
+    """The output of ``attend`` and, with ``train``, its gradients; ``tensors`` as for ``truth``."""
     *leaves, grad = tensors
     if not train:
         with torch.no_grad():
@@ -119,7 +109,7 @@ def apart(
 def shortened(problem: Problem) -> Problem:
     """The problem on a few windows and heads, as ragged at its end, for the truth to take."""
     # Kernels work in blocks of 128: a length that they divide evenly stays one.
-    blocks = -(-(problem.window.span + problem.window.size) // 128)
+    blocks = -(-(problem.window.most_seen + problem.window.size) // 128)
     return problem.scaled(min(problem.n, 128 * blocks + problem.n % 128))
 
 

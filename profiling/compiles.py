@@ -5,28 +5,27 @@
 Every layer is called at every length and dtype; with several windows the layers take turns. By
 default each layer compiles its own kernels, with ``--inside-model`` one ``torch.compile`` holds
 them all. On a GPU a call is a step of training, on the CPU a call without gradients. Compiled
-graphs that torch finds on the disk from earlier runs are counted apart; ``--cold`` ignores them.
+graphs that torch finds on the disk from earlier runs are counted apart;
+TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 has it look for none.
 """
 
 import argparse
-import json
-import logging
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from torch import Tensor
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
 from flexlocal import LocalAttention
 
 from . import machine
-from .clock import first_call
-from .options import DTYPES, count, file_to_write
+from .options import DTYPES, add_output, count, reader
+from .terminal import Bar, paragraph, table
+from .timing import Run, first_call
 
 FIRST = "first call of its kind"
 """The cause of a compile that replaces none: new settings, dtype or device."""
@@ -34,15 +33,9 @@ FIRST = "first call of its kind"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer or of a model of them.
+    """A call of a layer or of a model of them: graphs that it compiled, and found on the disk.
 
-    Attributes:
-        name: which of the layers, or ``model``.
-        dtype, n: of query, key and value.
-        compiles: graphs that torch.compile traced during the call.
-        from_disk: graphs, backward ones included, whose kernels were found on the disk.
-        seconds: that it took, compilation included.
-        causes: why an earlier compile did not serve, as torch says it.
+    ``seconds`` are all that it took, ``causes`` why no earlier compile served, in torch's words.
     """
 
     name: str
@@ -51,74 +44,24 @@ class Call:
     compiles: int
     from_disk: int
     seconds: float
-    causes: tuple[str, ...]
+    causes: list[str]
 
 
-class Layers(nn.Module):
-    """Layers one after the other: what one gives is the next one's query."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for layer in self.layers:
-            q = layer(q, k, v)
-        return q
-
-
-@contextmanager
-def recompile_causes() -> Iterator[list[str]]:
-    """Collects the guards that fail, in torch's words, instead of printing them."""
-    found: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        found.extend(guards(record.getMessage()))
-        return False  # printed nowhere
-
-    # A filter stays where it is when torch sets up its handlers anew, as it does while it loads.
-    logger = logging.getLogger("torch._dynamo.guards.__recompiles")
-    logger.addFilter(collect)
-    torch._logging.set_logs(recompiles=True)  # documented, whatever its name looks like
-    try:
-        yield found
-    finally:
-        torch._logging.set_logs()
-        logger.removeFilter(collect)
-
-
-def guards(message: str) -> list[str]:
-    """The failed guards of torch's message about a recompile, without the code they stand in."""
-    lines = re.findall(r"^\s*- \d+/\d+: (.*?)(?:\s+# .*)?$", message, re.MULTILINE)
-    return list(dict.fromkeys(lines))
-
-
-def watch(
-    name: str, run: Callable[[], None], dtype: str, n: int, device: torch.device, causes: list[str]
-) -> Call:
+def watch(name: str, run: Run, dtype: str, n: int, device: torch.device) -> Call:
     """Makes one call and counts what it compiles."""
-    causes.clear()
-    before = _compiles(), _from_disk()
+    clear_compilation_metrics()
+    stats, disk = counters["stats"], counters["inductor"]
+    before = stats["unique_graphs"], disk["fxgraph_cache_hit"]
     seconds = first_call(run, device)
-    compiled, found = _compiles() - before[0], _from_disk() - before[1]
-    why = tuple(dict.fromkeys(causes)) or ((FIRST,) if compiled else ())
-    return Call(name, dtype, n, compiled, found, seconds, why)
-
-
-def _compiles() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-def _from_disk() -> int:
-    return counters["inductor"]["fxgraph_cache_hit"]
+    compiled, found = stats["unique_graphs"] - before[0], disk["fxgraph_cache_hit"] - before[1]
+    reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
+    # Without the place of the compile that did not serve.
+    causes = list(dict.fromkeys(reason.split(": ", 1)[1] for reason in reasons if reason))
+    return Call(name, dtype, n, compiled, found, seconds, causes or [FIRST] * (compiled > 0))
 
 
 def layers_of(options: argparse.Namespace) -> list[LocalAttention]:
-    """The layers, their windows in turn.
-
-    Raises:
-        ValueError: arguments that do not fit.
-    """
+    """The layers, their windows in turn; a ValueError where arguments do not fit."""
     dim = options.dim if options.rotary else None
     windows = (options.windows * options.layers)[: options.layers]
     given = {"causal": True, "dropout": 0.0, "autopad": True, "dim": dim, "backend": "flex"}
@@ -129,36 +72,31 @@ def calls(options: argparse.Namespace, device: torch.device) -> Iterator[Call]:
     """Every layer, or the model of them, at every dtype and length."""
     torch.compiler.reset()
     layers = [layer.to(device) for layer in layers_of(options)]
-    called: list[tuple[str, Callable[..., Tensor]]]
+    called: dict[str, Callable[..., Tensor]]
+    called = {f"layer {number}": layer for number, layer in enumerate(layers)}
     if options.inside_model:
-        called = [("model", torch.compile(Layers(layers)))]
-    else:
-        called = [(f"layer {number}", layer) for number, layer in enumerate(layers)]
-    with recompile_causes() as causes:
-        for dtype in options.dtypes:
-            for n in options.lengths:
-                tensors = _tensors((1, options.heads, n, options.dim), DTYPES[dtype], device)
-                for name, layer in called:
-                    run = _step(layer, *tensors)
-                    yield watch(name, run, dtype, n, device, causes)
+
+        @torch.compile
+        def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for layer in layers:  # what one gives is the next one's query
+                q = layer(q, k, v)
+            return q
+
+        called = {"model": model}
+    for dtype in options.dtypes:
+        for n in options.lengths:
+            shape, wanted = (1, options.heads, n, options.dim), device.type == "cuda"
+            draw = {"dtype": DTYPES[dtype], "device": device, "requires_grad": wanted}
+            tensors = [torch.randn(shape, **draw) for _ in range(3)]
+            for name, layer in called.items():
+                yield watch(name, partial(_step, layer, tensors), dtype, n, device)
 
 
-def _tensors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    # FlexAttention has no backward pass on the CPU.
-    wanted = device.type == "cuda"
-    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=wanted) for _ in range(3)]
-
-
-def _step(layer: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        if q.requires_grad:
-            out = layer(q, k, v)
-            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        else:
-            with torch.no_grad():
-                layer(q, k, v)
-
-    return run
+def _step(layer: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
+    with torch.set_grad_enabled(tensors[0].requires_grad):  # no backward pass on the CPU
+        out = layer(*tensors)
+    if out.requires_grad:
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
 
 
 def totals(made: Sequence[Call]) -> str:
@@ -175,59 +113,53 @@ def totals(made: Sequence[Call]) -> str:
     return words + (f"; {breaks} graph breaks" if breaks else "")
 
 
-def main(argv: list[str] | None = None) -> list[Call]:
+def main(arguments: Sequence[str] | None = None) -> list[Call]:
     """Reads the command line, calls and prints each call that compiles."""
     device = machine.default_device()
-    options = parse(argv, device)
-    print(f"{machine.device_name(device)}, torch {torch.__version__}")
-    print(
-        f"{'called':10} {'dtype':>5} {'n':>8} {'compiles':>8} {'on disk':>7} {'seconds':>8}  cause"
-    )
+    options = parse(arguments, device)
+    print(f"{machine.device_name(device)}, torch {torch.__version__}\n")
     counters.clear()
-    # Only there to be ignored where it is asked for; it is put back for what runs after.
-    kept, torch.compiler.config.force_disable_caches = (
-        torch.compiler.config.force_disable_caches,
-        options.cold,
-    )
-    made = []
+    made: list[Call] = []
+    layers = 1 if options.inside_model else options.layers
     try:
-        for call in calls(options, device):
-            made.append(call)
-            if call.compiles:
-                cells = f"{call.name:10} {call.dtype:>5} {call.n:8} {call.compiles:8}"
-                cells += f" {call.from_disk:7} {call.seconds:8.2f}"
-                print(f"{cells}  {'; '.join(call.causes)}", flush=True)
+        with Bar(layers * len(options.dtypes) * len(options.lengths)) as bar:
+            for call in calls(options, device):
+                made.append(call)
+                bar.show(f"{call.name}, {call.dtype}, {call.n} tokens")
+                bar.advance()
     except ValueError as wrong:  # heads too wide for a kernel, for one
         sys.exit(f"cannot be compiled: {wrong}")
-    finally:
-        torch.compiler.config.force_disable_caches = kept
-    print(totals(made))
-    if options.json:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        record = machine.record(device, **settings) | {"calls": [asdict(call) for call in made]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    titles = ["called", "dtype", "n", "compiles", "on disk", "seconds", "cause"]
+    lines = [
+        [call.name, call.dtype, *map(str, (call.n, call.compiles, call.from_disk))]
+        + [f"{call.seconds:.2f}", "; ".join(call.causes)]
+        for call in made
+        if call.compiles
+    ]
+    print(table(titles, lines, ["cause"]))
+    print(f"\n{paragraph(totals(made))}")
+    settings = {name: str(value) for name, value in vars(options).items()}
+    record = machine.record(device, **settings) | {"calls": [asdict(call) for call in made]}
+    machine.write(record, options.json)
     return made
 
 
-def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Namespace:
+    """The command line; wrong arguments end the program."""
     gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(prog="python -m profiling.compiles", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = reader("compiles", __doc__)
     lengths = [1024, 2048, 4096, 5000, 8192] if gpu else [512, 1024, 1500]
     parser.add_argument("--layers", type=count, default=12)
     parser.add_argument("--windows", type=count, nargs="+", default=[256], metavar="W")
     parser.add_argument("--lengths", type=count, nargs="+", default=lengths, metavar="N")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"] if gpu else ["fp32"]
-    )
+    dtypes = ["bf16", "fp32"] if gpu else ["fp32"]
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
     parser.add_argument("--heads", type=count, default=8)
     parser.add_argument("--dim", type=count, default=64, help="head size")
     parser.add_argument("--rotary", action="store_true")
     parser.add_argument("--inside-model", action="store_true", help="one torch.compile for all")
-    parser.add_argument("--cold", action="store_true", help="ignore what earlier runs compiled")
-    parser.add_argument("--json", type=file_to_write, metavar="FILE")
-    options = parser.parse_args(argv)
+    add_output(parser)
+    options = parser.parse_args(arguments)
     try:
         layers_of(options)
     except ValueError as wrong:

@@ -1,15 +1,13 @@
-"""Where something was measured: the device, the versions, and the folder of results."""
+"""Where something was measured, and the JSON that keeps it."""
 
 import datetime
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-
-RESULTS = Path(__file__).parent / "results"
-"""Figures worth keeping, as JSON; the tables in docs/ are made of them."""
 
 _PACKAGES = ("torch", "triton", "local-attention", "flash-attn-4", "nvidia-cudnn-frontend")
 
@@ -23,7 +21,10 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and how many threads torch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(models or [name])[0]}, {torch.get_num_threads()} threads"
 
 
 def record(device: torch.device, **settings: Any) -> dict[str, Any]:
@@ -44,10 +45,7 @@ def record(device: torch.device, **settings: Any) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def write(record: dict[str, Any], file: Path | None) -> None:
+    """Writes a record, where a file was asked for."""
+    if file:
+        file.write_text(json.dumps(record, indent=2) + "\n")

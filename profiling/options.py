@@ -9,21 +9,26 @@ from pathlib import Path
 
 import torch
 
-from flexlocal import LocalAttention, Window
+from flexlocal import LocalAttention, Rotary
 
 from .problems import PROBLEMS, Problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_problem(parser: argparse.ArgumentParser, shape: bool = True, several: bool = False) -> None:
-    """The flags that ``problem_of`` reads, with ``several`` ``problems_of``.
+def reader(script: str, words: str | None) -> argparse.ArgumentParser:
+    """A parser for ``python -m profiling.<script>`` that shows the module's own text as help."""
+    return argparse.ArgumentParser(
+        prog=f"python -m profiling.{script}",
+        description=words,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
-    Without ``shape`` the script chooses the sizes.
-    """
+
+def add_problem(parser: argparse.ArgumentParser, shape: bool = True, several: bool = False) -> None:
+    """The flags that ``problems_of`` reads; without ``shape`` the script chooses the sizes."""
     flags = parser.add_argument_group("problem", "a standard one, and what is to be changed of it")
-    nargs = "+" if several else None
-    names = ", ".join(PROBLEMS)
+    nargs, names = "+" if several else 1, ", ".join(PROBLEMS)
     flags.add_argument("--problem", nargs=nargs, choices=PROBLEMS, metavar="NAME", help=names)
     if shape:
         flags.add_argument("--shape", type=count, nargs=4, metavar=("B", "H", "N", "D"))
@@ -44,39 +49,55 @@ def add_layer(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
 
 
-def problem_of(options: argparse.Namespace, default: Problem) -> Problem:
-    """The problem that the flags name, or ``default``, with the changes that they ask for.
+def add_output(
+    parser: argparse.ArgumentParser, seconds: float | None = None, plot: bool = False
+) -> None:
+    """``--json`` and, where the script has them, ``--seconds`` and ``--plot``."""
+    if seconds:
+        words = f"of timed calls, each ({seconds:g})"
+        parser.add_argument("--seconds", type=duration, default=seconds, help=words)
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the results too")
+    if plot:
+        parser.add_argument("--plot", type=picture_to_write, metavar="FILE.png")
 
-    Raises:
-        ValueError: the window's numbers do not fit together.
+
+def problems_of(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    default: Sequence[str],
+    turned: bool = False,
+) -> list[Problem]:
+    """The problems that the flags name, with the changes that they ask for.
+
+    The program ends where a window's numbers do not fit together, where no layer of
+    ``add_layer``'s flags takes them and, with ``turned``, where rotary embeddings do not.
     """
-    return _changed(default if options.problem is None else PROBLEMS[options.problem], options)
-
-
-def problem_that_fits(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, default: Problem
-) -> Problem:
-    """As ``problem_of``; where no layer would take it, the program ends."""
     try:
-        problem = problem_of(options, default)
-        layer_of(problem, options)
+        found = [_changed(PROBLEMS[name], options) for name in options.problem or default]
+        for problem in found:
+            if turned:
+                Rotary(problem.d)
+            if "backend" in options:
+                layer_of(problem, options)
     except ValueError as wrong:
         parser.error(str(wrong))
-    return problem
-
-
-def problems_of(options: argparse.Namespace, default: Sequence[str]) -> list[Problem]:
-    """The problems that the flags name, or those of ``default``, changed in the same way.
-
-    Raises:
-        ValueError: as ``problem_of``.
-    """
-    return [_changed(PROBLEMS[name], options) for name in options.problem or default]
+    return found
 
 
 def _changed(named: Problem, options: argparse.Namespace) -> Problem:
     batch, heads, n, d = getattr(options, "shape", None) or named.shape
-    window = _window(options, named.window)
+    changes = {
+        "size": options.window,
+        "causal": options.causal,
+        "look_backward": options.look_backward,
+        "exact": options.exact,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    # What a window looks ahead by default depends on whether it is causal.
+    turned = options.causal is not None and options.causal != named.window.causal
+    if options.look_forward is not None or turned:
+        changes["look_forward"] = options.look_forward
+    window = replace(named.window, **changes)
     if (batch, heads, n, d) == named.shape and window == named.window:
         return named
     return Problem("custom", batch, heads, n, d, window)
@@ -88,9 +109,8 @@ def layer_of(problem: Problem, options: argparse.Namespace) -> LocalAttention:
     Raises:
         ValueError: arguments that do not fit.
     """
-    asked = {**problem.arguments, "dropout": options.dropout}
     return LocalAttention(
-        **asked,
+        **{**problem.arguments, "dropout": options.dropout},
         dim=problem.d if options.rotary or options.xpos else None,
         use_xpos=options.xpos,
         backend=options.backend,
@@ -98,28 +118,9 @@ def layer_of(problem: Problem, options: argparse.Namespace) -> LocalAttention:
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """The dtype that is asked for; by default the device's usual one."""
-    return DTYPES[options.dtype] if options.dtype else usual_dtype(device)
-
-
-def usual_dtype(device: torch.device) -> torch.dtype:
-    """What attention is mostly run in on the device."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _window(options: argparse.Namespace, named: Window) -> Window:
-    changes = {
-        "size": options.window,
-        "causal": options.causal,
-        "look_backward": options.look_backward,
-        "exact": options.exact,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    # What a window looks ahead by default depends on whether it is causal.
-    turned = options.causal is not None and options.causal != named.causal
-    if options.look_forward is not None or turned:
-        changes["look_forward"] = options.look_forward
-    return replace(named, **changes)
+    """The dtype that is asked for; by default bf16 on a GPU, else fp32."""
+    usual = "bf16" if device.type == "cuda" else "fp32"
+    return DTYPES[getattr(options, "dtype", None) or usual]
 
 
 def count(text: str) -> int:
@@ -145,14 +146,6 @@ def file_to_write(text: str) -> Path:
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, got the folder {text}")
     return file
-
-
-def folder_to_write(text: str) -> Path:
-    """A folder from a flag, there or to be made."""
-    folder = Path(text)
-    if folder.exists() and not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text}")
-    return folder
 
 
 def picture_to_write(text: str) -> Path:

@@ -1,6 +1,6 @@
 """What is measured: the standard problems, and others of the same kind.
 
-Sizes are those at which the peers' figures are known; operations and bytes, from which ``rates``
+Sizes are those at which the peers' figures are known; operations and bytes, from which ``timing``
 makes the floors, follow from the sizes alone.
 """
 
@@ -74,6 +74,13 @@ class Problem:
         output's gradient, and writes three gradients."""
         tensor = self.batch * self.heads * self.n * self.d * dtype.itemsize
         return (4 + 8 if train else 4) * tensor
+
+    def floors(self, rates: dict[str, float], dtype: torch.dtype, train: bool) -> dict[str, float]:
+        """Milliseconds at ``timing.measure_rates`` for the bytes and for the operations alone."""
+        return {
+            "memory_ms": 1e3 * self.traffic(dtype, train) / rates["copy"],
+            "arithmetic_ms": 1e3 * self.flops(train) / rates["product"],
+        }
 
     def tensors(
         self, dtype: torch.dtype, device: torch.device | str, *, views: bool = False

@@ -8,41 +8,38 @@ measured for is said to be out of memory, and left out of the growth.
 """
 
 import argparse
-import json
+import math
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from flexlocal.kernel import Blocks
-from flexlocal.masks.blocks import block_lists
-from flexlocal.tuning import STOCK, nearest
+from flexlocal.masks import block_mask
 
 from . import machine
+from .bench import is_out_of_memory
 from .check import apart, shortened
-from .chrome import Trace
-from .clock import kernels_ms, median_ms, peak_bytes
-from .lengths import MEASURED, Length, draw, growth_line, growths, heading, line
-from .measure import is_out_of_memory
 from .options import (
     add_layer,
+    add_output,
     add_problem,
     count,
     dtype_of,
-    duration,
-    file_to_write,
     layer_of,
-    picture_to_write,
-    problem_that_fits,
+    problems_of,
+    reader,
 )
-from .problems import PROBLEMS, Problem
+from .problems import Problem
+from .terminal import Bar, number, paragraph, table
+from .timing import TOO_NOISY, Run, add_times, peak_bytes
+from .trace import memory_of
 
 GPU_MOST, CPU_MOST = 20, 14
 """Powers of two that the lengths go up to by default."""
@@ -50,18 +47,45 @@ GPU_MOST, CPU_MOST = 20, 14
 LONGEST = 32
 """The largest power of two: beyond, not even the block mask would fit."""
 
+MEASURED = {
+    "forward_ms": "forward",
+    "train_ms": "training",
+    "kernels_ms": "kernels",
+    "peak_bytes": "peak",
+    "mask_bytes": "mask",
+    "mask_ms": "mask",
+}
+"""What is measured of a length, and what tables call it.
+
+``kernels_ms`` is a training step's, without the host's launches, on a GPU. ``peak_bytes`` is of
+training where the path can train, else of the forward pass, with the tensors that are passed in.
+The block mask is timed by itself, outside a compiled graph, which would fuse it.
+"""
+
+MOST_ERROR = 0.1
+"""Standard error of an exponent from which on it means nothing."""
+
+Length = dict[str, Any]
+"""What was measured at one length, ``n``; None where memory ran out or the path cannot train."""
+
+
+def per_token(row: Length, name: str) -> float | None:
+    """One of the measured over the length, in ns or bytes."""
+    value = row.get(name)
+    return None if value is None else value / row["n"] * (1e6 if name.endswith("_ms") else 1)
+
 
 def measure(
     problem: Problem, options: argparse.Namespace, device: torch.device, seconds: float
 ) -> Length:
     """Everything about one length."""
-    dtype = dtype_of(options, device)
-    fused_on_cpu = options.backend == "flex" and device.type == "cpu"
-    lists = block_lists_of(problem, dtype, device, full_width=fused_on_cpu)
-    found: dict[str, Any] = dict.fromkeys(set(MEASURED) - {"mask_bytes"})
-    enough = True
+    dtype, n = dtype_of(options, device), problem.n
+    infers = options.backend == "flex" and device.type == "cpu"  # which has no backward pass there
+    row: Length = {"n": n} | dict.fromkeys(MEASURED) | {"out_of_memory": False}
+    mask = partial(block_mask, problem.window, n, n, device=device, full_width=infers)
+    row["mask_bytes"] = sum(x.nbytes for x in mask().as_tuple() if isinstance(x, torch.Tensor))
     try:
-        found["mask_ms"] = median_ms(lists, device, seconds)
+        add_times({"": row}, {"": mask}, ["mask_ms"], device, seconds)
         layer = layer_of(problem, options).to(device)
         q, k, v, grad = problem.tensors(dtype, device)
         forward = torch.no_grad()(partial(layer, q, k, v))
@@ -69,35 +93,18 @@ def measure(
         def train() -> None:
             torch.autograd.grad(layer(q, k, v), (q, k, v), grad)
 
-        found["forward_ms"] = median_ms(forward, device, seconds)
-        if not fused_on_cpu:
-            found["train_ms"] = median_ms(train, device, seconds)
-            found["kernels_ms"] = kernels_ms(train, device)
+        add_times({"": row}, {"": forward}, ["forward_ms"], device, seconds)
+        if not infers:
+            add_times({"": row}, {"": train}, ["train_ms", "kernels_ms"], device, seconds)
         passed = sum(x.nbytes for x in (q, k, v, grad))
-        found["peak_bytes"] = most_bytes(forward if fused_on_cpu else train, device, passed)
+        row["peak_bytes"] = most_bytes(forward if infers else train, device, passed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        enough = False
+        row["out_of_memory"] = True
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    size = sum(x.nbytes for x in lists())
-    return Length(problem.n, mask_bytes=size, out_of_memory=not enough, **found)
-
-
-def block_lists_of(
-    problem: Problem, dtype: torch.dtype, device: torch.device, full_width: bool
-) -> Callable[[], tuple[Tensor, ...]]:
-    """Makes the block mask's index tensors as the layer's kernel has them."""
-    window, n, tuning = problem.window, problem.n, STOCK
-    if device.type == "cuda":
-        entry = nearest(torch.cuda.get_device_capability(device), dtype, problem.d, window)
-        tuning = STOCK if entry is None else entry.tuning
-    blocks = Blocks(window, window, n, masked=False, shared_qk=False, tuning=tuning)
-    sizes = tuning.block, tuning.block
-    return lambda: block_lists(
-        window, (n, n), sizes, device, full_width=full_width, one_list=blocks.one_list
-    )
+    return row
 
 
 def wrong(problem: Problem, options: argparse.Namespace, device: torch.device) -> str | None:
@@ -108,12 +115,11 @@ def wrong(problem: Problem, options: argparse.Namespace, device: torch.device) -
     seed = torch.tensor(0, device=device)
     train = options.backend != "flex" or device.type == "cuda"
     tensors = short.tensors(dtype_of(options, device), device)
-    return apart(
-        partial(layer, dropout_seed=seed), partial(eager, dropout_seed=seed), tensors, train
-    )
+    both = (partial(each, dropout_seed=seed) for each in (layer, eager))
+    return apart(*both, tensors, train)
 
 
-def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int:
+def most_bytes(run: Run, device: torch.device, passed: int) -> int:
     """Bytes that a call holds at most, the ``passed`` ones of its arguments included."""
     on_gpu = peak_bytes(run, device, passed)
     if on_gpu is not None:
@@ -123,59 +129,120 @@ def most_bytes(run: Callable[[], Any], device: torch.device, passed: int) -> int
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        return passed + Trace(file).memory()["cpu"].peak
+        return passed + memory_of(file)["cpu"].peak
 
 
-def main(argv: list[str] | None = None) -> list[Length]:
-    """Reads the command line, measures and prints as it goes."""
+def growth(lengths: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
+    """The exponent ``p`` of ``value = c * length ** p`` by least squares on logarithms.
+
+    With its standard error, infinite where two lengths tell none.
+    """
+    x, y = [math.log(length) for length in lengths], [math.log(value) for value in values]
+    slope, start = statistics.linear_regression(x, y)
+    if len(x) < 3:
+        return slope, math.inf
+    off = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    spread = sum((a - statistics.mean(x)) ** 2 for a in x)
+    return slope, math.sqrt(off / (len(x) - 2) / spread)
+
+
+def growths(rows: Sequence[Length]) -> dict[str, tuple[float, float]]:
+    """The growth of each of the measured over the longer half of the lengths that have it."""
+    found = {}
+    for name in MEASURED:
+        known = [(row["n"], row[name]) for row in rows if row[name]]
+        # Where calls are short, what a call costs at any length hides the growth.
+        longer = known[min(len(known) // 2, max(0, len(known) - 3)) :]
+        if len(longer) > 1:
+            found[name] = growth(*zip(*longer, strict=True))
+    return found
+
+
+def text(rows: Sequence[Length]) -> str:
+    """A table of times and bytes with their growth, and one of what each token takes."""
+    names = [name for name in MEASURED if any(row[name] is not None for row in rows)]
+    found, notes = growths(rows), ["out of memory" * row["out_of_memory"] for row in rows]
+
+    def lines(value: Callable[[Length, str], float | None]) -> list[list[str]]:
+        return [
+            [str(row["n"]), *(number(value(row, name)) for name in names), note]
+            for row, note in zip(rows, notes, strict=True)
+        ]
+
+    def whole(row: Length, name: str) -> float | None:
+        value, unit = row[name], {"peak_bytes": 1e6, "mask_bytes": 1e3}.get(name, 1.0)
+        return None if value is None else value / unit
+
+    exponents = [f"n^{found[name][0]:.2f}" if name in found else "-" for name in names]
+    units = {"peak_bytes": "MB", "mask_bytes": "kB"}
+    titles = [f"{MEASURED[name]} {units.get(name, 'ms')}" for name in names]
+    parts = [table(["tokens", *titles, ""], [*lines(whole), ["growth", *exponents, ""]])]
+    each = [f"{MEASURED[name]} {'ns' if name.endswith('_ms') else 'B'}" for name in names]
+    parts += ["For each token:", table(["tokens", *each, ""], lines(per_token))]
+    errors = {f"{MEASURED[n]} ms": found[n][1] for n in found if n.endswith("_ms")}
+    noisy = [name for name, error in errors.items() if MOST_ERROR < error < math.inf]
+    if noisy:
+        parts.append(paragraph(f"{TOO_NOISY} the growth of: {'; '.join(noisy)}"))
+    if math.inf in errors.values():
+        parts.append("With fewer than three lengths nothing tells how sure the growth is.")
+    return "\n\n".join(parts)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table in docs of lengths."""
+    lines = [
+        "| tokens | forward ms | training step ms | its ns a token | its kernels' ns a token "
+        "| most GB | its bytes a token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["lengths"]:
+        peak = row["peak_bytes"]
+        values = [row["forward_ms"], row["train_ms"]]
+        values += [per_token(row, "train_ms"), per_token(row, "kernels_ms")]
+        values += [None if peak is None else peak / 1e9, per_token(row, "peak_bytes")]
+        lines.append(f"| {row['n']} | {' | '.join(map(number, values))} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Length]:
+    """Reads the command line, measures and prints."""
     device = machine.default_device()
-    options, problem = parse(argv, GPU_MOST if device.type == "cuda" else CPU_MOST)
-    dtype = dtype_of(options, device)
-    title = f"{machine.device_name(device)}, 1 x {problem.heads} x n x {problem.d}, {dtype}"
-    print(f"{title}, torch {torch.__version__}\n{problem.window}\n\n{heading()}", flush=True)
-    try:
-        off = wrong(replace(problem, n=2**options.most), options, device)
-    except ValueError as refused:  # dropout by flex on a CPU, for one
-        sys.exit(f"cannot be measured: {refused}")
-    if off is not None:
-        sys.exit(f"not measured, the result is wrong: {off}")
-    rows = []
-    for power in range(options.least, options.most + 1):
-        rows.append(measure(replace(problem, n=2**power), options, device, options.seconds))
-        print(line(rows[-1]), flush=True)
-    found = growths(rows)
-    print(growth_line(found))
-    if options.json:
-        settings = {"rotary": options.rotary, "xpos": options.xpos, "dropout": options.dropout}
-        settings |= {"backend": options.backend, "dtype": str(dtype), "seconds": options.seconds}
-        shape = {"batch": 1, "heads": problem.heads, "d": problem.d}
-        record = machine.record(device, **shape, window=asdict(problem.window), **settings)
-        record |= {"lengths": [asdict(row) for row in rows], "growth": found}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
-    if options.plot:
-        draw(rows, title, options.plot)
-    return rows
-
-
-def parse(argv: list[str] | None, most: int) -> tuple[argparse.Namespace, Problem]:
-    """The command line, and the problem that it names; wrong arguments end the program."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.scale", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    most = GPU_MOST if device.type == "cuda" else CPU_MOST
+    parser = reader("scale", __doc__)
     add_problem(parser, shape=False)
     add_layer(parser)
     parser.add_argument("--heads", type=count, default=8)
     parser.add_argument("--least", type=int, default=10, metavar="POWER")
     parser.add_argument("--most", type=int, default=most, metavar="POWER", help=f"{most} here")
-    parser.add_argument("--seconds", type=duration, default=0.3, help="that each figure takes")
-    parser.add_argument("--json", type=file_to_write, metavar="FILE")
-    parser.add_argument("--plot", type=picture_to_write, metavar="FILE")
-    options = parser.parse_args(argv)
-    if not 0 <= options.least <= options.most <= LONGEST:
-        parser.error(
-            f"--most must be --least ({options.least}) or more, up to {LONGEST}, got {options.most}"
-        )
-    problem = problem_that_fits(parser, options, PROBLEMS["slide256"])
-    return options, replace(problem, batch=1, heads=options.heads)
+    add_output(parser, seconds=0.3)
+    options = parser.parse_args(arguments)
+    least, most = options.least, options.most
+    if not 0 <= least <= most <= LONGEST:
+        parser.error(f"--most must be --least ({least}) or more, up to {LONGEST}, got {most}")
+    (problem,) = problems_of(parser, options, ["slide256"])
+    problem, dtype = replace(problem, batch=1, heads=options.heads), dtype_of(options, device)
+    title = f"{machine.device_name(device)}, 1 x {problem.heads} x n x {problem.d}, {dtype}"
+    print(f"{title}, torch {torch.__version__}\n{problem.window}\n", flush=True)
+    try:
+        off = wrong(replace(problem, n=2**most), options, device)
+    except ValueError as refused:  # dropout by flex on a CPU, for one
+        sys.exit(f"cannot be measured: {refused}")
+    if off is not None:
+        sys.exit(f"not measured, the result is wrong: {off}")
+    rows: list[Length] = []
+    with Bar(most + 1 - least) as bar:
+        for power in range(least, most + 1):
+            bar.show(f"{2**power} tokens")
+            rows.append(measure(replace(problem, n=2**power), options, device, options.seconds))
+            bar.advance()
+    print(text(rows))
+    names = ("rotary", "xpos", "dropout", "backend", "seconds")
+    settings = {name: getattr(options, name) for name in names} | {"dtype": str(dtype)}
+    shape = {"batch": 1, "heads": problem.heads, "d": problem.d}
+    record = machine.record(device, **shape, window=asdict(problem.window), **settings)
+    exponents = {name: exponent for name, (exponent, _) in growths(rows).items()}
+    machine.write(record | {"lengths": rows, "growth": exponents}, options.json)
+    return rows
 
 
 if __name__ == "__main__":

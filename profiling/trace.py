@@ -1,65 +1,113 @@
-"""Traces the layer, or a small model with it, under torch.profiler: where time and memory go.
+"""Traces the layer under torch.profiler: where time and memory go.
 
-    python -m profiling.trace [--problem NAME] [--rotary] [--model] [--forward-only] [--out DIR]
+    python -m profiling.trace [--problem NAME] [--rotary] [--forward-only] [--out DIR]
 
 writes a folder for TensorBoard's profiler plugin. The trace in it is a Chrome trace as well, which
-https://ui.perfetto.dev opens; the labels ``flexlocal::...`` in it are the layer's own steps. Beside
-it lie the bytes allocated over time, as a table and, with matplotlib, as a picture. Compilation
-happens before the trace begins.
+https://ui.perfetto.dev opens; the labels ``flexlocal::...`` in it are the layer's own steps. Both
+draw the bytes allocated over time. Compilation happens before the trace begins.
 """
 
 import argparse
-import csv
 import gc
+import gzip
+import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, tensorboard_trace_handler
 
 from flexlocal.regions import labelled
 
-from .chrome import STEP, Memory, Row, Trace
-from .clock import synchronize
 from .machine import default_device, device_name
-from .model import VOCABULARY, Model, loss
-from .options import (
-    add_layer,
-    add_problem,
-    count,
-    dtype_of,
-    folder_to_write,
-    layer_of,
-    problem_that_fits,
-)
-from .problems import PROBLEMS, Problem
+from .options import add_layer, add_problem, count, dtype_of, layer_of, problems_of, reader
+from .problems import Problem
+from .terminal import table
+from .timing import synchronize
 
 WARM_UP = 3
-"""Steps before the trace: they compile, and make what is made once, as an optimizer's state."""
+"""Steps before the trace: they compile, and make what is made once."""
+
+STEP = "ProfilerStep#"
+"""What the labels of whole steps begin with; TensorBoard's plugin counts steps by this name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Kernels, operators or labels of one name: how many, and microseconds of all of them."""
+
+    name: str
+    calls: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes allocated on a device: ``held[i]`` from ``times[i]`` on; the first is the start."""
+
+    times: list[float]
+    held: list[int]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes above what was held at the start."""
+        return max(self.held) - self.held[0]
+
+    @property
+    def growth(self) -> int:
+        """Bytes held at the end above the start."""
+        return self.held[-1] - self.held[0]
+
+
+def memory_of(file: Path) -> dict[str, Memory]:
+    """Memory over time by device, ``cpu`` or ``cuda:0``, from a Chrome trace, gzip or not.
+
+    Times are microseconds since the first event on the host.
+    """
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt") as text:
+        events = json.load(text)["traceEvents"]
+    found: dict[str, Memory] = {}
+    start = min(e["ts"] for e in events if e.get("cat") in ("cpu_op", "user_annotation"))
+    changes = [event for event in events if event["name"] == "[memory]"]
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        facts = event["args"]
+        device = "cpu" if facts["Device Type"] == 0 else f"cuda:{facts['Device Id']}"
+        # Not the sum of what each event says: the profiler misses what the backward pass's
+        # thread frees after it is done, but the next event tells what is held since.
+        held = facts["Total Allocated"]
+        line = found.setdefault(device, Memory([0.0], [held - facts["Bytes"]]))
+        line.times.append(event["ts"] - start)
+        line.held.append(held)
+    return found
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The file of one trace, and what was read from it; ``wall`` is all steps' microseconds."""
+    """The file of a trace, and what the profiler says of it.
+
+    ``wall`` is all steps' microseconds; a label's time is all that passed in it. ``rows`` are own
+    times of kernels, or of operators and labels where no kernel ran, longest first.
+    """
 
     file: Path
     steps: int
     wall: float
+    labels: list[Row]
     rows: list[Row]
     memory: dict[str, Memory]
 
 
-Step = Callable[[], object]
-"""One step; returns the tensors that it made and nobody else holds."""
+def layer_step(
+    problem: Problem, options: argparse.Namespace, device: torch.device
+) -> Callable[[], object]:
+    """One call of the layer, and its backward pass unless only the forward one is wanted.
 
-
-def layer_step(problem: Problem, options: argparse.Namespace, device: torch.device) -> Step:
-    """One call of the layer, and its backward pass unless only the forward one is wanted."""
+    It returns the tensors that it made.
+    """
     layer = layer_of(problem, options).to(device)
     q, k, v, grad = problem.tensors(dtype_of(options, device), device)
 
@@ -74,39 +122,18 @@ def layer_step(problem: Problem, options: argparse.Namespace, device: torch.devi
     return step
 
 
-def model_step(problem: Problem, options: argparse.Namespace, device: torch.device) -> Step:
-    """One step of training of a small language model, or only its forward pass."""
-    model: nn.Module = Model(problem.heads, problem.d, lambda: layer_of(problem, options))
-    model.to(device, dtype_of(options, device))
-    optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(VOCABULARY, (problem.batch, problem.n), device=device)
-
-    def step() -> None:
-        with record_function("forward"):
-            found = loss(model, tokens)
-        if options.forward_only:
-            return
-        with record_function("backward"):
-            found.backward()
-        with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
-def record(step: Step, device: torch.device, folder: Path, steps: int, gzip: bool) -> Traced:
+def record(
+    step: Callable[[], object], device: torch.device, folder: Path, steps: int, gzip: bool
+) -> Traced:
     """Runs ``steps`` steps under the profiler, after others that it does not see."""
     for _ in range(WARM_UP):
         step()
     synchronize(device)
     gc.collect()  # else what compiling left in cycles may be freed in the trace, as if a step did
     before = set(folder.glob("*"))
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     profiler = profile(
-        activities=activities,
+        activities=[ProfilerActivity.CPU, *gpu],
         record_shapes=True,
         profile_memory=True,
         on_trace_ready=tensorboard_trace_handler(str(folder), use_gzip=gzip),
@@ -120,118 +147,77 @@ def record(step: Step, device: torch.device, folder: Path, steps: int, gzip: boo
                 # see what that thread frees after it is done.
                 del made
     (file,) = set(folder.glob("*.pt.trace.json*")) - before
-    trace = Trace(file)
-    wall = sum(step.duration for step in trace.steps)
-    return Traced(file, steps, wall, trace.own_times(), trace.memory())
-
-
-def write_memory(traced: Traced) -> list[Path]:
-    """Writes the memory timeline beside the trace, and a picture of it where it can be drawn."""
-    stem = traced.file.name.split(".pt.trace")[0]
-    table = traced.file.with_name(f"{stem}.memory.csv")
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("device", "microseconds", "bytes"))
-        for device, memory in traced.memory.items():
-            lines = zip(memory.times, memory.held, strict=True)
-            writer.writerows((device, round(time, 3), held) for time, held in lines)
-    if find_spec("matplotlib") is None:
-        return [table]
-    picture = table.with_suffix(".png")
-    draw_memory(traced.memory, picture)
-    return [table, picture]
-
-
-def draw_memory(lines: dict[str, Memory], file: Path) -> None:
-    """Draws bytes above the start against time, one plot for each device."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1 + 2.5 * len(lines)), layout="constrained")
-    plots = figure.subplots(len(lines), squeeze=False)[:, 0]
-    for plot, (device, memory) in zip(plots, lines.items(), strict=True):
-        times = [time / 1e3 for time in memory.times]
-        held = [(bytes_held - memory.held[0]) / 1e6 for bytes_held in memory.held]
-        plot.fill_between(times, held, step="post", alpha=0.4)
-        plot.step(times, held, where="post", linewidth=0.8)
-        plot.set(title=device, xlabel="ms", ylabel="MB above the start")
-    figure.savefig(file, dpi=120)
+    averages = profiler.key_averages()
+    marked = [each for each in averages if each.is_user_annotation and each.cpu_time_total]
+    labels = [Row(each.key, each.count, each.cpu_time_total) for each in marked]
+    (wall,) = (label.time for label in labels if label.name.startswith(STEP[:-1]))
+    kernels = [
+        Row(each.key, each.count, each.self_device_time_total)
+        for each in averages
+        if each.device_type != DeviceType.CPU and not each.is_user_annotation
+    ]
+    operators = [Row(each.key, each.count, each.self_cpu_time_total) for each in averages]
+    rows = sorted(kernels or operators, key=lambda row: -row.time)
+    return Traced(file, steps, wall, labels, rows, memory_of(file))
 
 
 def summary(traced: Traced, top: int) -> str:
-    """Where the time of a step went, by part and by kernel or operator, and the memory's peak."""
-    every = sum(row.own for row in traced.rows)
+    """Where the time of a step went, by label and by kernel or operator, and the memory's peak."""
+    every = sum(row.time for row in traced.rows)
 
-    def cells(own: float) -> str:
-        return f"{own / traced.steps / 1e3:10.3f} {own / every:7.1%}"
+    def lines(rows: Sequence[Row], all_of_it: float) -> list[list[str]]:
+        return [
+            [row.name[:80], f"{row.time / traced.steps / 1e3:.3f}", f"{row.time / all_of_it:.1%}"]
+            + [f"{row.calls / traced.steps:g}"]
+            for row in rows
+        ]
 
-    parts: dict[tuple[str, str], float] = defaultdict(float)
-    for row in traced.rows:
-        parts[row.phase, row.part] += row.own
-    listed, wall = (time / traced.steps / 1e3 for time in (every, traced.wall))
-    lines = [f"a step takes {wall:.3f} ms; the lines below add up to {listed:.3f} ms\n"]
-    lines += [f"{'ms a step':>10} {'share':>7}  {'phase':10} part"]
-    for (phase, part), own in sorted(parts.items(), key=lambda item: -item[1]):
-        lines.append(f"{cells(own)}  {phase:10} {part}")
-    lines.append(f"\n{'own ms':>10} {'share':>7} {'calls':>6}  {'phase':10} {'part':18} name")
-    for row in traced.rows[:top]:
-        calls = f"{row.calls / traced.steps:6g}"
-        lines.append(f"{cells(row.own)} {calls}  {row.phase:10} {row.part:18} {row.name[:80]}")
-    lines.append("")
+    columns = "ms a step", "share", "calls"
+    labels = lines(traced.labels, traced.wall)
+    texts = [table(("label, on the host", *columns), labels)]
+    texts.append(table(("own time", *columns), lines(traced.rows[:top], every)))
     for device, memory in traced.memory.items():
         time = memory.times[memory.held.index(max(memory.held))] / 1e3
-        lines.append(
+        texts.append(
             f"memory on {device}: at most {memory.peak / 1e6:.2f} MB above the start, at "
-            f"{time:.2f} ms; {memory.growth / 1e6:+.2f} MB at the end"
+            f"{time:.2f} ms;\n{memory.growth / 1e6:+.2f} MB at the end"
         )
-    return "\n".join(lines)
+    return "\n\n".join(texts)
 
 
-def main(argv: list[str] | None = None) -> Traced:
+def main(arguments: Sequence[str] | None = None) -> Traced:
     """Reads the command line, traces, writes and prints."""
     device = default_device()
-    options, problem = parse(argv, PROBLEMS["slide256" if device.type == "cuda" else "cpu"])
-    step = (model_step if options.model else layer_step)(problem, options, device)
-    folder = options.out / label(problem, options)
+    parser = reader("trace", __doc__)
+    add_problem(parser)
+    add_layer(parser)
+    parser.add_argument("--forward-only", action="store_true", help="without gradients")
+    parser.add_argument("--steps", type=count, default=3)
+    parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
+    parser.add_argument("--gzip", action="store_true", help="compress the trace")
+    parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    default = "slide256" if device.type == "cuda" else "cpu"
+    if options.out.is_file():
+        parser.error(f"argument --out: must be a folder, got the file {options.out}")
+    (problem,) = problems_of(parser, options, [default])
+    step = layer_step(problem, options, device)
+    words = [name for name in ("rotary", "xpos", "dropout") if getattr(options, name)]
+    words += ["forward"] * options.forward_only
+    words += [options.backend] * (options.backend != "auto")
+    folder = options.out / "-".join([problem.name, *words])  # the run's name in TensorBoard
     try:
         with torch.set_grad_enabled(not options.forward_only):
             traced = record(step, device, folder, options.steps, options.gzip)
     except ValueError as wrong:  # flex on a CPU, for one
         sys.exit(f"cannot be traced: {wrong}")
-    written = write_memory(traced)
     unit = "kernels" if device.type == "cuda" else "operators; a label's own time is Python's"
     print(f"{problem.label}, {dtype_of(options, device)}\n{problem.window}")
     print(f"{device_name(device)}, torch {torch.__version__}; {unit}\n")
     print(summary(traced, options.top))
     print(f"\n{traced.file}\n    open it in https://ui.perfetto.dev, or in TensorBoard:")
     print(f"    tensorboard --logdir {options.out}   # its pages load Google Charts")
-    for file in written:
-        print(file)
     return traced
-
-
-def label(problem: Problem, options: argparse.Namespace) -> str:
-    """The run's name in TensorBoard: what was traced."""
-    words = ["model"] if options.model else ["layer"]
-    words += [name for name in ("rotary", "xpos", "dropout") if getattr(options, name)]
-    words += ["forward"] if options.forward_only else []
-    words += [options.backend] if options.backend != "auto" else []
-    return "-".join([problem.name, *words])
-
-
-def parse(argv: list[str] | None, default: Problem) -> tuple[argparse.Namespace, Problem]:
-    """The command line, and the problem that it names; wrong arguments end the program."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.trace", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_problem(parser)
-    add_layer(parser)
-    parser.add_argument("--model", action="store_true", help="a model of two blocks, and AdamW")
-    parser.add_argument("--forward-only", action="store_true", help="without gradients")
-    parser.add_argument("--steps", type=count, default=3)
-    parser.add_argument("--top", type=count, default=15, help="kernels or operators to print")
-    parser.add_argument("--gzip", action="store_true", help="compress the trace")
-    parser.add_argument("--out", type=folder_to_write, default=Path("traces"), metavar="DIR")
-    options = parser.parse_args(argv)
-    return options, problem_that_fits(parser, options, default)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from profiling import argument_costs
+from profiling import argument_costs, timing
 
 
 @pytest.fixture
@@ -14,34 +14,63 @@ def milliseconds(monkeypatch):
     """A clock that takes one call for a measurement, and says 1, 2, 3 ... milliseconds."""
     calls = []
 
-    def count(run, device):
+    def count(run, device, seconds):
         run()
         calls.append(run)
         return float(len(calls))
 
-    monkeypatch.setattr(argument_costs, "median_ms", count)
+    monkeypatch.setattr(timing, "median_ms", count)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
     monkeypatch.setattr(argument_costs.machine, "default_device", lambda: torch.device("cpu"))
     return calls
 
 
-def test_each_call_is_compared_with_its_base(milliseconds, tmp_path, capsys):
+def test_each_call_is_compared_with_its_base_in_turns(milliseconds, tmp_path, capsys):
     file = tmp_path / "costs.json"
-    assert argument_costs.main(["--problem", "tiny", "--json", str(file)]) == 0
+    command = ["--problem", "tiny", "--only", "rotary", "xpos", "shared_qk, q", "--json"]
+    assert argument_costs.main([*command, str(file)]) == 0
     record = json.loads(file.read_text())
-    times = {name: (row["forward_ms"], row["train_ms"]) for name, row in record["rows"].items()}
-    assert times["plain"] == (1, 2)
-    assert times["rotary"] == (3, 4)
-    assert times["xpos"] == (5, 6)
-    assert len(milliseconds) == 2 * len(times)
+    rounds = {name: row["rounds"] for name, row in record["rows"].items()}
+    # Five calls take turns: forward in 3 rounds, then training.
+    assert rounds["plain"] == {"forward_ms": [1, 6, 11], "train_ms": [16, 21, 26]}
+    assert rounds["xpos"] == {"forward_ms": [3, 8, 13], "train_ms": [18, 23, 28]}
+    assert record["rows"]["xpos"]["forward_ms"] == 8
+    assert len(milliseconds) == 2 * 3 * len(rounds)
     printed = capsys.readouterr().out
-    assert re.search(r"^rotary +3\.000 ms +3\.00x +4\.000 ms +2\.00x +over plain$", printed, re.M)
-    assert re.search(r"^xpos +5\.000 ms +1\.67x +6\.000 ms +1\.50x +over rotary$", printed, re.M)
-    assert re.search(r"^shared_qk, q is k .+ over q is k$", printed, re.M)
+    # 2, 7, 12 over 1, 6, 11, and 3, 8, 13 over those of rotary.
+    assert re.search(r"^rotary +7\.00 +1\.17x \(1\.13-1\.58\) plain$", printed, re.M)
+    assert re.search(r"^xpos +8\.00 +1\.14x \(1\.11-1\.32\) rotary$", printed, re.M)
+    assert re.search(r"^shared_qk, q is k .+ q is k$", printed, re.M)
     table = argument_costs.markdown(record).splitlines()
     assert table[0] == "| | forward ms | training step ms | compared with |"
-    assert table[2] == "| plain | 1.00 (1.00x) | 2.00 (1.00x) | plain |"
-    assert table[4] == "| xpos | 5.00 (1.67x) | 6.00 (1.50x) | rotary |"
-    assert len(table) == 2 + len(times)
+    assert table[2].startswith("| plain | 6.00 (1.00x, 1.00-1.00) | 21.0 (1.00x, 1.00-1.00) |")
+    assert table[4].startswith("| xpos | 8.00 (1.14x, 1.11-1.32) | ")
+    assert len(table) == 2 + len(rounds)
+
+
+def test_old_records_have_ratios_of_medians():
+    rows = {
+        "plain": {"forward_ms": 2.0, "train_ms": 4.0},
+        "bias": {"forward_ms": 3.0, "train_ms": 5.0},
+    }
+    table = argument_costs.markdown({"rows": rows}).splitlines()
+    assert table[3] == "| bias | 3.00 (1.50x) | 5.00 (1.25x) | plain |"
+
+
+def test_noise_is_said():
+    """0.04x for added work was printed on a busy machine, as if it were a result."""
+
+    def row(*times):
+        return {"forward_ms": sorted(times)[1], "rounds": {"forward_ms": list(times)}}
+
+    rows = {"plain": row(1.0, 1.0, 1.0), "rotary": row(1.5, 1.51, 1.52)}
+    assert "noisy" not in argument_costs.text(rows)
+    text = argument_costs.text({**rows, "bias": row(0.5, 1.0, 2.0)})
+    assert text.endswith("this machine was too noisy for these ratios: bias")
+    text = argument_costs.text(
+        {**rows, "bias": row(0.04, 0.04, 0.04), "q is k": row(0.9, 0.9, 0.9)}
+    )
+    assert text.endswith("noisy for these, as added work cannot take less time: bias")
 
 
 def test_some_calls_come_with_what_they_are_compared_with(milliseconds, tmp_path):
@@ -59,7 +88,7 @@ def test_calls_that_there_are_none_of_are_refused(capsys):
     assert re.search("--only must begin as one of plain; .*, got 'masks'", capsys.readouterr().err)
 
 
-def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch, capsys):
+def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch):
     right = argument_costs.local_attention
 
     def wrong(backend="auto", **more):
@@ -69,8 +98,7 @@ def test_a_wrong_result_is_not_timed(milliseconds, monkeypatch, capsys):
     monkeypatch.setattr(argument_costs, "local_attention", wrong)
     with pytest.raises(SystemExit, match="not timed, bias is wrong: off: the output by 1.0e-02"):
         argument_costs.main(["--problem", "tiny"])
-    printed = capsys.readouterr().out
-    assert "key mask, rotary" in printed and not re.search("^bias", printed, re.M)
+    assert not milliseconds
 
 
 def test_the_gradient_of_a_learned_bias_is_checked(milliseconds, monkeypatch):

@@ -15,7 +15,6 @@ from profiling.candidates import (
     candidates,
     counted,
     flash,
-    flash_is_faster,
     ranked,
     spread,
     stock,
@@ -177,19 +176,6 @@ def test_what_is_measured_beside_the_sweep_never_wins():
 
 def test_both_passes_must_have_run_in_a_block():
     assert winner_of([measured("forward", 64, 1.0), measured("training", 128, 1.0)]) is None
-
-
-@pytest.mark.parametrize(
-    ("forward", "training", "faster"),
-    [(0.9, 4.9, True), (1.1, 4.9, False), (0.9, 5.1, False), (None, 4.9, False)],
-)
-def test_flash_must_be_faster_in_both_passes(forward, training, faster):
-    outcomes = [measured("forward", 128, 1.0), measured("training", 128, 5.0)]
-    for kind, ms in zip(PASSES, (forward, training), strict=True):
-        status = "failed" if ms is None else "measured"
-        outcomes.append(Outcome(flash(kind), status, ms=ms))
-    assert flash_is_faster(outcomes, winner_of(outcomes)) is faster
-    assert not flash_is_faster(outcomes[:2], winner_of(outcomes))
 
 
 def test_those_that_were_not_measured_are_counted():

@@ -35,8 +35,7 @@ COUNT = "must be 1 or more, got 0"
         (compiles, ["--rotary", "--dim", "15"], "dim must be even"),
         (tune, ["--table", "."], "--table: must be a file, got the folder ."),
         (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
-        *((script, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo")
-            for script in (bench, scale)),
+        (bench, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo"),
         (bench, ["--problem", "nothing"], "invalid choice: 'nothing'"),
         (bench, ["--peer", "nobody"], "invalid choice: 'nobody'"),
         (bench, ["--seconds", "nan"], "--seconds: must be above 0 and finite, got nan"),
@@ -57,9 +56,8 @@ def test_wrong_arguments(script, arguments, words, monkeypatch, capsys):
     assert words in said
 
 
-@pytest.mark.parametrize("script", [bench, scale])
-def test_a_plot_needs_matplotlib(script, monkeypatch, capsys):
+def test_a_plot_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        script.main(["--plot", "x.png"])
+        bench.main(["--plot", "x.png"])
     assert "--plot: matplotlib is not installed: pip install" in capsys.readouterr().err

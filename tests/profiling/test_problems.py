@@ -43,15 +43,6 @@ def test_the_truth(window, n, rotary):
         torch.testing.assert_close(one, other)
 
 
-def test_the_truth_adds_up_its_rows(monkeypatch):
-    problem = PROBLEMS["tiny"]
-    tensors = problem.tensors(torch.float64, CPU)
-    whole = check.truth(problem, tensors)
-    monkeypatch.setattr(check, "_ROWS", 100)
-    for one, other in zip(check.truth(problem, tensors), whole, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_shortened_problem_is_of_the_same_kind(name):
     problem = replace(PROBLEMS[name], n=PROBLEMS[name].n + 17)

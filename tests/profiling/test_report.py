@@ -16,7 +16,6 @@ def row(peer, status="measured", forward=None, train=None, peak=None):
         "first_forward_s": forward,
         "first_train_s": train,
         "peak_bytes": peak,
-        "host_us": None,
     }
 
 
@@ -94,27 +93,44 @@ def test_kernels_that_wait_for_the_host_are_told_apart():
     assert f"| quick | {first} | - |" in table
     assert "| slow | 5.00 (10.0x), kernels 4.90 (24.5x) / 30.0 (15.0x), 1.00 GB | - |" in table
     assert "| 1.00 (1.00x) / 4.00 (1.00x), 1.00 GB |" in table  # nothing is known of two's
-    text = report.table(one)
-    heads, ours = (re.split(r"  +", line.strip()) for line in text.splitlines()[1:3])
-    assert heads[:4] == ["forward ms", "ours/it", "its kernels", "ours/it"]
-    assert ours[:9] == [
-        "flexlocal",
-        "0.500",
-        "1.00",
-        "0.200",
-        "1.00",
-        "2.00",
-        "1.00",
-        "1.90",
-        "1.00",
-    ]
-    assert "1.25 x the best peer, quick (kernels 0.50 x its kernels); 5.00 x the" in text
-    assert "its kernels" not in report.table(two)
+    text = report.text(one)
+    assert re.search(r"^forward, its kernels +ms +ratio +first s error$", text, re.M)
+    assert re.search(r"^quick +0\.400 +0\.80x +0\.400 +1e-03$", text, re.M)  # of calls
+    assert re.search(r"^quick +0\.400 +2\.00x +0\.400 +1e-03$", text, re.M)  # of kernels
+    assert "kernels" not in report.text(two)
 
 
-def test_the_text_compares_ours():
-    text = report.table(record()["problems"][0])
-    assert "flexlocal forward: 1.25 x the best peer, quick" in text
-    assert "flexlocal train: 0.67 x the best peer, quick" in text
-    assert "5.00 x the memory floor of 0.100 ms; 2.50 x the arithmetic floor of 0.200 ms" in text
+def test_the_text_shows_the_floors_and_who_is_absent():
+    text = report.text(record()["problems"][0])
+    assert re.search(r"^memory floor +0\.100 +0\.20x", text, re.M)
+    assert re.search(r"^arithmetic floor +0\.200 +0\.40x", text, re.M)
+    assert re.search(r"^quick +3\.00 +1\.50x", text, re.M)
     assert "large: out of memory: so" in text and "absent: missing: so" in text
+
+
+def test_ratios_are_of_rounds_and_noise_is_said():
+    """Ours slows down together with the peer: the ratio of each round stays what it is."""
+    entry = record()["problems"][0]
+    ours, quick, slow = entry["rows"][:3]
+    ours["rounds"] = {"forward_ms": [0.5, 5.0, 0.5]}
+    quick["rounds"] = {"forward_ms": [0.4, 4.1, 0.39]}
+    slow["rounds"] = {"forward_ms": [0.5, 5.0, 1.5]}
+    text = report.text(entry)
+    assert re.search(r"^quick +0\.400 +0\.80x \(0\.79-0\.81\)", text, re.M)
+    assert "this machine was too noisy for the forward ratios of slow\n" in text
+    assert "0.400 (0.80x, 0.79-0.81)" in report.markdown({**record(), "problems": [entry]})
+
+
+def test_the_text_fits_a_terminal_of_80(monkeypatch):
+    """With the longest names, spreads and a GPU's kernels."""
+    entry = record()["problems"][0]
+    for line in entry["rows"][:3]:
+        line["peer"] = {"slow": "local-attention compiled"}.get(line["peer"], line["peer"])
+        kinds = ["forward_ms", "forward_kernels_ms", "train_ms", "train_kernels_ms"]
+        line |= dict.fromkeys(kinds, 0.123)
+        line["rounds"] = {kind: [0.123, 0.124, 0.125] for kind in kinds}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = report.text(entry).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("local-attention compiled ") for line in lines) == 4

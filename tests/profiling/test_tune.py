@@ -1,125 +1,25 @@
-"""The sweep's order, and the command: what it prints, records and writes, and its errors."""
+"""The command: what it prints, records and writes, its errors, and the table it makes."""
 
 import json
-import os
+import re
 import subprocess
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_candidates import BLOCKS, usual
-from test_tuned_table import entry
+from test_candidates import BLOCKS
+from test_sweep import in_place_of_processes, made_best, timed
 
-from flexlocal import Window
+from flexlocal import Window, tuning
+from flexlocal.tuning import TABLE
 from profiling import sweep, tune
-from profiling.candidates import PASSES, Outcome, flash, milliseconds, winner_of
+from profiling.candidates import PASSES, Outcome, Winner
 from profiling.peers import PEERS
 from profiling.problems import PROBLEMS
-from profiling.tuned_table import merged, text_of
-from profiling.workers import Workers
+from profiling.tune import SHIPPED, merged, old_flash, read_table
 
 ROOT = Path(__file__).parents[2]
-
-
-# The order of a sweep.
-
-
-class FakeWorkers:
-    """Calls ``outcome_of`` in place of a GPU, and keeps what was tried."""
-
-    def __init__(self, outcome_of):
-        self.outcome_of, self.tried = outcome_of, []
-
-    def results(self, trials):
-        self.tried += trials
-        return map(self.outcome_of, reversed(trials))
-
-
-def swept(outcome_of, *arguments):
-    options = tune.read(["--problem", "slide256", *arguments])
-    workers = FakeWorkers(outcome_of)
-    found = list(sweep.sweep(options.problems[0], options, workers, Path("lock")))
-    return found, workers.tried
-
-
-def made_best(kind, layout):
-    """The candidate that ``timed`` makes the fastest: the second of 64, the third of 128."""
-    return [c for c in usual(kind) if c.layout == layout][layout[0] // 64]
-
-
-def timed(one):
-    """64 beats 128, one list two; what is not swept takes longer than either."""
-    each, (block, one_list) = one.candidate, one.candidate.layout
-    best = each.swept and each == made_best(each.kind, each.layout)
-    ms = block / 64 + (each.kind == "training") + (0 if best else 1) + (0 if one_list else 0.5)
-    return Outcome(each, "measured", error=0.0, ms=ms if each.swept else 9.0)
-
-
-LAYOUTS = [(64, False), (64, True), (128, False), (128, True)]
-
-
-def test_training_takes_the_fastest_forward_options_of_its_layout():
-    found, tried = swept(timed)
-    assert len(found) == len(tried) == 2 * (52 + 180) + 2
-    assert {(t.problem, t.dtype, t.seconds) for t in tried} == {
-        (PROBLEMS["slide256"], torch.bfloat16, 0.1)
-    }
-    forward = {layout: made_best("forward", layout).options for layout in LAYOUTS}
-    for one in tried:
-        trains = one.candidate.kind == "training" and one.candidate.swept
-        assert one.forward == (forward[one.candidate.layout] if trains else ())
-    assert winner_of(found).layout == (64, True)
-    assert dict(winner_of(found).options).items() >= dict(forward[64, True]).items()
-
-
-def test_without_forward_options_a_layout_is_not_trained():
-    def outcome_of(one):
-        small = one.candidate.kind == "forward" and one.candidate.layout == (64, True)
-        return Outcome(one.candidate, "failed", "no") if small else timed(one)
-
-    found, tried = swept(outcome_of)
-    trained = {t.candidate.layout for t in tried if t.candidate.kind == "training"}
-    assert trained == {*LAYOUTS} - {(64, True)}
-    kind, layout = "training", (64, True)
-    left = [o for o in found if (o.candidate.kind, o.candidate.layout) == (kind, layout)]
-    assert len(left) == 36 and {o.status for o in left} == {"failed"}
-    assert left[0].reason == "no forward options run with blocks of 64 in one list"
-    assert winner_of(found).layout == (64, False)
-
-
-@pytest.mark.parametrize("missing", [None, "it is not installed"])
-def test_flash_is_measured_where_it_is_installed(monkeypatch, missing):
-    monkeypatch.setitem(PEERS, "FlashAttention 4", PEERS["FlashAttention 4"])
-    monkeypatch.setattr(type(PEERS["FlashAttention 4"]), "missing", lambda peer: missing)
-    found, _ = swept(timed, "--limit", "2")
-    assert len(found) == 2 * (2 + (2 if missing is None else 1))
-    assert (milliseconds(found, flash("training")) == 9.0) is (missing is None)
-    found, _ = swept(timed, "--limit", "2", "--dtype", "fp32")
-    assert milliseconds(found, flash("training")) is None
-
-
-@pytest.mark.parametrize(("asked", "memory", "count"), [(4, 80e9, 4), (15, 30e9, 11), (4, 1e9, 1)])
-def test_as_many_processes_as_fit_and_one_thread_in_each(monkeypatch, asked, memory, count):
-    """Of slide256, with 12 tensors of 2 ** 26 numbers in 16 bits, and a context of 2 ** 30."""
-    made = []
-
-    def workers(count, *rest):
-        made.append(count)
-        return Workers(count, *rest)
-
-    properties = SimpleNamespace(total_memory=int(memory))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(sweep, "Workers", workers)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
-    options = tune.read(["--problem", "tiny", "slide256", "--workers", str(asked)])
-    with sweep.workers_for(options.problems, options):
-        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
-    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
-    assert made == [min(asked, max(1, int(memory // (12 * 2**26 * 2 + 2**30))))] == [count]
 
 
 # The command.
@@ -132,12 +32,16 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tune.machine, "device_name", lambda device: "a GPU")
 
-    def work_as(outcome_of):
-        @contextmanager
-        def workers_for(problems, options):
-            yield FakeWorkers(outcome_of)
+    def work_as(outcome_of, own=9.0):
+        def final(one):
+            """Its own options are the slowest, and FlashAttention 4 not among them."""
+            slowness = {"fastest": 1.0, "to pass": 1.5, "own options": own}
+            rounds = {n: [s, s * 1.1, s * 1.2] for n, s in slowness.items() if n in one.tunings}
+            return {"forward": rounds, "training": rounds}
 
-        monkeypatch.setattr(tune, "workers_for", workers_for)
+        monkeypatch.setattr(sweep, "in_processes", in_place_of_processes(outcome_of, []))
+        monkeypatch.setattr(tune, "in_processes", in_place_of_processes(final, []))
+        monkeypatch.setattr(tune, "most_workers", lambda problems, options: 4)
 
     return work_as
 
@@ -145,7 +49,7 @@ def gpu(monkeypatch):
 def test_the_fastest_is_printed_recorded_and_merged(tmp_path, gpu, capsys):
     gpu(timed)
     record, table = tmp_path / "sweep.json", tmp_path / "table.json"
-    table.write_text(text_of(merged(None, entry(257, flash=True))))
+    table.write_text(json.dumps(merged(None, entry(257, flash=True))))
     asked = ["--problem", "slide256", "--json", str(record), "--table", str(table)]
     assert tune.main(asked) == 0
 
@@ -171,12 +75,12 @@ def test_the_fastest_is_printed_recorded_and_merged(tmp_path, gpu, capsys):
     assert ("forward", 64, 4) in shown and ("training", 128, 6) in shown
 
     printed = capsys.readouterr().out
-    fastest = "blocks of 64 in one list, forward 1.00 ms (9.00x), training 2.00 ms (4.50x)"
-    assert f"fastest: {fastest}" in printed
-    assert str(options) in printed
-    assert "to pass, in blocks of 128, forward 2.50 ms (3.60x), training 3.50 ms" in printed
-    assert f"kernel_options={at_128}" in printed
-    assert printed.count("  BLOCK_M=") == 10
+    assert f"fastest: blocks of 64 in one list\n{options}" in printed
+    assert re.search(r"^fastest +1\.10 +0\.11x \(0\.11-0\.11\)", printed, re.M)
+    assert re.search(r"^to pass +1\.65 +0\.17x \(0\.17-0\.17\)", printed, re.M)
+    assert f"to pass, in blocks of 128:\nkernel_options={at_128}" in printed
+    assert printed.count(" BLOCK_M=") == 10
+    assert part["rounds"]["forward"]["fastest"] == [1.0, 1.1, 1.2]
     assert f"written to {table}" in printed
 
 
@@ -189,10 +93,7 @@ def test_an_entry_of_a_window_without_gaps_serves_others_with_one_list(tmp_path,
 
 
 def test_a_table_is_left_alone_where_the_own_options_are_faster(tmp_path, gpu, capsys):
-    def slow(one):
-        return replace(timed(one), ms=10.0 if one.candidate.swept else 9.0)
-
-    gpu(slow)
+    gpu(timed, own=0.5)
     table = tmp_path / "table.json"
     assert tune.main(["--limit", "2", "--table", str(table)]) == 0
     assert not table.exists()
@@ -262,6 +163,79 @@ def test_a_shape_of_ones_own():
     assert problem.shape == (2, 3, 1024, 80)
     assert problem.window == Window(100, causal=True, exact=True)
     assert options.table == ROOT / "flexlocal" / "tuned.json"
+
+
+def test_noise_of_the_final_is_said():
+    rounds = {kind: {"fastest": [1.0, 2.0, 3.0], "own options": [2.0, 2.0, 2.0]} for kind in PASSES}
+    text = tune.report([], Winner((64, False), (), 1.0, 2.0), rounds)
+    assert "this machine was too noisy for the ratios of fastest" in text
+
+
+@pytest.mark.parametrize(
+    ("forward", "training", "faster"),
+    [(0.9, 4.9, True), (1.1, 4.9, False), (0.9, 5.1, False), (None, None, False)],
+)
+def test_flash_must_be_faster_in_both_passes(forward, training, faster):
+    rounds = {"forward": {"fastest": [1.0] * 3}, "training": {"fastest": [5.0] * 3}}
+    if forward is not None:
+        rounds["forward"][tune.FLASHED] = [forward] * 3
+        rounds["training"][tune.FLASHED] = [training] * 3
+    assert tune.faster(rounds, tune.FLASHED, tune.FASTEST) is faster
+
+
+# The table that flexlocal reads.
+
+
+def entry(reach=257, flash=False, capability=(9, 0), head_size=64, **more):
+    numbers = {"capability": list(capability), "head_size": head_size, "reach": reach}
+    options = {"fwd_BLOCK_M": 64, "bwd_num_warps": 4, "bwd_USE_TMA": True}
+    where = {"device": "a GPU", "torch": "2.11.0"}
+    return {
+        "problem": "p",
+        **numbers,
+        "block": 64,
+        "one_list": True,
+        "flash": flash,
+        **where,
+        "options": options,
+    } | more
+
+
+def test_an_entry_is_added_replaced_and_the_others_stay():
+    first, second = entry(257), entry(1025)
+    table = merged(merged(None, first), second)
+    assert table["entries"] == [first, second]
+    assert (table["device"], table["torch"]) == ("a GPU", "2.11.0")
+    better = entry(257, block=128, device="another GPU")
+    again = merged(table, better)
+    assert again["entries"] == [better, second]
+    assert again["device"] == "a GPU"
+    assert table["entries"] == [first, second]  # as it was
+    for other in (entry(258), entry(capability=(10, 0)), entry(head_size=128)):
+        assert merged(table, other)["entries"] == [first, second, other]
+
+
+def test_a_table_is_read_by_flexlocal(tmp_path, monkeypatch):
+    table = merged(read_table(SHIPPED), entry(999, flash=True, capability=(10, 3)))
+    (tmp_path / "tuned.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    *others, last = tuning._table()
+    assert tuple(others) == TABLE
+    assert (last.capability, last.head_size, last.reach, last.flash) == ((10, 3), 64, 999, True)
+    assert (last.tuning.block, last.tuning.one_list) == (64, True)
+    assert last.tuning.options == (("bwd_USE_TMA", True), ("bwd_num_warps", 4), ("fwd_BLOCK_M", 64))
+
+
+def test_what_a_table_knew_of_flash():
+    table = merged(merged(None, entry(257, flash=True)), entry(1025))
+    assert old_flash(table, entry(257)) is True
+    assert old_flash(table, entry(1025)) is False
+    assert old_flash(table, entry(4097)) is False
+    assert old_flash(None, entry(257)) is False
+
+
+def test_a_missing_file_is_no_table(tmp_path):
+    assert read_table(tmp_path / "none.json") is None
 
 
 @pytest.mark.gpu
