@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import Choice
+    from .dispatch import Choice
     from .functional import attention_map, explain, local_attention
     from .layer import LocalAttention
     from .masks import Window
@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Choice": "backend",
+    "Choice": "dispatch",
     "LocalAttention": "layer",
     "Rotary": "rotary",
     "Window": "masks",

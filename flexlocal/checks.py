@@ -8,31 +8,53 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .call import BackendName, Call
-from .masks import Window
+from .masks import Rule, Window
 from .masks.arguments import check_flag, check_number, kind_of
-from .masks.dropout import MOST_DROPOUT
-from .rotary import Rotary, xpos_products_fit
+from .mods.dropout import MOST_DROPOUT
+from .rotary import xpos_products_fit
+from .spec import BackendName, Inputs, Spec, without_values
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_call(call: Call) -> None:
+def check_call(spec: Spec, inputs: Inputs) -> None:
     """All arguments of a call fit, each for itself and to each other.
 
     Raises:
         ValueError, TypeError: as ``local_attention``.
     """
-    check_backend(call.backend)
-    check_scale(call.scale)
-    check_flag("shared_qk", call.shared_qk)
-    check_dropout(call.dropout)
-    check_kernel_options(call.kernel_options, call.backend)
-    check_qkv(call.q, call.k, call.v)
-    check_mask(call.mask, call.q)
-    check_bias(call.attn_bias, call.q, call.window)
-    check_seed(call.dropout_seed, call.q)
-    check_rotary(call.rotary, call.q, call.window)
+    check_backend(spec.backend)
+    check_scale(spec.scale)
+    check_flag("shared_qk", spec.shared_qk)
+    check_dropout(spec.dropout)
+    check_kernel_options(spec.kernel_options, spec.backend)
+    q = inputs.q
+    check_qkv(q, inputs.k, inputs.v)
+    check_rule(spec.rule, q)
+    check_mask(inputs.mask, q)
+    check_bias(inputs.bias, q, spec.rule)
+    check_seed(inputs.seed, q)
+    check_rotary(spec, inputs)
+
+
+def check_rule(rule: Rule, q: Tensor) -> None:
+    """A rule's tensors are on q's device, and rules that differ in these alone are equal."""
+    if not rule.tensors:
+        return
+    for x in rule.tensors:
+        _check_device("window's tensors", x, q)
+    if torch.compiler.is_compiling():
+        return
+    name = type(rule).__name__
+    try:
+        equal = without_values(rule) == rule and hash(without_values(rule)) == hash(rule)
+    except RuntimeError:  # of tensors that are compared
+        equal = False
+    if not equal:
+        raise TypeError(
+            "window must be equal to the same rule over other tensors, as Rule's own __eq__ has "
+            f"it: got {name}, which must be declared with @dataclass(frozen=True, eq=False)"
+        )
 
 
 def check_backend(backend: object) -> None:
@@ -143,12 +165,13 @@ def check_mask(mask: object, q: Tensor, name: str = "mask") -> None:
     _check_device(name, mask, q)
 
 
-def check_bias(bias: object, q: Tensor, window: Window) -> None:
+def check_bias(bias: object, q: Tensor, rule: Rule) -> None:
     """A bias is ``(heads, W, span)``, and its heads divide q's rows."""
     if bias is None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"attn_bias must be a tensor or None, got {kind_of(bias)}")
+    window = _window_for("attn_bias", rule)
     _check_floating_point("attn_bias", bias)
     rows = math.prod(q.shape[:-2])
     right = bias.dim() == 3 and tuple(bias.shape[1:]) == (window.size, window.span)
@@ -181,20 +204,33 @@ def check_dim(name: str, dim: int, q: Tensor) -> None:
         )
 
 
-def check_rotary(rotary: object, q: Tensor, window: Window) -> None:
-    """``rotary`` is None or turns heads of q's size on its device, by factors that are numbers."""
-    if rotary is None:
+def check_rotary(spec: Spec, inputs: Inputs) -> None:
+    """A rotation is for heads of q's size, on its device, and its factors are numbers."""
+    q, inv_freq = inputs.q, inputs.inv_freq
+    if inv_freq is None:
         return
-    if not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a Rotary or None, got {kind_of(rotary)}")
-    check_dim("rotary's dim", rotary.dim, q)
+    check_dim("rotary's dim", 2 * inv_freq.shape[0], q)
     remedy = ": move it, or the layer that holds it, with .to(q.device)"
-    _check_device("rotary", rotary.inv_freq, q, remedy)
-    if rotary.xpos is not None and not xpos_products_fit(window, rotary.xpos.base, torch.float64):
+    _check_device("rotary", inv_freq, q, remedy)
+    if spec.xpos_base is None:
+        return
+    window = _window_for("rotary with xpos", spec.rule)
+    if not xpos_products_fit(window, spec.xpos_base, torch.float64):
         raise ValueError(
             "rotary's scale_base (xpos_scale_base of a layer) must be larger for windows that "
-            f"reach so far: factors over {window.span} tokens overflow, got {rotary.xpos.base}"
+            f"reach so far: factors over {window.span} tokens overflow, got {spec.xpos_base}"
         )
+
+
+def _window_for(name: str, rule: Rule) -> Window:
+    """The window that an argument is relative to."""
+    window: Window | None = rule.window
+    if window is None:
+        raise ValueError(
+            f"{name} must be None with {type(rule).__name__}: it is relative to a Window, and this "
+            "rule has none"
+        )
+    return window
 
 
 def check_length(name: str, n: int, window_size: int) -> None:

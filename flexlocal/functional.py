@@ -2,25 +2,23 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import eager
-from .backend import Choice, choose
-from .call import BackendName, Call
-from .masks import Window
-from .masks.keys import for_each_head, mask_of_rows
+from . import dispatch
+from .dispatch import Choice
+from .eager.attend import weights
+from .masks import Rule
 from .masks.spans import MOST_DENSE, from_spans
-from .masks.window import as_window
-from .plan import checked, four_dimensional, plan_of
+from .masks.window import as_rule
 from .rotary import Rotary
+from .spec import BackendName, Inputs, Spec, rotation_of, shaped
 
 
 def local_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: Window | int,
+    window: Rule | int,
     *,
     mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
@@ -65,32 +63,16 @@ def local_attention(
         TypeError: an argument is of the wrong kind.
         RuntimeError: on the fused path, where torch leaves the kernel uncompiled.
     """
-    plan = plan_of(
-        q, k, v, window, mask, attn_bias, scale, shared_qk, dropout, dropout_seed, rotary,
-        backend, kernel_options,
-    )  # fmt: skip
-    if plan.dtype is not None:
-        q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
-    if dropout == 0:
-        dropout_seed = None
-    elif dropout_seed is None:
-        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
-    inv_freq = xpos = None
-    if rotary is not None:
-        inv_freq, xpos = rotary.inv_freq, rotary.xpos
-    if q.dim() == 4 and mask is None:  # as below, without the microseconds that it takes
-        return plan.run(q, k, v, None, attn_bias, dropout_seed, inv_freq, xpos)
-    lead = q.shape[:-2]
-    q, k, v = (four_dimensional(x, mask) for x in (q, k, v))
-    key_mask, (k, v) = _masked(mask, q, k, v)
-    out = plan.run(q, k, v, key_mask, attn_bias, dropout_seed, inv_freq, xpos)
-    return out.reshape(*lead, *out.shape[-2:])
+    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
+    spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options)
+    inputs = Inputs(q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors)
+    return dispatch.attend(spec, inputs)
 
 
 def attention_map(
     q: Tensor,
     k: Tensor,
-    window: Window | int,
+    window: Rule | int,
     *,
     mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
@@ -113,34 +95,25 @@ def attention_map(
     Raises:
         ValueError, TypeError: as ``local_attention``, and for a dense map that is too large.
     """
-    call = Call(q, k, k, as_window(window), mask, attn_bias, scale, shared_qk, rotary=rotary)
-    call = checked(call)
-    n, lead, span = q.shape[-2], q.shape[:-2], call.window.span
+    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
+    if not rule.is_window:
+        raise ValueError(f"window must be a Window for its map, got {type(rule).__name__}")
+    inputs = Inputs(q, k, k, mask, attn_bias, None, inv_freq, zeta, rule.tensors)
+    spec, inputs = dispatch.checked(Spec(rule, scale, shared_qk, xpos_base=base), inputs)
+    n = q.shape[-2]
     if dense and n * n > MOST_DENSE:
         raise ValueError(
             f"dense must be False for q of length {n}: its square is above {MOST_DENSE} pairs"
         )
-    q, k = four_dimensional(call.q, mask), four_dimensional(call.k, mask)
-    key_mask, (k,) = _masked(mask, q, k)
-    found = eager.weights(
-        q,
-        k,
-        window=call.window,
-        key_mask=key_mask,
-        bias=attn_bias,
-        scale=call.factor,
-        shared_qk=shared_qk,
-        inv_freq=call.inv_freq,
-        xpos=call.xpos,
-    ).reshape(*lead, n, span)
-    return from_spans(found, call.window) if dense else found
+    found = weights(spec, shaped(inputs)).reshape(*q.shape[:-1], spec.rule.window.span)
+    return from_spans(found, spec.rule.window) if dense else found
 
 
 def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: Window | int,
+    window: Rule | int,
     *,
     mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
@@ -157,20 +130,7 @@ def explain(
     Raises:
         ValueError, TypeError: as ``local_attention``.
     """
-    call = Call(
-        q, k, v, as_window(window), mask, attn_bias, scale, shared_qk, dropout, dropout_seed,
-        rotary, backend, kernel_options,
-    )  # fmt: skip
-    return choose(checked(call))
-
-
-def _masked(
-    mask: Tensor | None, q: Tensor, *keys: Tensor
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The key mask of ``q``'s rows, and the keys, by query head where the mask is."""
-    if mask is None:
-        return None, keys
-    key_mask = mask_of_rows(mask, q.shape[0], q.shape[1])
-    if key_mask.shape[1] > 1:
-        keys = tuple(for_each_head(x, q.shape[1]) for x in keys)
-    return key_mask, keys
+    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
+    spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options)
+    inputs = Inputs(q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors)
+    return dispatch.choose(*dispatch.checked(spec, inputs))

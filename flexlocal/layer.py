@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .backend import Choice
-from .call import BackendName
 from .checks import (
     check_backend,
     check_dim,
@@ -18,10 +16,12 @@ from .checks import (
     check_scale,
     dim_of,
 )
+from .dispatch import Choice
 from .functional import attention_map, explain, local_attention
 from .masks import Window
 from .masks.arguments import check_count, check_flag
 from .rotary import Rotary, check_scale_base
+from .spec import BackendName
 
 if TYPE_CHECKING:
     from .masks import MaskPicture

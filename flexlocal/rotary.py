@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masks import Segments, Window
+from .masks import Window
 from .masks.arguments import check_count, check_flag, check_number
-from .masks.buffer import written_out
+from .masks.key_layout import KeyLayout
+from .torch_limits import written_out
 
 _THETA = 10000
 
@@ -90,7 +91,7 @@ def rotate(
     position: Tensor,
     inv_freq: Tensor,
     factor: Tensor | None = None,
-    layout: Segments | None = None,
+    layout: KeyLayout | None = None,
 ) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by its positions, in fp32 at least, not cast back.
 
@@ -121,7 +122,7 @@ class _Turned(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: Segments | None) -> Tensor:
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
         laid_out = x if layout is None else layout.in_slots(x)
         return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
 
@@ -195,14 +196,6 @@ class Rotary(nn.Module):
         """Fills the buffers: at construction, and after ``to_empty`` from the meta device."""
         for buffer, exact in zip((self.inv_freq, self.scale), _tables(self.dim), strict=True):
             buffer.copy_(exact)
-
-    @property
-    def xpos(self) -> Xpos | None:
-        """xpos's tables, or None where it is off."""
-        if not self.use_xpos:
-            return None
-        assert self.scale_base is not None
-        return Xpos(self.scale, self.scale_base)
 
     def extra_repr(self) -> str:
         xpos = f", xpos base {self.scale_base}" if self.use_xpos else ""

@@ -1,22 +1,19 @@
-"""The rules of local attention: which keys a query sees, and what is done to its scores.
+"""Rules of local attention: which keys a query sees, and FlexAttention's block masks of it.
 
-They import torch and nothing of the layer. ``window`` holds the arithmetic; ``rule`` says what
-every rule offers and makes its mask_mod; ``blocks`` makes its BlockMask; ``segments`` lays keys
-out for xpos; ``keys``, ``itself``, ``scores`` and ``dropout`` hold the rules beside the window;
-``presets`` holds the windows of real models. The pictures and numbers of a mask are in ``view``,
-which loads when a name of it is first used.
+They import torch and nothing of the layer. ``window`` holds the rule of the layer and ``rule`` what
+every rule is; ``block_lists`` makes a BlockMask by formula; ``key_layout`` copies keys for xpos;
+``keys`` hides padding; ``presets`` holds the windows of real models. The pictures and numbers of a
+mask are in ``view``, which loads when a name of it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .blocks import EMPTY, FULL, PARTIAL, block_mask
-from .itself import but_itself_mod, ends_alone, itself_last
+from .block_lists import EMPTY, FULL, PARTIAL, block_mask
+from .key_layout import KeyLayout
 from .keys import padding_mod
 from .presets import PRESETS, Preset, preset
 from .rule import Reach, Rule, mask_mod
-from .scores import in_turn, window_bias
-from .segments import Segments
 from .window import Window
 
 if TYPE_CHECKING:
@@ -32,24 +29,19 @@ __all__ = [
     "PRESETS",
     "BlockMap",
     "Description",
+    "KeyLayout",
     "MaskPicture",
     "Preset",
     "Reach",
     "Rule",
-    "Segments",
     "Window",
     "bias_map",
     "block_mask",
-    "but_itself_mod",
-    "ends_alone",
     "heat_map",
-    "in_turn",
     "inspect",
-    "itself_last",
     "mask_mod",
     "padding_mod",
     "preset",
-    "window_bias",
 ]
 
 _VIEWS = {

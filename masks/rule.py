@@ -1,30 +1,48 @@
-"""What every mask rule offers, and the mask_mod that follows from it.
+"""What a rule is: one interval of keys for each query, and what is known of it beforehand.
 
-A rule gives each query one interval of keys. Keys are counted in *slots*: places in the key
-tensor that the kernel reads. For a plain window the slot is the key's position; a layout that
-repeats keys (see ``segments``) has more slots than keys.
+Everything else follows from the two bounds of the interval: the mask_mod, the block lists, the
+tiles of the eager path, the pictures. A rule of your own is a subclass of ``Rule``; ``Window`` is
+the one that the layer takes.
 """
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .window import Index, Window
+from ..torch_limits import Index
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Entry = int | Tensor
+"""A batch entry or a head, or several of them."""
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What is known of a rule without asking for single queries.
+    """What is known of a rule without looking at its tensors; hashable.
+
+    Kernels are compiled, and block lists sized, for a reach: numbers that are too small lose keys.
 
     Attributes:
         keys: most keys that a query sees.
-        back, ahead: how far before and after itself a key may lie.
-        label: the parameters as an identifier.
-        align: tokens in a window; 1 where the rule knows none.
-        step: tokens that share their bounds: a window's size where windows stand still, 1 where
-            they slide, 0 for no promise.
+        back: how far before a query its first key may lie.
+        ahead: how far after a query its last key may lie.
+        label: the rule's parameters as an identifier. Two rules of one class with equal reaches
+            may differ in their tensors and in nothing else.
+        align: what the bounds keep to. The first key of a query, and the key after its last, lie a
+            multiple of ``align`` from token 0, or as far from the query, or the query after it.
+            1 promises nothing.
+        step: above 0 promises that a query sees its own key, that the queries of a step see the
+            same keys (or those of them up to themselves, where the rule is causal), and that the
+            next step sees what this one does, ``step`` further on. 1 is a window that slides with
+            the query. 0 promises nothing.
     """
 
     keys: int
@@ -34,99 +52,102 @@ class Reach:
     align: int = 1
     step: int = 0
 
+    def longest(self, tokens: int) -> int:
+        """Most tokens between the first and the last that a block sees, or that see a block.
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+        Args:
+            tokens: those of the block, which begins at a multiple of that number.
+        """
+        before, after = self.around(tokens)
+        return before + tokens + after
+
+    def around(self, tokens: int) -> tuple[int, int]:
+        """How many keys before and after a block its queries may see; ``tokens`` as above."""
+        grain = math.gcd(tokens, self.align)
+        return self.back // grain * grain, self.ahead // grain * grain
+
+    def longest_of_keys(self, keys: int) -> int:
+        """As ``longest``, for the queries that see a block of keys."""
+        return self.longest(keys)
+
+    def ends_with(self, block: int) -> bool:
+        """Whether bounds lie at the edges of blocks, but for causality."""
+        return self.step > 0 and self.step % block == 0
 
 
-class Rule(Protocol):
-    """Bounds of what sees what; both never decrease along the sequence. Hashable, by value."""
+class Rule(ABC):
+    """Which keys each query sees: one interval, whose ends never decrease along the sequence.
 
-    def __hash__(self) -> int: ...
+    That holds for queries that see nothing as well, whose last key lies before the first. Queries
+    and keys are counted from 0, and bounds need not be clipped to the sequence. Batch entry and
+    head are ints or integer tensors that broadcast with the query, as in FlexAttention; results
+    may have any shape that does.
 
-    def keys(self, batch: Index | int, head: Index | int, query: Index) -> tuple[Index, Index]:
-        """First and last key slot that ``query`` sees; the last below the first for none."""
-        raise NotImplementedError
+    A subclass gives ``keys``, ``queries`` and ``reach``. Numbers that vary from call to call, or
+    from batch entry to batch entry, belong into ``tensors``: kernels look them up and are not
+    compiled for them. A rule without tensors is the same for every batch entry.
+    """
 
-    def queries(self, batch: Index | int, head: Index | int, key: Index) -> tuple[Index, Index]:
-        """First and last query that sees the key slot; the last below the first for none."""
-        raise NotImplementedError
+    @abstractmethod
+    def keys(self, batch: Entry, head: Entry, query: Index) -> tuple[Index, Index]:
+        """First and last key that ``query`` sees."""
+
+    @abstractmethod
+    def queries(self, batch: Entry, head: Entry, key: Index) -> tuple[Index, Index]:
+        """First and last query that sees ``key``."""
 
     @property
+    @abstractmethod
     def reach(self) -> Reach:
-        """How far the rule reaches, and its name."""
-        raise NotImplementedError
+        """What is known of the rule beforehand."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the bounds look up, on the device of the queries."""
+        return ()
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Self":
+        """The same rule over other tensors, in the order of ``tensors``."""
+        if tensors:
+            raise NotImplementedError(f"{type(self).__name__} has tensors, but no with_tensors")
+        return self
+
+    @property
+    def window(self) -> Any:
+        """The ``Window`` that a bias, xpos and rotary's shift are relative to; None without one."""
+        return None
+
+    @property
+    def is_window(self) -> bool:
+        """Whether the rule is a ``Window`` and no more."""
+        return self.window is self
 
     @property
     def words(self) -> str:
-        """What the rule says, in countable words."""
+        """What a query sees, in words."""
         return self.reach.label
 
-    @property
-    def window(self) -> Window | None:
-        """The window that the rule is made of."""
-        return None
+    def query_position(self, batch: Entry, query: Index) -> Index:
+        """Where the query stands, in the count that a bias and a token's own key go by."""
+        return query
 
-    def first_key(self, query: Index) -> Index:
-        """First key slot that ``query`` sees."""
-        return self.keys(0, 0, query)[0]
+    def key_position(self, batch: Entry, query: Index, key: Index) -> Index:
+        """Where the key stands that ``query`` finds at the index ``key``."""
+        return key
 
-    def last_key(self, query: Index) -> Index:
-        """Last key slot that ``query`` sees; below ``first_key`` when it sees none."""
-        return self.keys(0, 0, query)[1]
+    # By value but for the tensors, so that calls that differ in these alone share a kernel.
 
-    def first_query(self, key: Index) -> Index:
-        """First query that sees the key slot."""
-        return self.queries(0, 0, key)[0]
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.reach == self.reach
 
-    def last_query(self, key: Index) -> Index:
-        """Last query that sees the key slot; below ``first_query`` when none does."""
-        return self.queries(0, 0, key)[1]
-
-    def key_position(self, *place: Any) -> Tensor:
-        """``(batch, query, slot)``: position of the key that ``query`` finds in ``slot``."""
-        slot: Tensor = place[-1]
-        return slot
-
-    @property
-    def asks_length(self) -> bool:
-        """Whether the bounds of queries depend on how long the sequence is."""
-
-    def of_length(self, length: Tensor) -> "Rule":
-        """The rule with its length in a 0-d tensor, where a kernel looks it up."""
-
-    def key_slots(self, n: int) -> int:
-        """Slots of ``n`` keys."""
-        return n
-
-    def in_slots(self, keys: Tensor) -> Tensor:
-        """``(..., n, d)`` by position as ``(..., slots, d)``, zeros in slots without a key."""
-        return keys
-
-    def most_keys(self, queries: int) -> int:
-        """Upper bound of the slots between the first and last key that a block sees."""
-        return queries + self.reach.back + self.reach.ahead
-
-    def most_queries(self, keys: int) -> int:
-        """Upper bound of the queries between the first and last one that see a block."""
-        return keys + self.reach.back + self.reach.ahead
-
-    def aligned_to(self, block: int) -> bool:
-        """Whether windows begin and end with blocks, and bounds with them but for causality."""
-
-    @property
-    def size(self) -> int:
-        """Tokens in a window; bounds move by multiples of it or with the query."""
-        return self.reach.align
-
-    @property
-    def label(self) -> str:
-        """The parameters as an identifier."""
-        return self.reach.label
+    def __hash__(self) -> int:
+        return hash((type(self), self.reach))
 
 
-def sees(rule: Rule, query: Tensor, key: Tensor) -> Tensor:
-    """Whether ``query`` sees the key slot: boolean, of the shape that both broadcast to."""
-    return (rule.first_key(query) <= key) & (key <= rule.last_key(query))
+def sees(rule: Rule, batch: Entry, head: Entry, query: Tensor, key: Tensor) -> Tensor:
+    """Whether ``query`` sees ``key``: boolean, of the shape that all of them broadcast to."""
+    first, last = rule.keys(batch, head, query)
+    return (first <= key) & (key <= last)
 
 
 def mask_mod(rule: Rule) -> MaskMod:
@@ -136,7 +157,7 @@ def mask_mod(rule: Rule) -> MaskMod:
     """
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(rule, query, key)
+        return sees(rule, batch, head, query, key)
 
-    visible.__name__ = rule.label
+    visible.__name__ = rule.reach.label
     return visible

@@ -1,34 +1,24 @@
-"""The window rule: which keys a query sees, as one interval.
+"""The window: the rule of the layer, in integers and in words.
 
 Query ``i`` stands in window ``w = i // size``. It sees the keys of its own window, of the
-``look_backward`` windows before it and of the ``look_forward`` windows after it; ``causal`` ends
-the interval at the query, ``exact`` makes it slide with the query. Both ends of the interval
-never decrease from one query to the next, so everything else (the mask_mod, the block grid, the
-eager path's tiles, the pictures) follows from the functions here and nowhere else.
+``look_backward`` windows before it and of the ``look_forward`` windows after it. ``causal`` ends
+the interval at the query; ``exact`` makes it slide with the query. All arithmetic of windows is
+here.
 
 Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local-attention.
 """
 
-import math
-from dataclasses import dataclass, replace
-from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from ..torch_limits import Index, plain_int
 from .arguments import check_count, check_flag, kind_of
-
-if TYPE_CHECKING:
-    from .rule import Reach
-
-Index = TypeVar("Index", int, Tensor)
+from .rule import Entry, Reach, Rule
 
 _MOST_SPAN = 2**62  # positions are int64
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Rule):
     """Which keys each query sees.
 
     Args:
@@ -62,9 +52,8 @@ class Window:
             object.__setattr__(self, "look_forward", 0 if self.causal else 1)
         check_count("look_forward", self.ahead, least=0)
         check_flag("exact", self.exact)
-        # A compiler that met other windows takes these for open, and cannot make a mask of them.
         for name in ("size", "look_backward", "look_forward"):
-            object.__setattr__(self, name, index(getattr(self, name)))
+            object.__setattr__(self, name, plain_int(getattr(self, name)))
         if self.span > _MOST_SPAN:
             raise ValueError(
                 "window size times the windows looked at must be at most 2**62 tokens, "
@@ -116,66 +105,31 @@ class Window:
         """Last query that sees ``key``."""
         return self._forth(key, self.look_backward, self.exact)
 
-    def keys(self, batch: Index | int, head: Index | int, query: Index) -> tuple[Index, Index]:
-        """First and last key that ``query`` sees."""
+    def keys(self, batch: Entry, head: Entry, query: Index) -> tuple[Index, Index]:
+        """``first_key`` and ``last_key``, the same for every batch entry and head."""
         return self.first_key(query), self.last_key(query)
 
-    def queries(self, batch: Index | int, head: Index | int, key: Index) -> tuple[Index, Index]:
-        """First and last query that sees the key."""
+    def queries(self, batch: Entry, head: Entry, key: Index) -> tuple[Index, Index]:
+        """``first_query`` and ``last_query``, the same for every batch entry and head."""
         return self.first_query(key), self.last_query(key)
 
     @property
-    def reach(self) -> "Reach":
-        """How far the window reaches, and its name."""
-        from .rule import Reach
-
-        slides_ahead = self.exact or self.causal
+    def reach(self) -> Reach:
+        """What follows from the numbers alone."""
+        rest = 0 if self.exact else self.size - 1  # of the query's own window, at most
         return Reach(
-            self.most_seen,
-            self.before + (0 if self.exact else self.size - 1),
-            self.after + (0 if slides_ahead else self.size - 1),
-            self.label,
-            self.size,
-            1 if self.exact else self.size,
+            keys=self.most_seen,
+            back=self.before + rest,
+            ahead=self.after + (0 if self.causal else rest),
+            label=self.label,
+            align=self.size,
+            step=1 if self.exact else self.size,
         )
 
     @property
     def window(self) -> "Window":
         """Itself."""
         return self
-
-    def key_position(self, *place: Any) -> Any:
-        """``(batch, query, slot)``: the slot, since keys lie in their own order here."""
-        return place[-1]
-
-    @property
-    def asks_length(self) -> bool:
-        """It does not: what lies beyond the sequence is no key of any kernel."""
-        return False
-
-    def of_length(self, length: Tensor) -> "Window":
-        """Itself."""
-        return self
-
-    def key_slots(self, n: int) -> int:
-        """One for each key."""
-        return n
-
-    def in_slots(self, keys: Tensor) -> Tensor:
-        """``keys`` as they are: each has one slot, its position."""
-        return keys
-
-    def most_keys(self, queries: int) -> int:
-        """Upper bound of the keys seen by ``queries`` queries that begin at a multiple of it."""
-        return queries + self._slack(queries, before=self.exact, after=self.exact or self.causal)
-
-    def most_queries(self, keys: int) -> int:
-        """Upper bound of the queries that see one of ``keys`` keys that begin at a multiple."""
-        return keys + self._slack(keys, before=self.exact or self.causal, after=self.exact)
-
-    def aligned_to(self, block: int) -> bool:
-        """Whether windows begin and end with blocks, and bounds with them but for causality."""
-        return not self.exact and self.size % block == 0
 
     def block_margin(self, block: int) -> int:
         """Upper bound of how far outside its query's ``span`` a key may lie that is scored.
@@ -232,25 +186,22 @@ class Window:
             return token + windows * self.size
         return (token // self.size + windows + 1) * self.size - 1
 
-    def _slack(self, tokens: int, *, before: bool, after: bool) -> int:
-        # A run of `tokens` that begins at a multiple of it starts this far into a window at most.
-        into = self.size - math.gcd(tokens, self.size)
-        return self.before + self.after + (0 if before else into) + (0 if after else into)
 
-
-def as_window(window: object, name: str = "window") -> Window:
-    """``window``; an int is the size of a window that looks one back and one forward.
+def as_rule(given: object, name: str = "window") -> Rule:
+    """``given``; an int is the size of a window that looks one back and one forward.
 
     Raises:
         TypeError: it is neither; ``name`` is what the caller's argument is called.
         ValueError: the size is below 1.
     """
-    if isinstance(window, Window):
-        return replace(window) if torch.compiler.is_compiling() else window  # settles its numbers
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"{name} must be a Window or an int, got {window!r} of {kind_of(window)}")
-    check_count(name, window)
-    return Window(window)
+    if isinstance(given, Rule):
+        return given
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(
+            f"{name} must be a Window, another Rule or an int, got {given!r} of {kind_of(given)}"
+        )
+    check_count(name, given)
+    return Window(given)
 
 
 def _keys(count: int) -> str:

@@ -2,7 +2,7 @@
 
 The two passes are swept apart, since an option of one says nothing to the other; only the sparse
 blocks and their lists they share. Options carry their pass as a prefix, as
-``flexlocal/tuned.json`` has them.
+``flexlocal/flex/tuned.json`` has them.
 """
 
 import math
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from flexlocal.masks.blocks import lists_have_gaps
-from flexlocal.tuning import FLASH, STOCK_BLOCK, Tuning
+from flexlocal.flex.tuning import FLASH, STOCK_BLOCK, Tuning
+from flexlocal.masks.block_lists import lists_have_gaps
 
 from .bench import Status
 from .problems import Problem

@@ -18,7 +18,7 @@ import torch._inductor.config
 from torch import Tensor
 
 from flexlocal import local_attention
-from flexlocal.tuning import Tuning, overriding
+from flexlocal.flex.tuning import Tuning, overriding
 
 from .bench import forward_of, training_of, trouble
 from .candidates import (

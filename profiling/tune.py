@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from flexlocal import tuning
-from flexlocal.masks.blocks import lists_have_gaps
-from flexlocal.tuning import FLASH, STOCK, STOCK_BLOCK
+from flexlocal.flex import tuning
+from flexlocal.flex.tuning import FLASH, STOCK, STOCK_BLOCK
+from flexlocal.masks.block_lists import lists_have_gaps
 
 from . import machine
 from .candidates import (

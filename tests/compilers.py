@@ -9,13 +9,13 @@ import torch
 from budget import gradients
 from strategies import Call
 
-from flexlocal import flex
+from flexlocal.torch_limits import unavailable
 
 MOST_GRAPHS = 3  # one of a first length, one of any, and one more for lengths of another kind
 
 needs_compiled_kernels_on_the_cpu = pytest.mark.skipif(
-    flex.unavailable(torch.device("cpu")) is not None,
-    reason=f"no compiled kernel here: {flex.unavailable(torch.device('cpu'))}",
+    unavailable(torch.device("cpu")) is not None,
+    reason=f"no compiled kernel here: {unavailable(torch.device('cpu'))}",
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.nn.attention import flex_attention
 
-from flexlocal import flex
+from flexlocal.flex import support
 
 settings.register_profile(
     "ci",
@@ -57,7 +57,7 @@ def fresh_compiler():
 @pytest.fixture
 def dense_on_the_cpu(monkeypatch):
     """The fused path takes gradients on the CPU: FlexAttention's dense operators have them."""
-    monkeypatch.setattr(flex, "refusal", lambda *_: None)
+    monkeypatch.setattr(support, "refusal", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import LocalAttention
-from ..call import BackendName
+from ..spec import BackendName
 
 EMBEDDING, HEADS, LAYERS = 128, 4, 3
 

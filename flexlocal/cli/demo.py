@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import flex
-from ..call import BackendName
+from .. import torch_limits
+from ..spec import BackendName
 from .byte_model import EMBEDDING, HEADS, LAYERS, ByteModel
 from .progress import Progress
 
@@ -128,7 +128,7 @@ def sample(model: ByteModel, prompt: bytes, length: int, seed: int) -> str:
 def difference(model: ByteModel, row_bn: Tensor) -> str:
     """The largest difference that flex and eager attention make to the logits, in words."""
     device = row_bn.device
-    reason = flex.unavailable(device)
+    reason = torch_limits.unavailable(device)
     if reason:
         return f"not compared: flex cannot run on {device.type}: {reason}"
     before = [attention.backend for attention in model.attentions]

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from .. import LocalAttention, __version__, flex
-from ..call import BackendName
+from .. import LocalAttention, __version__, torch_limits
+from ..spec import BackendName
 
 Row = tuple[str, str]
 
@@ -27,12 +27,13 @@ EXTRAS = (
 
 def report() -> list[Row]:
     """The rows of the table: what, and what was found."""
+    compiler = torch_limits.cpp_compiler()
     rows = [
         ("flexlocal", __version__),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {_build()}"),
         ("triton", _version("triton") or "not installed"),
-        ("C++ compiler", shutil.which(flex.cpp_compiler()) or f"{flex.cpp_compiler()} not found"),
+        ("C++ compiler", shutil.which(compiler) or f"{compiler} not found"),
         ("GPU", "; ".join(_gpus()) or "none that torch can use"),
         ("eager", "yes, on every device, for training too"),
         ("flex on CPU", _flex("cpu", "yes, for inference; training takes the eager path")),
@@ -51,7 +52,7 @@ def trials() -> list[tuple[BackendName, torch.device]]:
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
     found: list[tuple[BackendName, torch.device]] = [("eager", device) for device in devices]
-    found += [("flex", device) for device in devices if not flex.unavailable(device)]
+    found += [("flex", device) for device in devices if not torch_limits.unavailable(device)]
     return found
 
 
@@ -135,5 +136,5 @@ def _gpus() -> list[str]:
 
 
 def _flex(device: str, yes: str) -> str:
-    reason = flex.unavailable(torch.device(device))
+    reason = torch_limits.unavailable(torch.device(device))
     return f"no: {reason}" if reason else yes

@@ -14,9 +14,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ..blocks import EMPTY, FULL, PARTIAL
+from ..block_intervals import block_intervals, block_mask_bytes, kept_blocks
+from ..block_lists import EMPTY, FULL, PARTIAL
 from ..rule import Rule
-from ..runs import block_mask_bytes, block_runs, kept_blocks
 from .counting import Intervals, sides_of, step_of
 from .drawing import Drawing
 from .html import html, page
@@ -120,19 +120,15 @@ class BlockMap:
 
     def _intervals(self) -> tuple[Intervals, Intervals]:
         """The blocks that each block of queries touches, and those that are full."""
-        blocks = block_runs(
+        blocks = block_intervals(
             self.rule, self.n, self.n_keys, self.block_size, batch=self.batch, head=self.head
         )
         some = every = None
         if self.key_mask is not None:
             some, every = kept_blocks(self.key_mask, self.block_size[1])
-        ends = [
-            end.cpu() for end in (blocks.first, blocks.last, blocks.first_full, blocks.last_full)
-        ]
-        return (
-            Intervals(*self.shape, lambda rows: (ends[0][rows], ends[1][rows]), some),
-            Intervals(*self.shape, lambda rows: (ends[2][rows], ends[3][rows]), every),
-        )
+        touched = lambda rows: (blocks.first[rows], blocks.last[rows])  # noqa: E731
+        full = lambda rows: (blocks.first_full[rows], blocks.last_full[rows])  # noqa: E731
+        return Intervals(*self.shape, touched, some), Intervals(*self.shape, full, every)
 
 
 def suffix_of(key_mask: Tensor | None, batch: int, head: int) -> str:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...torch_limits import at_least, at_most
 from ..arguments import check_count
-from ..clip import at_least, at_most
 from ..rule import Rule
 
 _ROWS_AT_A_TIME = 2**15

@@ -193,7 +193,7 @@ def _of_blocks(blocks: BlockMap, waste: float) -> str:
         )
     # With more keys than queries, the last block of queries may be cut off by the sequence's end
     # and see more blocks with a longer reach.
-    if window is not None and window is blocks.rule and blocks.n == blocks.n_keys:
+    if blocks.rule.is_window and blocks.n == blocks.n_keys:
         now = window.before, window.after
         free = tuple(-(-keys // grain) * grain for keys in now)
         if free != now:

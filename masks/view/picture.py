@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arguments import check_block_size, check_count, kind_of
 from ..rule import Rule
 from ..spans import MOST_DENSE
-from ..window import as_window
+from ..window import as_rule
 from .block_map import BlockMap, suffix_of
 from .counting import Intervals, bounds_of, sides_of, step_of
 from .description import Description, described
@@ -44,12 +44,11 @@ def inspect(
             and one forward.
         n: queries, at least 1.
         n_keys: key slots, ``n`` by default.
-        key_mask: boolean ``(n_keys,)`` or ``(1, n_keys)``, True = keep; by key position, where
-            a rule's slots are no positions.
+        key_mask: boolean ``(n_keys,)`` or ``(1, n_keys)``, True = keep.
         block_size: tokens in a block of the block map, or ``(queries, keys)`` in one.
         head_size: channels of a head, for the floating-point operations.
         batch, head: the batch entry and the head to show, for rules that differ by them; at
-            least 0. A rule is asked for its bounds with integer tensors on the CPU.
+            least 0.
 
     Raises:
         ValueError: a number out of range, or a key mask of another shape or dtype.
@@ -59,15 +58,16 @@ def inspect(
     >>> print(inspect(Window(2, causal=True, exact=True), 5).query(3))
     query 3 sees 3 keys: 1 to 3, the query's own included
     """
-    if isinstance(rule, int) or not hasattr(rule, "reach"):
-        rule = as_window(rule, "rule")
+    rule = as_rule(rule, "rule")
+    if rule.tensors:
+        rule = rule.with_tensors([x.cpu() for x in rule.tensors])
     check_count("n", n)
     keys = n if n_keys is None else n_keys
     check_count("n_keys", keys)
     check_count("head_size", head_size)
     check_count("batch", batch, least=0)
     check_count("head", head, least=0)
-    sizes, kept = check_block_size(block_size), _kept_slots(rule, key_mask, keys)
+    sizes, kept = check_block_size(block_size), _checked_mask(key_mask, keys)
     return MaskPicture(rule, n, keys, kept, sizes, head_size, batch, head)
 
 
@@ -245,7 +245,7 @@ class MaskPicture:
         return f"queries {row * step} to {min((row + 1) * step, self.n) - 1}"
 
 
-def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:
+def _checked_mask(key_mask: object, n_keys: int) -> Tensor | None:
     if key_mask is None:
         return None
     if not isinstance(key_mask, Tensor):
@@ -253,10 +253,9 @@ def _kept_slots(rule: Rule, key_mask: object, n_keys: int) -> Tensor | None:
     if key_mask.dtype != torch.bool:
         raise ValueError(f"key_mask must be boolean (True = keep), got {key_mask.dtype}")
     one = key_mask[0] if key_mask.dim() == 2 and len(key_mask) == 1 else key_mask
-    slots = rule.in_slots(one.cpu()[:, None])[:, 0] if one.dim() == 1 else one
-    if slots.shape != (n_keys,):
+    if one.shape != (n_keys,):
         raise ValueError(
             f"key_mask must have the shape ({n_keys},), one entry of a batch's, "
             f"got {tuple(key_mask.shape)}"
         )
-    return slots
+    return one.cpu()

@@ -56,10 +56,9 @@ def query_words(
         lines = [f"query {i} sees no key: attention gives zeros"]
     if len(struck):
         lines.append(f"hidden by the key mask: {_listed(struck)}")
-    window = rule.window
-    if window is not None and window is rule:
-        if not window.exact:
-            lines.append(_place(window, i))
+    if rule.is_window:
+        if not rule.window.exact:
+            lines.append(_place(rule.window, i))
         lines += _cut(first, last, n_keys)
     return QueryWords("\n".join(lines))
 

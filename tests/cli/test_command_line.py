@@ -190,13 +190,13 @@ def test_doctor_reports_every_part(capsys):
     ],
 )
 def test_what_is_missing_comes_with_its_remedy(device, here, remedy, monkeypatch):
-    from flexlocal import flex
+    from flexlocal import torch_limits
 
-    monkeypatch.setattr(flex.shutil, "which", lambda name: here["compiler"])
+    monkeypatch.setattr(torch_limits.shutil, "which", lambda name: here["compiler"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here["gpu"])
     monkeypatch.setattr(torch.version, "cuda", here.get("build"))
-    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: here[name])
-    assert remedy in flex._missing.__wrapped__(device)
+    monkeypatch.setattr(torch_limits.importlib.util, "find_spec", lambda name: here[name])
+    assert remedy in torch_limits._missing.__wrapped__(device)
 
 
 def test_a_reader_may_leave_early():
@@ -216,17 +216,17 @@ def test_doctor_tries_the_paths_that_should_work(capsys, monkeypatch):
 
 
 def test_doctor_says_when_a_path_is_wrong(capsys, monkeypatch):
-    from flexlocal import eager, plan
+    from flexlocal import dispatch
     from flexlocal.cli import doctor
 
-    monkeypatch.setattr(plan, "_PLANS", {})
-    right = eager.attend
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
+    right = dispatch.eager.attend
 
-    def wrong(q, *others, **more):
-        out = right(q, *others, **more)
-        return out if q.dtype == torch.float64 else out + 0.1
+    def wrong(spec, inputs):
+        out = right(spec, inputs)
+        return out if inputs.q.dtype == torch.float64 else out + 0.1
 
-    monkeypatch.setattr(eager, "attend", wrong)
+    monkeypatch.setattr(dispatch.eager, "attend", wrong)
     monkeypatch.setattr(doctor, "trials", lambda: [("eager", torch.device("cpu"))])
     assert main(["doctor", "--run"]) == 1
     assert "FAILED: RuntimeError: its result is off by 1.0e-01" in capsys.readouterr().out

@@ -18,10 +18,11 @@ from hypothesis import Phase, given, settings
 from local_attention import LocalAttention as Upstream
 from strategies import cases
 
-from flexlocal import LocalAttention, Window, flex, local_attention, plan
-from flexlocal.fused import Settings
-from flexlocal.rotary import Rotary
-from flexlocal.tuning import STOCK
+from flexlocal import LocalAttention, Rotary, Window, dispatch, local_attention
+from flexlocal.flex import compile as compiling
+from flexlocal.flex.kernel import Blocks
+from flexlocal.flex.tuning import STOCK
+from flexlocal.torch_limits import inductor
 
 pytestmark = needs_compiled_kernels_on_the_cpu
 
@@ -110,7 +111,7 @@ def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
         {"attn_bias": bias[:1]},
         {"scale": 2.0},
     ]
-    flex._compiled.cache_clear()
+    compiling._compiled.cache_clear()
     try:
         for _ in range(2):
             for more in arguments:
@@ -124,14 +125,14 @@ def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
                         )
                     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     finally:
-        flex._compiled.cache_clear()
-        plan._PLANS.clear()
+        compiling._compiled.cache_clear()
+        dispatch._PREPARED.clear()
 
 
 def test_the_gradient_of_a_transposed_view_is_taken_as_it_lies():
     """As a GPU's callables are compiled; here on a sum, since attention has no gradient there."""
     torch.compiler.reset()
-    total = torch.compile(lambda x, y: 2 * x + y, fullgraph=True, backend=flex._inductor)
+    total = torch.compile(lambda x, y: 2 * x + y, fullgraph=True, backend=inductor)
     x, y, grad = (torch.randn(2, 30, 4, 16).transpose(1, 2) for _ in range(3))
     leaves = [x.requires_grad_(), y.requires_grad_()]
     torch.autograd.grad(total(x, y), leaves, grad)
@@ -159,7 +160,7 @@ def test_a_graph_that_is_retained(dynamic, tmp_path, monkeypatch):
     expected = torch.autograd.grad(mixed(x, y).sum(), (x, y))
     for _ in range(2):
         torch.compiler.reset()
-        compiled = torch.compile(mixed, fullgraph=True, dynamic=dynamic, backend=flex._inductor)
+        compiled = torch.compile(mixed, fullgraph=True, dynamic=dynamic, backend=inductor)
         torch.autograd.grad(compiled(x, y).sum(), (x, y))  # nobody asks to retain this graph
         out = compiled(x, y).sum()
         for retain in (True, False):
@@ -197,7 +198,7 @@ def test_the_default_dtype_is_no_scores():
     case = feature("xpos, mask, bias, shared")
     call = case.tensors(torch.float32)
     expected = run(case, call)
-    flex._compiled.cache_clear()
+    compiling._compiled.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(run(case, call), expected)
@@ -263,7 +264,10 @@ def test_it_raises_rather_than_compute_every_score():
 
 
 def test_a_compiler_that_is_switched_off_is_no_fused_path():
-    code = "import torch; from flexlocal import flex; print(flex.unavailable(torch.device('cpu')))"
+    code = (
+        "import torch; from flexlocal import torch_limits;"
+        "print(torch_limits.unavailable(torch.device('cpu')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -275,8 +279,9 @@ def test_a_compiler_that_is_switched_off_is_no_fused_path():
 
 def test_blocks_that_no_list_names_are_skipped(monkeypatch):
     """The mask alone would show their keys."""
-    listed = flex._lists
-    monkeypatch.setattr(flex, "_lists", lambda *kind: tuple(map(torch.zeros_like, listed(*kind))))
+    listed = compiling._lists
+    none = lambda *kind: tuple(map(torch.zeros_like, listed(*kind)))  # noqa: E731
+    monkeypatch.setattr(compiling, "_lists", none)
     q, k, v = torch.randn(3, 1, 2, 512, 16)
     layer = LocalAttention(64, causal=True, dropout=0.0, backend="flex")
     with torch.no_grad():
@@ -286,8 +291,9 @@ def test_blocks_that_no_list_names_are_skipped(monkeypatch):
 def test_blocks_whose_keys_are_all_hidden_are_not_listed():
     kept = torch.ones(1, 1, 512, dtype=torch.bool)
     kept[..., :256] = False
-    made_for = Settings(Window(64, causal=True), 1.0, False, 0.0, None, STOCK)
-    lists = made_for.blocks(512, torch.float32, masked=True).lists(kept.device, kept)
+    window = Window(64, causal=True)
+    blocks = Blocks(window, 512, 512, (1, 1), masked=True, shared_qk=False, tuning=STOCK)
+    lists = blocks.lists(kept.device, kept)
     partial, full, by_key, full_by_key = lists[::2]  # counts, of blocks of 128 tokens
     assert (partial + full).flatten().tolist() == [0, 0, 1, 2]
     assert (by_key + full_by_key).flatten().tolist() == [0, 0, 2, 1]

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlocal import Rotary, Window, tuning
-from flexlocal.call import Call
-from flexlocal.kernel import Blocks, Kernel
-from flexlocal.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
+from flexlocal import Rotary, Window
+from flexlocal.flex import tuning
+from flexlocal.flex.kernel import Blocks, Kernel
+from flexlocal.flex.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
+from flexlocal.spec import Inputs, Spec
 
 H100 = (9, 0)
 
@@ -54,7 +55,8 @@ def kernel_of(blocks):
     """One for the GPU that adds nothing to the mask."""
     return Kernel(
         blocks,
-        2,
+        rule_tensors=0,
+        heads=2,
         grouped=False,
         scale=1.0,
         bias_heads=None,
@@ -75,7 +77,7 @@ def kernel_of(blocks):
 def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_through):
     window = Window(16, causal=True)
     tuning = Tuning(STOCK_BLOCK, tuple(given.items()), one_list=True)
-    blocks = Blocks(window, window, 60, masked=False, shared_qk=False, tuning=tuning)
+    blocks = Blocks(window, 60, 60, (1, 2), masked=False, shared_qk=False, tuning=tuning)
     kernel = kernel_of(blocks)
     assert kernel.options.get("BACKEND") == backend
     assert kernel.options.get("BLOCKS_ARE_CONTIGUOUS", False) == steps_through
@@ -98,7 +100,7 @@ def test_few_queries_take_a_decoding_kernel_only_by_name(given, backend, steps_t
 def test_kernels_step_through_lists_without_gaps_alone(window, n, masked, one_list, without_gaps):
     """Where a list has gaps they would read blocks that it does not name."""
     given = Tuning(STOCK_BLOCK, (), one_list)
-    blocks = Blocks(window, window, n, masked=masked, shared_qk=False, tuning=given)
+    blocks = Blocks(window, n, n, (1, 2), masked=masked, shared_qk=False, tuning=given)
     kernel = kernel_of(blocks)
     assert ("BLOCKS_ARE_CONTIGUOUS" in kernel.options) == without_gaps
 
@@ -111,6 +113,12 @@ class OnGPU(torch.Tensor):
 
 def on_gpu(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype).as_subclass(OnGPU)
+
+
+def prefers_flash(**arguments):
+    """Of a call over a sliding window; arguments are fields of ``Spec`` and ``Inputs``."""
+    known = {name: arguments.pop(name) for name in Spec._fields if name in arguments}
+    return tuning.prefers_flash(Spec(SLIDES, **known), Inputs(**arguments))
 
 
 SLIDES = Window(1024, causal=True, exact=True)
@@ -129,20 +137,20 @@ VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
         dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
         {"v": on_gpu(2, 4, 2048, 64)},
         {"mask": torch.ones(2, 2048, dtype=torch.bool)},
-        {"attn_bias": torch.zeros(4, 1024, 2048)},
+        {"bias": torch.zeros(4, 1024, 2048)},
         {"shared_qk": True},
         {"dropout": 0.1},
-        {"rotary": Rotary(128, use_xpos=True, scale_base=512)},
-        {"kernel_options": {}},
+        {"xpos_base": 512.0},
+        {"kernel_options": ()},
     ],
     ids=lambda changes: " ".join(changes),
 )
 def test_flash_attention_4_gets_what_it_was_tried_on(changes, monkeypatch):
     monkeypatch.setattr(tuning, "capability", lambda device: H100)
     monkeypatch.setattr(tuning, "flash_installed", lambda: True)
-    tried = {"q": Q, "k": Q, "v": Q, "window": SLIDES}
-    assert tuning.prefers_flash(Call(**tried))
-    assert tuning.prefers_flash(Call(**tried, rotary=Rotary(128)))
-    assert not tuning.prefers_flash(Call(**{**tried, **changes}))
+    tried = {"q": Q, "k": Q, "v": Q}
+    assert prefers_flash(**tried)
+    assert prefers_flash(**tried, inv_freq=Rotary(128).inv_freq)
+    assert not prefers_flash(**{**tried, **changes})
     monkeypatch.setattr(tuning, "nearest", lambda *_: None)  # it was measured nowhere near
-    assert not tuning.prefers_flash(Call(**tried))
+    assert not prefers_flash(**tried)

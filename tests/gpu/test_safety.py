@@ -17,7 +17,8 @@ from strategies import Call
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flexlocal import LocalAttention, Window, explain, flex, local_attention
+from flexlocal import LocalAttention, Window, explain, local_attention
+from flexlocal.flex import compile as compiling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -93,7 +94,7 @@ def test_a_captured_graph_keeps_what_it_reads():
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         out = layer(q, k, v)
-    flex._made_lists.cache_clear()
+    compiling._made_lists.cache_clear()
     torch.cuda.empty_cache()
     # Where lists that nobody keeps lay, other numbers lie now.
     junk = [torch.full((2**20,), 7, device="cuda", dtype=torch.int32) for _ in range(8)]
@@ -141,7 +142,7 @@ def test_training_after_inference_mode():
     found = []
     for backend in ("flex", "eager"):
         layer = LocalAttention(32, causal=True, dropout=0.0, backend=backend)
-        flex._made_lists.cache_clear()
+        compiling._made_lists.cache_clear()
         with torch.inference_mode():
             layer(q, k, v)
         found.append(torch.autograd.grad(layer(q, k, v).square().sum(), (q, k, v)))

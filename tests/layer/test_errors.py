@@ -435,8 +435,8 @@ with warnings.catch_warnings():
 
 FUNCTION = [
     ({"window": 0}, ValueError, ("window", "0", POSITIVE)),
-    ({"window": True}, TypeError, ("window", "True", "a Window or an int")),
-    ({"window": 2.5}, TypeError, ("window", "2.5", "a Window or an int")),
+    ({"window": True}, TypeError, ("window", "True", "a Window, another Rule or an int")),
+    ({"window": 2.5}, TypeError, ("window", "2.5", "a Window, another Rule or an int")),
     ({"shared_qk": 1}, TypeError, ("shared_qk", "1", "True or False")),
     ({"rotary": True}, TypeError, ("rotary", "bool", "Rotary")),
     ({"rotary": Rotary(4)}, ValueError, ("rotary", f"dim must be q's head size {D}", "got 4")),

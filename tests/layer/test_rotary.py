@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlocal import LocalAttention, Window, fused
+from flexlocal import LocalAttention, Window
+from flexlocal.flex import attend as fused
+from flexlocal.flex.tuning import STOCK
 from flexlocal.rotary import Rotary, rotate
-from flexlocal.tuning import STOCK
+from flexlocal.spec import Inputs, Spec
 
 
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 8))
@@ -55,10 +57,11 @@ def test_transposed_views_are_rotated_as_they_lie(monkeypatch):
         return q
 
     monkeypatch.setattr(fused, "flex_attention", kernel)
-    settings = fused.Settings(Window(4, causal=True), 1.0, False, 0.0, None, STOCK)
+    spec = Spec(Window(4, causal=True), scale=1.0)
     for x in (torch.randn(2, 3, 5, 32), torch.randn(2, 5, 3, 32).transpose(1, 2)):
-        lists = settings.blocks(5, x.dtype, masked=False).lists(x.device)
-        fused.fused(settings, lists, x, x, x, None, None, None, Rotary(32).inv_freq, None)
+        inputs = Inputs(x, x, x, inv_freq=Rotary(32).inv_freq)
+        lists = fused.blocks_of(spec, spec.rule, inputs, STOCK).lists(x.device)
+        fused.attend(spec, inputs, STOCK, lists)
         assert seen == [x.stride(), x.stride()]
         seen.clear()
 

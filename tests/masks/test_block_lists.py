@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 
-from flexlocal.masks import Segments, Window
-from flexlocal.masks.blocks import block_lists, lists_have_gaps
+from flexlocal.masks import KeyLayout, Window
+from flexlocal.masks import block_lists as listing
+from flexlocal.masks.block_intervals import Grid, Side
+from flexlocal.masks.block_lists import lists_have_gaps
 
 block_sizes = st.integers(1, 16)
+
+
+def block_lists(rule, lengths, sizes, *more, **options):
+    """The lists of a rule for kernels, on the CPU."""
+    queries, keys = (Side(length, size) for length, size in zip(lengths, sizes, strict=True))
+    return listing.block_lists(Grid(rule, queries, keys), "cpu", *more, **options)
 
 
 def laid_out(rule, n, windows_each):
@@ -21,8 +29,8 @@ def laid_out(rule, n, windows_each):
     window = Window(**asdict(rule))
     if windows_each is None:
         return window, n
-    layout = Segments(window, windows_each, n)
-    return layout, layout.key_slots(layout.length)
+    layout = KeyLayout(window, windows_each, n)
+    return layout, layout.all_slots
 
 
 @settings(max_examples=6 * EXAMPLES)
@@ -32,7 +40,7 @@ def laid_out(rule, n, windows_each):
 def test_lists_without_gaps(rule, n, windows_each, block, one_list):
     """Kernels that are told so take each block's neighbour for the next one of the list."""
     layout, slots = laid_out(rule, n, windows_each)
-    lists = block_lists(layout, (n, slots), (block, block), "cpu", one_list=one_list)
+    lists = block_lists(layout, (n, slots), (block, block), one_list=one_list)
     assert len(lists) == (4 if one_list else 8)
     gaps = False
     for counts, indices in zip(lists[::2], lists[1::2], strict=True):
@@ -75,7 +83,7 @@ def test_one_list_names_what_two_name(rule, n, block):
     window, rows = Window(**asdict(rule)), -(-n // block)
     two, one = (
         grids(
-            block_lists(window, (n, n), (block, block), "cpu", one_list=one_list),
+            block_lists(window, (n, n), (block, block), one_list=one_list),
             *(0, 0, rows, rows),
             one_list,
         )
@@ -128,7 +136,7 @@ def test_lists_of_kernels_with_a_key_mask(rule, n, query_block, key_block, where
     kept = torch.stack([kept, torch.ones_like(kept)])[:, None]  # batch, heads
     sizes, rows, columns = (query_block, key_block), -(-n // query_block), -(-n // key_block)
     window = Window(**asdict(rule))
-    lists = block_lists(window, (n, n), sizes, "cpu", kept, one_list=one_list)
+    lists = block_lists(window, (n, n), sizes, kept, one_list=one_list)
     assert len(lists) == (4 if one_list else 8)
     plain = oracle.block_states(rule.mask(n), *sizes)
     for batch in range(2):

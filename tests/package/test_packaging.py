@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_wheel_and_an_sdist_hold_the_package_and_are_built_without_a_warning(t
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = {name.replace(".", "/") for name in modules()}
     code = {name.removesuffix("/__init__.py").removesuffix(".py") for name in names}
-    assert code - files == {"flexlocal/py.typed", "flexlocal/tuned.json"} and files <= code
+    assert code - files == {"flexlocal/py.typed", "flexlocal/flex/tuned.json"} and files <= code
 
     with tarfile.open(next((copy / "out").glob("*.tar.gz"))) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
@@ -160,7 +161,7 @@ def loaded_after(statement, stubs):
 
 
 OPTIONAL = ("matplotlib", "tensorboard", "torch_tb_profiler", "flash_attn")
-LAYER = {f"flexlocal.{room}" for room in ("layer", "functional", "rotary", "flex", "eager")}
+LAYER = {f"flexlocal.{room}" for room in ("layer", "functional", "rotary", "flex", "eager", "mods")}
 TOOLS = {name for name in modules() if name.startswith(("flexlocal.cli", "flexlocal.__main__"))}
 
 
@@ -195,7 +196,7 @@ PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]|\bfrom torch(\.\w+)* import .*\b_
 
 def test_private_names_of_torch_stay_in_one_file():
     private = {name for name, path in modules().items() if PRIVATE.search(path.read_text())}
-    assert private <= {"flexlocal.flex"}
+    assert private == {"flexlocal.torch_limits"}
 
 
 @pytest.mark.parametrize(
@@ -228,13 +229,91 @@ def imports(name, path):
         yield from (one for one in found if one.split(".")[0] == "flexlocal")
 
 
+FLOORS = (
+    {"torch_limits"},
+    {"masks"},
+    {"masks.view", "rotary", "autocast", "regions", "mods"},
+    {"spec"},
+    {"checks", "eager", "flex"},  # which know nothing of each other
+    {"dispatch"},
+    {"functional"},
+    {"layer"},
+    {"cli"},
+    {"__main__"},
+)
+"""Rooms of the package from the ground up: a room imports from those below it alone."""
+
+
+def room_of(name):
+    """The longest name of a room that a module's name begins with; None for the package."""
+    rest = name.removeprefix("flexlocal").lstrip(".")
+    fits = [room for floor in FLOORS for room in floor if f"{rest}.".startswith(f"{room}.")]
+    return max(fits, key=len, default=None)
+
+
+def floor_of(room):
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+
+
+def upward(name, imported):
+    """Whether an import leads anywhere but down, or within its own room."""
+    room, other = room_of(name), room_of(imported)
+    if room is None or other is None or room == other:
+        return False
+    return floor_of(other) >= floor_of(room)
+
+
+def test_every_module_stands_on_a_floor():
+    homeless = {name for name in modules() if room_of(name) is None}
+    assert homeless == {"flexlocal"}
+
+
 def test_imports_point_one_way():
     for name, path in modules().items():
+        if name in ("flexlocal", "flexlocal.masks"):  # which name what others hold
+            continue
         for imported in imports(name, path):
-            if name.startswith("flexlocal.masks"):
-                assert imported.startswith("flexlocal.masks."), name
-            if name not in TOOLS:
-                assert not imported.startswith("flexlocal.cli"), name
+            assert not upward(name, imported), f"{name} imports {imported}"
+
+
+def test_an_import_that_points_up_is_seen():
+    assert upward("flexlocal.masks.rule", "flexlocal.mods.bias")
+    assert upward("flexlocal.eager.attend", "flexlocal.flex.tuning")
+    assert upward("flexlocal.flex.kernel", "flexlocal.dispatch.Choice")
+    assert upward("flexlocal.masks.window", "flexlocal.masks.view.picture")
+    assert not upward("flexlocal.dispatch", "flexlocal.eager.attend.attend")
+    assert not upward("flexlocal.eager.attend", "flexlocal.eager.tiles.Sizes")
+
+
+def circle(graph):
+    """Modules that import each other in a circle, or None."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports of types alone count as well."""
+    every = modules()
+    files = {name: path for name, path in every.items() if path.name != "__init__.py"}
+    graph = {
+        name: {
+            known
+            for imported in imports(name, path)
+            for known in (imported, imported.rpartition(".")[0])
+            if known in files and known != name
+        }
+        for name, path in files.items()
+    }
+    assert sum(map(len, graph.values())) > 100, "the imports are not seen"
+    assert circle(graph) is None
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from flexlocal import Window, tuning
-from flexlocal.tuning import FLASH, STOCK_BLOCK, TABLE
+from flexlocal import Window
+from flexlocal.flex import tuning
+from flexlocal.flex.tuning import FLASH, STOCK_BLOCK, TABLE
 from profiling.candidates import (
     PASSES,
     Candidate,
@@ -113,7 +114,7 @@ def test_a_limit_spreads(count, limit):
 
 
 def test_a_call_gets_sorted_options():
-    """As ``flexlocal.tuning`` keeps them, so that equal ones share a kernel."""
+    """As ``flexlocal.flex.tuning`` keeps them, so that equal ones share a kernel."""
     backward = usual("training", blocks=(64,))[-1]
     forward = usual("forward")[0].options
     made = backward.tuning(forward)

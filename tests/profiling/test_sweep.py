@@ -10,7 +10,9 @@ import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from test_candidates import KINDS, candidate, usual
 
-from flexlocal import Window, flex, local_attention, tuning
+from flexlocal import Window, local_attention
+from flexlocal.flex import compile as flex
+from flexlocal.flex import support, tuning
 from profiling import sweep, timing, tune
 from profiling.candidates import Outcome, flash, stock, winner_of
 from profiling.peers import PEERS, REFERENCE
@@ -115,12 +117,12 @@ def test_an_overriding_tuning_is_what_the_kernel_gets(monkeypatch):
     """Also for calls whose like were made before, with the table's."""
     got = []
 
-    def prepared(call, flash):
-        got.append(tuning.tuning_of(call, flash))
-        return lambda *tensors: tensors[0]
+    def prepared(spec, inputs, flash):
+        got.append(tuning.tuning_of(spec, inputs, flash))
+        return lambda inputs: inputs.q
 
     monkeypatch.setattr(flex, "prepared", prepared)
-    monkeypatch.setattr(flex, "refusal", lambda *_: None)
+    monkeypatch.setattr(support, "refusal", lambda *_: None)
     q, k, v = torch.zeros(3, 1, 2, 130, 8)
     one, other = (candidate("forward", 64, warps).tuning() for warps in (4, 8))
     run = partial(local_attention, q, k, v, SMALL.window, backend="flex")

@@ -11,8 +11,9 @@ import torch
 from test_candidates import BLOCKS
 from test_sweep import in_place_of_processes, made_best, timed
 
-from flexlocal import Window, tuning
-from flexlocal.tuning import TABLE
+from flexlocal import Window
+from flexlocal.flex import tuning
+from flexlocal.flex.tuning import TABLE
 from profiling import sweep, tune
 from profiling.candidates import PASSES, Outcome, Winner
 from profiling.peers import PEERS
@@ -162,7 +163,7 @@ def test_a_shape_of_ones_own():
     (problem,) = options.problems
     assert problem.shape == (2, 3, 1024, 80)
     assert problem.window == Window(100, causal=True, exact=True)
-    assert options.table == ROOT / "flexlocal" / "tuned.json"
+    assert options.table == ROOT / "flexlocal" / "flex" / "tuned.json"
 
 
 def test_noise_of_the_final_is_said():

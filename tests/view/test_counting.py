@@ -34,5 +34,8 @@ def test_bounds_may_be_ints():
         def keys(self, batch, head, query):
             return 0, 2
 
+        def queries(self, batch, head, key):
+            raise AssertionError("pictures ask for keys alone")
+
     first, last = bounds_of(Prefix(), torch.arange(4))
     assert first.tolist() == [0] * 4 and last.tolist() == [2] * 4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pictures import masks, read_text
 from strategies import windows
 
-from flexlocal.masks import Segments, Window, inspect
+from flexlocal.masks import KeyLayout, Window, inspect
 from flexlocal.masks.view.symbols import TOKENS
 
 
@@ -33,8 +33,8 @@ def test_queries_and_keys_may_differ_in_number(rule, n, m):
 def test_layouts_of_keys_are_shown_in_slots(rule, segment, n):
     """A rule that is no window: every query sees as many slots as keys, its own key in one."""
     window = Window(**asdict(rule))
-    segments = Segments(window, segment, n)
-    picture = inspect(segments, n, n_keys=segments.key_slots(n))
+    segments = KeyLayout(window, segment, n)
+    picture = inspect(segments, n, n_keys=segments.all_slots)
     expected = rule.mask(n)
     assert torch.equal(picture.dense().sum(1), expected.sum(1))
     assert ((picture.kinds() == 3).sum(1) == 1).all()
@@ -67,8 +67,8 @@ def test_one_entry_of_a_batch_is_a_key_mask():
         ((Window(4), 0), ValueError, ["n must be at least 1", "0"]),
         ((Window(4), 2.0), TypeError, ["n must be an int", "2.0"]),
         ((Window(4), True), TypeError, ["n must be an int", "True"]),
-        (("4", 8), TypeError, ["rule must be a Window or an int", "'4'"]),
-        ((True, 8), TypeError, ["rule must be a Window or an int", "True"]),
+        (("4", 8), TypeError, ["rule must be a Window, another Rule or an int", "'4'"]),
+        ((True, 8), TypeError, ["rule must be a Window, another Rule or an int", "True"]),
         ((0, 8), ValueError, ["rule must be at least 1", "0"]),
         ((Window(4), 8, {"n_keys": 0}), ValueError, ["n_keys", "0"]),
         ((Window(4), 8, {"block_size": 0}), ValueError, ["block_size", "0"]),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import masks
 
-from flexlocal.masks import Segments, Window, inspect
+from flexlocal.masks import KeyLayout, Window, inspect
 
 
 @given(masks(), st.data())
@@ -48,8 +48,8 @@ def test_only_standing_windows_say_where_a_query_stands():
     words = "query 7 sees 6 keys: 2 to 7, the query's own included"
     assert inspect(sliding, 20).query(7) == words
     assert "it stands in window 1, tokens 5 to 9, as token 2" in inspect(standing, 20).query(7)
-    layout = Segments(standing, 2, 20)
-    assert "stands" not in inspect(layout, 20, n_keys=layout.key_slots(20)).query(7)
+    layout = KeyLayout(standing, 2, 20)
+    assert "stands" not in inspect(layout, 20, n_keys=layout.all_slots).query(7)
 
 
 def test_words_are_a_string_that_a_notebook_shows_as_lines():

@@ -1,31 +1,24 @@
 """What FlexAttention is told of a call beside its tensors: the mask, the bias, the options."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from .masks import (
-    Rule,
-    Window,
-    but_itself_mod,
-    in_turn,
-    itself_last,
-    mask_mod,
-    padding_mod,
-)
-from .masks.blocks import block_lists, from_lists, lists_have_gaps
-from .masks.rule import MaskMod
-from .masks.scores import Place, ScoreMod, added, bias_place
+from ..masks.block_intervals import Grid, Side
+from ..masks.block_lists import block_lists, from_lists, lists_have_gaps
+from ..masks.keys import padding_mod
+from ..masks.rule import MaskMod, Rule, mask_mod
+from ..mods.bias import Place, added, bias_place
+from ..mods.score import Mod, ScoreMod, in_turn
+from ..mods.shared_qk import but_itself_mod, itself_last
 from .tuning import STOCK_BLOCK, Tuning
 
-LEAST_HEAD = 16
-"""Channels of the narrowest heads that kernels take on the GPU."""
-
 _MANY_BLOCKS = 4
-"""So many that to leave their keys unmasked is worth lists with the gaps that a key mask leaves."""
+"""From this many blocks on, separate lists of full blocks pay off, even with gaps."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +26,37 @@ class Blocks:
     """The sparse blocks of a kernel's mask, and how they are listed.
 
     Attributes:
-        window: the window.
-        rule: the window, or the layout of its keys.
+        rule: the rule, over key slots where xpos lays keys out; without tensors where it is kept.
         n: tokens.
+        slots: keys, or slots of their layout.
+        entries: batch entries and heads that the rule tells apart; 1 batch entry without tensors.
         masked: a key mask hides keys.
         shared_qk: a token attends to itself only when it sees nothing else.
         tuning: blocks and options.
+        laid_out: the rule is a ``KeyLayout``.
     """
 
-    window: Window
     rule: Rule
     n: int
+    slots: int
+    entries: tuple[int, int]
     masked: bool
     shared_qk: bool
     tuning: Tuning
+    laid_out: bool = False
 
     @property
     def lengths(self) -> tuple[int, int]:
         """Queries and key slots."""
-        return self.n, self.rule.key_slots(self.n)
+        return self.n, self.slots
 
     @property
     def one_list(self) -> bool:
         """Whether full blocks are listed as partial ones."""
-        if self.shared_qk and not self.window.causal:
+        window = self.rule.window
+        if self.shared_qk and (window is None or not window.causal):
             return True  # full ones would not be asked for the query's own key
-        few = self.masked and self.window.most_seen < _MANY_BLOCKS * self.tuning.block
+        few = self.masked and self.rule.reach.keys < _MANY_BLOCKS * self.tuning.block
         return self.tuning.one_list and (few or self._windows_leave_gaps)
 
     @property
@@ -77,10 +75,9 @@ class Blocks:
         Args:
             kept: boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps.
         """
+        queries, keys = (Side(length, self.tuning.block) for length in self.lengths)
         return block_lists(
-            self.rule,
-            self.lengths,
-            (self.tuning.block, self.tuning.block),
+            Grid(self.rule, queries, keys, self.entries),
             device,
             kept,
             full_width=device.type == "cpu",
@@ -97,24 +94,13 @@ class Blocks:
         return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
 
 
-class MaskReads(NamedTuple):
-    """What a mask_mod looks up; in the order in which operators without closures are given it."""
-
-    kept: Tensor | None
-    """Boolean ``(batch, heads or 1, slots)``, the key slots that a mask keeps."""
-    length: Tensor | None
-    """Tokens, 0-d int32, where the mask asks for them.
-
-    No int: a dynamic one, kernels take alone and no sum of it, and dropout's gradient not at all.
-    """
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A kernel's mask, bias and options; without tensors, which the methods are given.
 
     Attributes:
         blocks: the sparse blocks.
+        rule_tensors: how many tensors its rule looks up.
         heads: query heads.
         grouped: there are fewer key heads.
         scale: factor on the query-key products.
@@ -126,6 +112,7 @@ class Kernel:
     """
 
     blocks: Blocks
+    rule_tensors: int
     heads: int
     grouped: bool
     scale: float
@@ -135,48 +122,57 @@ class Kernel:
     ends_alone: tuple[bool, bool] | None
 
     @property
-    def itself_by_score(self) -> bool:
-        """Whether a token's score with itself is set, and not its key hidden; see ``itself``."""
+    def rule(self) -> Rule:
+        """The rule, over key slots."""
+        return self.blocks.rule
+
+    @property
+    def sets_own_score(self) -> bool:
+        """Whether a token's score with itself is set, and not its key hidden."""
         return self.blocks.shared_qk and self.ends_alone is None
 
     @property
-    def asks_length(self) -> bool:
-        """Whether the mask depends on how long the sequence is."""
-        last_alone = self.ends_alone is not None and self.ends_alone[1]
-        return last_alone or self.blocks.rule.asks_length
+    def last_alone(self) -> bool:
+        """Whether the mask needs the length, to know the last token."""
+        return self.ends_alone is not None and self.ends_alone[1]
 
-    def mask_mod(self, reads: MaskReads) -> MaskMod:
-        """Which key slots a query sees."""
-        rule: Rule = self.blocks.rule
-        n: int | Tensor = self.blocks.n
-        kept, length = reads
-        if length is not None:
-            rule, n = rule.of_length(length), length
+    def mask_mod(self, looked_up: Sequence[Tensor]) -> MaskMod:
+        """Which key slots a query sees.
+
+        Args:
+            looked_up: what the mask looks up: the rule's tensors, then the key mask ``(batch, heads
+                or 1, slots)`` where there is one, then the length, 0-d, where ``last_alone``.
+        """
+        rule, rest = self.rule, looked_up[self.rule_tensors :]
+        if self.rule_tensors:
+            rule = rule.with_tensors(tuple(looked_up[: self.rule_tensors]))
         if self.ends_alone is not None:  # nor is there a key mask
-            return but_itself_mod(rule, self.blocks.window, n, self.ends_alone)
+            return but_itself_mod(rule, rest[0] if rest else self.blocks.n, self.ends_alone)
         visible = mask_mod(rule)
-        return visible if kept is None else and_masks(visible, padding_mod(kept))
+        return and_masks(visible, padding_mod(rest[0])) if rest else visible
+
+    @property
+    def own_score(self) -> Mod | None:
+        """What sets the score of a token with itself, where that is asked for."""
+        return itself_last(self.rule) if self.sets_own_score else None
 
     def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
-        """What is done to a score."""
-        blocks, mods = self.blocks, []
-        if bias is not None:
-            mods.append(added(bias, self.bias_place))
-        if self.itself_by_score:
-            mods.append(itself_last(blocks.rule))
-        return in_turn(*mods)
+        """What is done to a score: the bias is added, then a token's own score is set."""
+        mods = [] if bias is None else [added(bias, self.bias_place)]
+        if self.own_score is not None:
+            mods.append(self.own_score)
+        return in_turn(*[mod.value for mod in mods])
 
     @property
     def bias_place(self) -> Place:
         """Where in the bias a score finds its number."""
-        blocks = self.blocks
         assert self.bias_heads is not None
-        return bias_place(blocks.window, blocks.rule, self.heads, self.bias_heads, self.margin)
+        return bias_place(self.rule, self.heads, self.bias_heads, self.margin)
 
-    def arguments(self, lists: tuple[Tensor, ...], reads: MaskReads) -> dict[str, Any]:
+    def arguments(self, lists: tuple[Tensor, ...], looked_up: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""
         return {
-            "block_mask": self.blocks.mask(lists, self.mask_mod(reads)),
+            "block_mask": self.blocks.mask(lists, self.mask_mod(looked_up)),
             "scale": self.scale,
             "enable_gqa": self.grouped,
             "kernel_options": self.options or None,

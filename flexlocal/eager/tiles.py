@@ -1,8 +1,8 @@
-"""Cutting queries and keys into tiles, some at a time, and adding gradients back.
+"""Cutting queries and keys into tiles, a portion at a time, and adding gradients back.
 
-A tile is a run of whole windows of queries and the one run of keys that they look at. Shapes:
-``b`` batch entries, ``h`` heads, ``g`` tiles, ``t`` queries in a tile, ``s`` keys of a tile, ``n``
-tokens, ``d`` any last dimension. Places before the first token and after the last one hold zeros.
+A tile is some queries in a row and the one interval of keys that they may see. Shapes: ``b`` batch
+entries, ``h`` heads, ``g`` tiles, ``t`` queries in a tile, ``s`` keys of a tile, ``n`` tokens,
+``d`` any last dimension. Places before the first token and after the last one hold zeros.
 """
 
 from collections.abc import Iterator
@@ -88,6 +88,20 @@ class Tiles:
         batch = torch.arange(self.batch.start, self.batch.stop, device=device)
         heads = torch.arange(self.heads.start, self.heads.stop, device=device)
         return batch[:, None] * self.sizes.heads + heads
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Batch entry, head, query and key of each score; they broadcast to ``(b, h, g, t, s)``."""
+        batch = torch.arange(self.batch.start, self.batch.stop, device=device)
+        head = torch.arange(self.heads.start, self.heads.stop, device=device)
+        tile = torch.arange(self.first, self.first + self.count, device=device) * self.sizes.tile
+        query = tile[:, None] + torch.arange(self.sizes.tile, device=device)
+        key = tile[:, None] + torch.arange(self.sizes.span, device=device) - self.sizes.before
+        return (
+            batch[:, None, None, None, None],
+            head[:, None, None, None],
+            query[..., None],
+            key[:, None],
+        )
 
     def kept_keys(self, key_mask: Tensor | None, device: torch.device) -> Tensor:
         """Which keys exist and ``(batch, heads or 1, n)`` keeps: ``(b or 1, h or 1, g, 1, s)``."""

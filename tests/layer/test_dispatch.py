@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlocal import LocalAttention, explain, flex, functional, local_attention, plan
+from flexlocal import LocalAttention, dispatch, explain, local_attention
 from flexlocal.rotary import Rotary
 
 Q, K, V = torch.randn(3, 2, 3, 20, 8)
@@ -45,9 +45,9 @@ def test_a_bad_call_is_refused_after_a_good_one(good, bad, error, name):
 
 def test_calls_of_a_kind_share_a_plan(monkeypatch):
     made = []
-    monkeypatch.setattr(plan, "_PLANS", {})
-    as_it_is = plan._made
-    monkeypatch.setattr(plan, "_made", lambda *more: made.append(1) or as_it_is(*more))
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
+    as_it_is = dispatch._prepare
+    monkeypatch.setattr(dispatch, "_prepare", lambda *more: made.append(1) or as_it_is(*more))
     for _ in range(3):
         call()
         call(q=Q + 1, mask=MASK)
@@ -69,27 +69,27 @@ def test_a_plan_knows_what_wants_a_gradient():
 
 def test_a_plan_knows_how_tensors_lie(monkeypatch):
     """FlashAttention 4's kernel is taken for contiguous ones alone."""
-    monkeypatch.setattr(plan, "_PLANS", {})
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
     call()
     call(q=Q.transpose(1, 2).contiguous().transpose(1, 2))
-    assert len(plan._PLANS) == 2
+    assert len(dispatch._PREPARED) == 2
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(plan, "_PLANS", {})
-    monkeypatch.setattr(plan, "_MOST_PLANS", 4)
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
+    monkeypatch.setattr(dispatch, "_MOST_PREPARED", 4)
     for n in range(1, 12):
         call(q=Q[:, :, :n], k=K[:, :, :n], v=V[:, :, :n])
-        assert len(plan._PLANS) <= 4
+        assert len(dispatch._PREPARED) <= 4
 
 
 def test_a_reason_is_given_once(monkeypatch):
-    monkeypatch.setattr(flex, "_SAID", set())
+    monkeypatch.setattr(dispatch, "_SAID", set())
     with pytest.warns(UserWarning, match="eager path, which is slower: too wide. backend='eager'"):
-        flex.warn_once("too wide")
-    flex.warn_once("too wide")  # or this would be an error
+        dispatch.warn_once("too wide")
+    dispatch.warn_once("too wide")  # or this would be an error
     with pytest.warns(UserWarning, match="too deep"):
-        flex.warn_once("too deep")
+        dispatch.warn_once("too deep")
 
 
 def test_options_that_no_kernel_gets_are_mentioned():
@@ -101,10 +101,10 @@ def test_options_that_no_kernel_gets_are_mentioned():
 
 def test_a_warning_is_given_where_the_layer_is_called(monkeypatch):
     """As if a call on the GPU came to be planned, by a function of the library's."""
-    monkeypatch.setattr(flex, "_SAID", set())
-    library = {"__name__": "flexlocal.plan", "flex": flex, "plan_of": functional.plan_of}
-    exec("def warned(*call): flex.warn_once('too wide'); return plan_of(*call)", library)
-    monkeypatch.setattr(functional, "plan_of", library["warned"])
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    library = {"__name__": "flexlocal.more", "dispatch": dispatch, "attend": dispatch.attend}
+    exec("def warned(*call): dispatch.warn_once('too wide'); return attend(*call)", library)
+    monkeypatch.setattr(dispatch, "attend", library["warned"])
     with pytest.warns(UserWarning, match="too wide") as warned:
         LocalAttention(4, dropout=0.0)(Q, K, V)
     assert [warning.filename for warning in warned] == [__file__]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
 
-from flexlocal.masks import Segments, Window
+from flexlocal.masks import KeyLayout, Window
 
 
 def copies(layout, n):
@@ -25,9 +25,9 @@ def copies(layout, n):
 
 @given(windows(), st.integers(1, 5), st.integers(1, 60), st.booleans())
 def test_slots_hold_their_keys_and_keys_gather_their_gradients(rule, windows_each, n, flags):
-    layout = Segments(Window(**asdict(rule)), windows_each, n)
+    layout = KeyLayout(Window(**asdict(rule)), windows_each, n)
     held = copies(layout, n).double()
-    assert held.shape[0] == layout.key_slots(n)
+    assert held.shape[0] == layout.all_slots
     keys = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
     found = layout.in_slots(keys)
     torch.testing.assert_close(found, held @ keys)
@@ -41,7 +41,7 @@ def test_slots_hold_their_keys_and_keys_gather_their_gradients(rule, windows_eac
 
 
 def test_nan_stays_in_its_slots():
-    layout = Segments(Window(4, causal=True), 2, 20)
+    layout = KeyLayout(Window(4, causal=True), 2, 20)
     keys = torch.zeros(1, 20, 1)
     keys[0, 7] = float("nan")
     assert torch.equal(layout.in_slots(keys)[0, :, 0].isnan(), copies(layout, 20)[:, 7])

@@ -1,7 +1,7 @@
-"""The eager path's tiles worked off some at a time, forward and backward.
+"""The eager path's tiles computed a portion at a time, forward and backward.
 
-Their scores stay in the cache and memory stays linear in the sequence: the backward pass computes
-the weights again. Shapes are those of ``tiles``.
+The scores of a portion stay in the processor's cache. Memory stays linear in the sequence, since
+the backward pass computes the weights again. Shapes are those of ``tiles``.
 """
 
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
+from ..autocast import without_autocast
+from ..regions import region
 from .formula import Formula, times
-from .regions import region
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
 _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
-"""Scores held at a time: few enough to be held cheaply, many enough to hide an operator's start."""
+"""Scores of a portion: few enough for the cache, many enough to hide the start of an operator."""
 
 
-def attend_tiled(
+def attend_in_portions(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -85,21 +85,17 @@ def _gradients(
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute)
     for tiles in portions(sizes, q.device):
         q_factor, k_factor = formula.factors(tiles)
-        q_tiles = tiles.queries(q).to(compute) * q_factor
-        k_tiles = times(tiles.keys(k).to(compute), k_factor)
+        q_tiles, k_tiles = formula.scaled(tiles, q, k)
         grad_out = tiles.queries(grad).to(compute)
-        weights = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
+        weights, backward = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
         keep = formula.keep(tiles)
         tiles.add_keys(grad_v, times(weights, keep).transpose(-1, -2) @ grad_out)
         grad_weights = times(grad_out @ tiles.keys(v).to(compute).transpose(-1, -2), keep)
-        # Of the weights, not of the output as there: its rounding would show where they are sharp.
+        # From the weights, not from the output as there: where weights are sharp, the output's
+        # rounding would show.
         grad_scores = grad_weights.mul_(weights)
         grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
-        if formula.shared_qk:
-            formula.self_scores(tiles, grad_scores).zero_()
-        if grad_bias is not None:
-            rows = tiles.rows(q.device).flatten() % grad_bias.shape[0]
-            grad_bias.index_add_(0, rows, grad_scores.sum(2).flatten(0, 1))
+        grad_scores = backward(grad_scores, grad_bias)
         tiles.add_queries(grad_q, grad_scores @ k_tiles * q_factor)
         tiles.add_keys(grad_k, times(grad_scores.transpose(-1, -2) @ q_tiles, k_factor))
     grads = [grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)]
@@ -117,7 +113,8 @@ def _differentiable_gradients(
     grad: Tensor,
 ) -> list[Tensor | None]:
     """The same gradients with a graph of their own, for gradients of gradients."""
-    # Views, since one may be made of another: its gradient is not to go by way of that one as well.
+    # Fresh views cut the graph between q, k and v, so that aliased inputs do not receive each
+    # other's gradients.
     q, k, v = (x.view_as(x) for x in (q, k, v))
     bias = None if bias is None else bias.view_as(bias)
     wanted = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]

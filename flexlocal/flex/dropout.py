@@ -19,7 +19,7 @@ and is given ``f(s) = s - L``, or -inf where dropped, ``l = log(1 - p)`` and ``l
 What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it, ``-P D``.
 
 The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of;
-torch documents neither (the same in 2.11 to 2.14).
+torch documents neither (the same in 2.11 to 2.15).
 """
 
 import math
@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from .kernel import LEAST_HEAD, Kernel, MaskReads
-from .masks.buffer import settled
-from .masks.scores import drop_scores, dropout_mod, in_turn
+from ..mods.bias import gathered
+from ..mods.dropout import drop_scores, dropout_mod
+from ..mods.score import in_turn
+from ..torch_limits import LEAST_HEAD, seen_as_constant, settled
+from .kernel import Kernel
 
 _LOG2_E = 1 / math.log(2)
 
@@ -55,20 +57,20 @@ def attend_dropped(
     bias: Tensor | None,
     draws: tuple[Tensor, Tensor],
     lists: tuple[Tensor, ...],
-    reads: MaskReads,
+    looked_up: tuple[Tensor, ...],
 ) -> Tensor:
     """Local attention with dropout.
 
     Args:
-        draws: int32 ``(rows, n)`` of queries and ``(rows, slots)`` of keys; see ``masks.dropout``.
+        draws: int32 ``(rows, n)`` of queries and ``(rows, slots)`` of keys; see ``mods.dropout``.
         lists: the index tensors of the block mask.
-        reads: what the mask looks up.
+        looked_up: what the mask looks up, see ``Kernel.mask_mod``.
 
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
-    let_through()
-    common = kernel.arguments(lists, reads)
+    keep_whole()
+    common = kernel.arguments(lists, looked_up)
     aux = AuxRequest(lse=True)
     query, key, value = q.detach(), k.detach(), v.detach()
     score = kernel.score_mod(None if bias is None else bias.detach())
@@ -77,22 +79,30 @@ def attend_dropped(
     out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
     thin = value[..., :LEAST_HEAD]  # for the log-sum-exp alone
     _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
-    # Where nothing is lost the difference is 0 and no rounding of one side: a compiler makes it of
-    # log-sum-exps in base 2 with the product of one side unrounded, which tells near -5e4. That
-    # holds for queries that see no key at all, too.
+    # Where nothing is dropped the difference is exactly 0. Inductor would compute it from
+    # log-sum-exps in base 2 with the product of one side unrounded, which shows near -5e4. This
+    # also keeps -inf - -inf out, for queries that see no key.
     lost = torch.where(some.lse == every.lse, 0.0, some.lse - every.lse)
     share = lost.exp() / (1 - dropout)
-    return _attach(kernel, dropout, q, k, v, bias, out, share, every.lse, draws, lists, reads)
+    tensors = q, k, v, bias, out, share, every.lse, *draws
+    return _attach(kernel, dropout, tensors, looked_up, lists)
 
 
-def let_through() -> None:
-    """Has a compiler take ``_attach`` for an operator, since it cannot trace its backward pass."""
+@seen_as_constant
+def keep_whole() -> None:
+    """Makes ``_attach`` opaque to Dynamo, which cannot trace its backward pass."""
     torch.compiler.allow_in_graph(_attach)
 
 
-def _attach(*arguments: Any) -> Tensor:
-    *others, draws, lists, reads = arguments
-    out: Tensor = _Dropped.apply(*others, *draws, *reads, *lists)  # type: ignore[no-untyped-call]
+def _attach(
+    kernel: Kernel,
+    dropout: float,
+    tensors: tuple[Tensor | None, ...],
+    looked_up: tuple[Tensor, ...],
+    lists: tuple[Tensor, ...],
+) -> Tensor:
+    every = *tensors, *looked_up, *lists
+    out: Tensor = _Dropped.apply(kernel, dropout, len(looked_up), *every)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -104,6 +114,7 @@ class _Dropped(torch.autograd.Function):
         ctx: Any,
         kernel: Kernel,
         dropout: float,
+        looked_up: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -113,28 +124,25 @@ class _Dropped(torch.autograd.Function):
         total: Tensor,
         query_draws: Tensor,
         key_draws: Tensor,
-        kept: Tensor | None,
-        length: Tensor | None,
-        *lists: Tensor,
+        *others: Tensor,
     ) -> Tensor:
         out = (out * share[..., None]).to(q.dtype)
-        ctx.kernel, ctx.dropout = kernel, dropout
-        ctx.save_for_backward(
-            q, k, v, bias, out, total, query_draws, key_draws, kept, length, *lists
-        )
+        ctx.kernel, ctx.dropout, ctx.looked_up = kernel, dropout, looked_up
+        ctx.save_for_backward(q, k, v, bias, out, total, query_draws, key_draws, *others)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, total, query_draws, key_draws, kept, length, *lists = ctx.saved_tensors
+        q, k, v, bias, out, total, query_draws, key_draws, *others = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
+        looked_up, lists = tuple(others[: ctx.looked_up]), tuple(others[ctx.looked_up :])
         along = (out.float() * grad.float()).sum(-1)
-        reads = kept, length
-        captured = _Captured(query_draws, key_draws, settled(total), settled(along), bias, *reads)
-        learned: bool = ctx.needs_input_grad[5]
+        found = query_draws, key_draws, settled(total), settled(along)
+        captured = *found, *([] if bias is None else [bias]), *looked_up
+        learned: bool = ctx.needs_input_grad[_FIRST_TENSOR + 3]
         scores = _Scores(kernel, ctx.dropout, learned)
-        # Log-sum-exps have base 2 there. Blind queries want 0; were all numbers equal, a compiler
-        # would make a constant of them, and may leave gaps between its rows that kernels read.
+        # Log-sum-exps have base 2 there, and queries that see no key want 0. Were all numbers
+        # equal, Inductor would make a constant of them, and may leave gaps between its rows.
         norm = math.log1p(-ctx.dropout) * _LOG2_E
         norms = torch.zeros_like(total).masked_fill(total > -torch.inf, norm)
         *grads, grads_captured = torch.ops.higher_order.flex_attention_backward(
@@ -147,15 +155,19 @@ class _Dropped(torch.autograd.Function):
             along * (ctx.dropout / _LOG2_E),
             scores.shifted,
             scores.pulled_back,
-            kernel.blocks.mask(tuple(lists), scores.visible).as_tuple(),
+            kernel.blocks.mask(lists, scores.visible).as_tuple(),
             kernel.scale,
             {**_DEFAULTS, **kernel.options},
-            tuple(x for x in captured if x is not None),
-            tuple(x for x in reads if x is not None),
+            captured,
+            looked_up,
         )
         grad_bias = grads_captured[_BIAS] if learned else None
-        others = len(ctx.needs_input_grad) - 6
-        return (None, None, *grads, grad_bias, *[None] * others)
+        without = len(ctx.needs_input_grad) - _FIRST_TENSOR - 4
+        return (*[None] * _FIRST_TENSOR, *grads, grad_bias, *[None] * without)
+
+
+_FIRST_TENSOR = 3
+"""The place of ``q`` among the arguments of ``_Dropped``."""
 
 
 class _Captured(NamedTuple):
@@ -168,8 +180,7 @@ class _Captured(NamedTuple):
     along: Tensor
     """``D``."""
     bias: Tensor | None
-    kept: Tensor | None
-    length: Tensor | None
+    looked_up: tuple[Tensor, ...]
 
 
 _BIAS = _Captured._fields.index("bias")
@@ -192,8 +203,7 @@ class _Scores:
 
     def visible(self, *arguments: Tensor) -> Tensor:
         """The mask_mod."""
-        place, reads = arguments[:4], self._reads(list(arguments[4:]))
-        return self.kernel.mask_mod(reads)(*place)
+        return self.kernel.mask_mod(arguments[4:])(*arguments[:4])
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp, hidden where dropped."""
@@ -207,30 +217,23 @@ class _Scores:
         weight = (log_weight * _LOG2_E).exp2()  # half the instructions of exp
         dropped = -weight * at.along[place[:3]]
         if self.learned:  # kernels add to its gradient before they ask the mask
-            visible = self.kernel.mask_mod(MaskReads(at.kept, at.length))
+            visible = self.kernel.mask_mod(at.looked_up)
             dropped = torch.where(visible(*place), dropped, 0.0)
         grad_score = torch.where(self._keeps(place, at), grad, dropped)
-        if self.kernel.itself_by_score:  # which is a constant
-            own = self.kernel.blocks.rule.key_position(*place[2:]) == place[2]
-            grad_score = torch.where(own, 0.0, grad_score)
+        own = self.kernel.own_score
+        if own is not None and own.gradient is not None:
+            grad_score = own.gradient(grad_score, score, *place)
         grads: list[Tensor | None] = [None] * (len(arguments) - 1)  # place and captured tensors
         if self.learned and at.bias is not None:
             where = self.kernel.bias_place(*place)
-            found = torch.ops.flex_lib.zeros_and_scatter(at.bias.shape, where, grad_score)
-            grads[len(place) + _BIAS] = found
+            grads[len(place) + _BIAS] = gathered(grad_score, at.bias.shape, where)
         return [grad_score, *grads]
 
     def _captured(self, tensors: Sequence[Tensor]) -> _Captured:
-        rest = list(tensors)
-        reads = self._reads(rest)
-        bias = rest.pop() if self.kernel.bias_heads is not None else None
-        query_draws, key_draws, total, along = rest
-        return _Captured(query_draws, key_draws, total, along, bias, *reads)
-
-    def _reads(self, tensors: list[Tensor]) -> MaskReads:
-        """Taken from the end of ``tensors``."""
-        length = tensors.pop() if self.kernel.asks_length else None
-        return MaskReads(tensors.pop() if self.kernel.blocks.masked else None, length)
+        first, rest = tensors[:_BIAS], tuple(tensors[_BIAS:])
+        has_bias = self.kernel.bias_heads is not None
+        bias = rest[0] if has_bias else None
+        return _Captured(first[0], first[1], first[2], first[3], bias, rest[has_bias:])
 
     def _log_weight(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
         """``s - L``."""

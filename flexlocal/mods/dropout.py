@@ -9,7 +9,9 @@ state, so the backward pass, a recomputation or another path finds the same weig
 import torch
 from torch import Tensor
 
-from .buffer import written_out
+from ..masks.rule import MaskMod
+from ..torch_limits import written_out
+from .score import ScoreMod
 
 MOST_DROPOUT = 1 - 2**-32
 """Above it the threshold would be beyond the draws' range."""
@@ -50,3 +52,30 @@ def _mix(bits: Tensor) -> Tensor:
 def _shifted(bits: Tensor, by: int) -> Tensor:
     # Logical shift: int64's own carries the sign down.
     return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def dropout_mod(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> MaskMod:
+    """FlexAttention's mask_mod of the weights that dropout keeps.
+
+    Args:
+        query_draws: int32 ``(rows, n)``.
+        key_draws: int32 ``(rows, slots)``.
+        heads: query heads.
+        dropout: probability of a weight to be dropped.
+    """
+
+    def keep(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = batch * heads + head
+        return keeps(query_draws[row, query], key_draws[row, key], dropout)
+
+    return keep
+
+
+def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
+    """Hides the scores that dropout drops; arguments as ``dropout_mod``."""
+    keep = dropout_mod(query_draws, key_draws, heads, dropout)
+
+    def drop(score: Tensor, *place: Tensor) -> Tensor:
+        return torch.where(keep(*place), score, -float("inf"))
+
+    return drop

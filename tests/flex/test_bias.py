@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
 
-from flexlocal.masks import Window, window_bias
-from flexlocal.masks.scores import with_margin
+from flexlocal.masks import Window
+from flexlocal.mods.bias import added, bias_place, with_margin
 
 
 def scored(rule, n, block):
@@ -29,7 +29,7 @@ def test_bias_of_all_pairs_that_a_kernel_scores(rule, block, blocks, margin):
     (query, key), visible = scored(rule, n, block)
     wide = window.block_margin(block) if margin else None
     table = with_margin(bias, wide) if wide is not None else bias
-    add = window_bias(table, window, window, 3, wide)
+    add = added(table, bias_place(window, 3, 2, wide)).value
     for head in range(3):
         batch = torch.tensor(1)
         # Beyond the table this raises; in a negative place it would read another row unseen.

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from .call import Call
-from .masks import Window
+from ..masks.rule import Rule
+from ..spec import Inputs, Spec
+from ..torch_limits import seen_as_constant
 
 STOCK_BLOCK = 128
 """FlexAttention's own sparse block, and the length whose multiples its kernels need not check."""
@@ -88,7 +89,7 @@ TABLE = _table()
 
 
 def nearest(
-    capability: tuple[int, int], dtype: torch.dtype, head_size: int, window: Window
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int, rule: Rule
 ) -> Entry | None:
     """The table's entry for 16-bit tensors, None where it has none.
 
@@ -96,7 +97,7 @@ def nearest(
         capability: of the GPU, ``(9, 0)`` for an H100.
         dtype: of query, key and value.
         head_size: the larger of the key's and the value's.
-        window: the rule; its reach is ``window.most_seen``.
+        rule: the rule, of whose reach the most keys that a query sees count.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -105,7 +106,7 @@ def nearest(
         return None
     head = min([e.head_size for e in fits])
     fits = [e for e in fits if e.head_size == head]
-    ratios = [_ratio(e.reach, window.most_seen) for e in fits]
+    ratios = [_ratio(e.reach, rule.reach.keys) for e in fits]
     return fits[ratios.index(min(ratios))]
 
 
@@ -113,59 +114,59 @@ def _ratio(one: int, other: int) -> float:
     return max(one / other, other / one)
 
 
-_overriding: Tuning | None = None
-
-
-@contextmanager
-def overriding(tuning: Tuning) -> Iterator[None]:
-    """Calls of ``local_attention`` inside it take ``tuning`` instead of the table's."""
-    global _overriding
-    before, _overriding = _overriding, tuning
-    try:
-        yield
-    finally:
-        _overriding = before
-
-
-def overridden() -> Tuning | None:
-    """The tuning of the innermost ``overriding`` that is open; None outside."""
-    return _overriding
-
-
-def tuning_of(call: Call, flash: bool) -> Tuning:
+def tuning_of(spec: Spec, inputs: Inputs, flash: bool) -> Tuning:
     """The caller's options over FlexAttention's own, or the table's.
 
     Args:
         flash: take FlashAttention 4's kernel.
     """
-    q, v = call.q, call.v
-    if _overriding is not None:
-        return _overriding
-    if call.kernel_options is not None:
-        return Tuning(STOCK_BLOCK, tuple(sorted(call.kernel_options.items())))
+    q, v = inputs.q, inputs.v
+    if _override is not None:
+        return _override
+    if spec.kernel_options is not None:
+        return Tuning(STOCK_BLOCK, spec.kernel_options)
     if flash:
         return FLASH
     if q.device.type != "cuda":
         return STOCK
-    entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), call.window)
+    entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), spec.rule)
     return STOCK if entry is None else entry.tuning
 
 
-def prefers_flash(call: Call) -> bool:
+_override: Tuning | None = None
+
+
+@contextmanager
+def overriding(tuning: Tuning) -> Iterator[None]:
+    """Calls inside take these blocks and options instead of the table's, in all threads."""
+    global _override
+    before, _override = _override, tuning
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def overridden() -> Tuning | None:
+    """What ``overriding`` has calls take, as part of what tells calls apart."""
+    return _override
+
+
+def prefers_flash(spec: Spec, inputs: Inputs) -> bool:
     """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
 
     It is young, so that it gets what it was tried on: nothing but the window and rotary decides
     the scores, bf16, heads of 128, contiguous tensors with as many key heads as query heads, and a
     length of whole blocks. ``kernel_options`` of the caller's settle the question.
     """
-    q, k, v = call.q, call.k, call.v
-    plain = call.mask is None and call.attn_bias is None and not call.shared_qk
-    plain = plain and call.dropout == 0 and call.xpos is None
-    if not plain or call.kernel_options is not None or q.device.type != "cuda":
+    q, k, v, mask, bias, *_ = inputs
+    plain = mask is None and bias is None and not spec.shared_qk and spec.dropout == 0
+    plain = plain and spec.xpos_base is None and spec.rule.is_window
+    if not plain or spec.kernel_options is not None or q.device.type != "cuda":
         return False
     if q.dtype != torch.bfloat16 or q.shape[-1] != 128 or not flash_installed():
         return False
-    entry = nearest(capability(q.device), q.dtype, q.shape[-1], call.window)
+    entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
     if entry is None or not entry.flash:
         return False
     # Asked last: a compiler makes one graph for lengths of whole blocks and one for the others.
@@ -173,6 +174,7 @@ def prefers_flash(call: Call) -> bool:
     return fits and all(x.is_contiguous() for x in (q, k, v))
 
 
+@seen_as_constant
 def flash_installed() -> bool:
     """Whether flash-attn-4 can be imported."""
     try:
@@ -181,6 +183,7 @@ def flash_installed() -> bool:
         return False
 
 
+@seen_as_constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Of the GPU, ``(9, 0)`` for an H100."""
     return torch.cuda.get_device_capability(device)

@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
 
-from flexlocal.masks import Segments, Window, but_itself_mod, ends_alone, itself_last, mask_mod
-from flexlocal.masks.itself import OWN_SCORE
+from flexlocal.masks import KeyLayout, Window, mask_mod
+from flexlocal.mods.shared_qk import (
+    SELF_SCORE_OF_KERNELS,
+    but_itself_mod,
+    ends_alone,
+    itself_last,
+)
 
 
 def expected(visible):
@@ -22,14 +27,14 @@ def expected(visible):
 @given(windows(), st.integers(1, 40), st.none() | st.integers(1, 3))
 def test_by_the_window_alone(rule, n, windows_each):
     window = Window(**asdict(rule))
-    layout = window if windows_each is None else Segments(window, windows_each, n)
-    slots = n if windows_each is None else layout.key_slots(n)
+    layout = window if windows_each is None else KeyLayout(window, windows_each, n)
+    slots = n if windows_each is None else layout.all_slots
     query, slot = torch.arange(n)[:, None], torch.arange(slots)
-    visible = but_itself_mod(layout, window, n, ends_alone(window, n))(0, 0, query, slot)
+    visible = but_itself_mod(layout, n, ends_alone(window, n))(0, 0, query, slot)
     # Kernels leave keys out that are not there, and slots of other segments.
     visible &= mask_mod(layout)(0, 0, query, slot)
     seen = torch.zeros(n, n, dtype=torch.bool)
-    key = layout.key_position(query, slot).expand_as(visible)
+    key = layout.key_position(0, query, slot).expand_as(visible)
     seen[query.expand_as(visible)[visible], key[visible]] = True
     assert visible.sum() == seen.sum()
     assert torch.equal(seen, expected(rule.mask(n)))
@@ -37,7 +42,7 @@ def test_by_the_window_alone(rule, n, windows_each):
 
 def test_the_score_of_a_token_with_itself():
     score, token = torch.randn(12, 12), torch.arange(12)
-    found = itself_last(Window(4, causal=True))(score, 0, 0, token[:, None], token)
+    found = itself_last(Window(4, causal=True)).value(score, 0, 0, token[:, None], token)
     own = found.diagonal()
     assert torch.equal(found, score.diagonal_scatter(own))
     torch.testing.assert_close(own, torch.full((12,), oracle.SELF_SCORE), rtol=1e-4, atol=0)
@@ -46,8 +51,8 @@ def test_the_score_of_a_token_with_itself():
 def test_a_key_that_is_seen_alone_weighs_one_in_a_kernel():
     """Which rounds the score in base 2 for the log-sum-exp, but may not round what it subtracts."""
     log2_e = torch.tensor(1.44269504, dtype=torch.float32)  # as FlexAttention's templates have it
-    own = torch.tensor(OWN_SCORE, dtype=torch.float32)
-    assert own.item() == OWN_SCORE
+    own = torch.tensor(SELF_SCORE_OF_KERNELS, dtype=torch.float32)
+    assert own.item() == SELF_SCORE_OF_KERNELS
     total = own * log2_e
     weight = torch.exp2(own.double() * log2_e.double() - total.double())
     assert abs(weight.item() - 1) < torch.finfo(torch.float32).eps / 4

@@ -1,0 +1,198 @@
+"""Which path a call takes, and why; what is prepared for calls of one kind is kept.
+
+A warm call finds what is prepared by the kind of its arguments: checking them again would take
+longer than launching the kernel.
+"""
+
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .autocast import autocast_dtype
+from .checks import check_call
+from .eager import attend as eager
+from .flex import compile as flex
+from .flex import support, tuning
+from .spec import Inputs, Spec, resolved, shaped
+from .torch_limits import seen_as_constant
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path that a call takes.
+
+    Attributes:
+        backend: ``"flex"`` or ``"eager"``.
+        reason: why, in a line.
+        flash: the fused kernel is FlashAttention 4's instead of Triton's.
+    """
+
+    backend: Literal["flex", "eager"]
+    reason: str
+    flash: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+
+_KERNEL = {False: "", True: ", FlashAttention 4's: measured to be faster at this size"}
+
+
+def choose(spec: Spec, inputs: Inputs) -> Choice:
+    """The path for a call that is checked and resolved.
+
+    Raises:
+        ValueError: ``backend="flex"`` where the fused kernel cannot run; says why.
+    """
+    if spec.backend == "eager":
+        return Choice("eager", "asked for by name")
+    device = inputs.q.device.type
+    if spec.backend == "auto" and device != "cuda":
+        refusal: str | None = f"auto takes the fused kernel on a GPU, and q is on {device}"
+    else:
+        refusal = support.refusal(spec, inputs)
+    if refusal is None:
+        flash = tuning.prefers_flash(spec, inputs)
+        words = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
+        return Choice("flex", words + _KERNEL[flash], flash)
+    if spec.backend == "auto":
+        unused = spec.kernel_options is not None
+        more = "; kernel_options have no kernel to go to" if unused else ""
+        return Choice("eager", refusal + more)
+    raise ValueError(
+        f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
+    )
+
+
+Prepared = tuple[Callable[[Inputs], Tensor], torch.dtype | None]
+"""What all calls of one kind share: the path, and the dtype that autocast asks for."""
+
+
+_PREPARED: dict[object, Prepared] = {}
+_MOST_PREPARED = 1024
+
+
+def attend(spec: Spec, inputs: Inputs) -> Tensor:
+    """Local attention by the path that suits the call; ``(*lead, n, d_v)``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    if torch.compiler.is_compiling():
+        run, dtype = _prepare(spec, inputs)
+    else:
+        run, dtype = _kept(spec, inputs)
+    q = inputs.q
+    if spec.dropout == 0:
+        if inputs.seed is not None:
+            inputs = inputs._replace(seed=None)
+    elif inputs.seed is None:
+        inputs = inputs._replace(seed=torch.randint(2**63 - 1, (), device=q.device))
+    out = run(shaped(inputs, dtype))
+    return out if q.dim() == 4 else out.reshape(*q.shape[:-2], *out.shape[-2:])
+
+
+def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
+    """A call that fits, resolved, its tensors in their dtype."""
+    if torch.compiler.is_compiling() and spec.rule.is_window:
+        spec = spec._replace(rule=replace(spec.rule.window))  # whose numbers may be symbolic
+    check_call(spec, inputs)
+    dtype = autocast_dtype(inputs.q.device)
+    if dtype is not None and inputs.q.dtype != torch.float64:
+        q, k, v = (x.to(dtype) for x in inputs[:3])
+        inputs = Inputs(q, k, v, *inputs[3:])
+    return resolved(spec, inputs), inputs
+
+
+def _kept(spec: Spec, inputs: Inputs) -> Prepared:
+    """``_prepare``, for calls of one kind once."""
+    try:
+        kind = _kind(spec, inputs)
+        prepared = _PREPARED.get(kind)
+    except (AttributeError, TypeError, RuntimeError):  # nothing to look up by: the checks will say
+        return _prepare(spec, inputs)
+    if prepared is None:
+        prepared = _prepare(spec, inputs)
+        if len(_PREPARED) >= _MOST_PREPARED:
+            _PREPARED.clear()
+        _PREPARED[kind] = prepared
+    return prepared
+
+
+def _kind(spec: Spec, inputs: Inputs) -> object:
+    """All that the preparation of a call depends on."""
+    if spec.kernel_options is not None:
+        spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
+    q, k, v, mask, bias, seed, inv_freq, zeta, of_rule = inputs
+    device = q.device.type
+    return (
+        spec,
+        # 1 == 1.0 == True, but only one of them is a valid argument.
+        type(spec.scale),
+        type(spec.shared_qk),
+        type(spec.dropout),
+        _kind_of(q),
+        _kind_of(k),
+        _kind_of(v),
+        None if mask is None else _kind_of(mask),
+        None if bias is None else _kind_of(bias),
+        None if seed is None else _kind_of(seed),
+        None if inv_freq is None else _kind_of(inv_freq),
+        zeta is None,
+        tuple([_kind_of(x) for x in of_rule]) if of_rule else None,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        tuning.overridden(),
+    )
+
+
+def _kind_of(x: Tensor) -> object:
+    return type(x), x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous()
+
+
+def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
+    """Checks the arguments and picks the path."""
+    given = inputs.q.dtype if isinstance(inputs.q, Tensor) else None
+    spec, inputs = checked(spec, inputs)
+    choice = choose(spec, inputs)
+    if choice.backend == "flex":
+        run = flex.prepared(spec, shaped(inputs), choice.flash)
+    else:
+        on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()
+        if spec.backend == "auto" and on_gpu:
+            warn_once(choice.reason)
+        run = partial(eager.attend, spec)
+    return run, None if inputs.q.dtype == given else inputs.q.dtype
+
+
+@seen_as_constant
+def warn_once(reason: str) -> None:
+    """Says that a call on the GPU is not fused and why, the first time for that reason."""
+    if reason not in _SAID:
+        _SAID.add(reason)
+        words = "local attention takes its eager path, which is slower"
+        level = _level_outside()
+        warnings.warn(f"{words}: {reason}. backend='eager' asks for it by name", stacklevel=level)
+
+
+_SAID: set[str] = set()
+
+
+def _level_outside() -> int:
+    """The ``stacklevel`` with which the caller warns where the user's own code is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours_or_torchs(frame):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours_or_torchs(frame: types.FrameType) -> bool:
+    package, _, _ = frame.f_globals.get("__name__", "").partition(".")
+    return package in (__package__, "torch")

@@ -1,0 +1,1 @@
+"""The eager path: local attention in plain tensor operations, tile by tile."""

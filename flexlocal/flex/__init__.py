@@ -1,0 +1,5 @@
+"""The flex path: local attention in one fused kernel, by FlexAttention.
+
+Inside a user's ``torch.compile`` a call becomes part of the user's graph; outside, it goes through
+a callable that is compiled here and kept.
+"""

@@ -1,0 +1,230 @@
+"""What becomes one kernel: a call of FlexAttention, with what lies around it.
+
+Written to be compiled, on its own or as part of a user's model. Rotary, xpos's layout and the
+mask are part of the graph: a few small kernels around that of attention, and fewer where a user's
+graph already passes over the tensors. FlexAttention: arXiv:2412.05496. Shapes are those of
+``spec``.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from ..masks import Window
+from ..masks.key_layout import KeyLayout
+from ..masks.keys import without_padding
+from ..masks.rule import Rule
+from ..mods.bias import with_margin
+from ..mods.dropout import key_draws, query_draws
+from ..mods.shared_qk import ends_alone, unit_keys
+from ..rotary import Xpos, most_windows, rotate
+from ..spec import Inputs, Spec, rule_of, xpos_of
+from ..torch_limits import (
+    LEAST_HEAD,
+    LEAST_HEAD_ON_CPU,
+    MOST_HEAD,
+    MOST_HEAD_BETWEEN,
+    copied,
+    number_in_memory,
+    plain_int,
+    written_out,
+)
+from .dropout import attend_dropped
+from .kernel import Blocks, Kernel
+from .tuning import STOCK_BLOCK, Tuning
+
+
+def attend(
+    spec: Spec, inputs: Inputs, tuning: Tuning, lists: tuple[Tensor, ...] | None = None
+) -> Tensor:
+    """Local attention.
+
+    Args:
+        spec: the call, resolved.
+        inputs: its tensors, shaped.
+        tuning: blocks and options of the kernel.
+        lists: the index tensors of the block mask, where they are ready; see ``Blocks.lists``. The
+            graph is then one of its own, and no part of a user's.
+
+    Returns:
+        ``(b, h, n, d_v)`` in ``q``'s dtype.
+    """
+    q, k, v, mask, bias, seed, *_ = inputs
+    given = rule_of(spec, inputs)
+    b, h, n, _ = q.shape
+    h = plain_int(h)  # before functions of a score capture it
+    blocks = blocks_of(spec, given, inputs, tuning)
+    rule = blocks.rule
+    if mask is not None:
+        # For a compiler: the mask's sizes are those of q, however they were computed.
+        mask = mask.expand(-1, 1 if mask.shape[1] == 1 else h, n)
+        v = without_padding(v, mask)
+        # Kernels hide a score before they use it, but multiply by a hidden key for a gradient.
+        if torch.is_grad_enabled() and (k.requires_grad or q.requires_grad):
+            k = without_padding(k, mask)
+    if spec.shared_qk:
+        k = unit_keys(k)
+    layout = cast(KeyLayout, rule) if blocks.laid_out else None
+    if layout is not None:
+        v = layout.in_slots(v)
+    if inputs.inv_freq is not None:
+        q, k = _positioned(given, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
+
+    kept = None if mask is None else _by_slot(layout, mask)
+    on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
+    alone = lists is not None
+    q, k, v = _as_kernels_read(q, k, v, tuning.decodes(n), alone)
+    if lists is None:
+        lists = blocks.lists(q.device, kept)
+    bias_heads = margin = None
+    if bias is not None:
+        bias_heads = plain_int(bias.shape[0])
+        bias, margin = _bias_table(bias, bias_heads, blocks, on_gpu)
+    own_by_mask = spec.shared_qk and kept is None and bias is None and given.is_window
+    ends = ends_alone(given.window, n) if own_by_mask else None
+    looked_up = list(rule.tensors)
+    if layout is not None and layout.looks_up_length:
+        looked_up = [number_in_memory(n, q.device)]
+    rule_tensors, scale = len(looked_up), _scale(spec)
+    kernel = Kernel(
+        blocks, rule_tensors, h, grouped, scale, bias_heads, margin, on_gpu, ends
+    )  # fmt: skip
+    if kept is not None:
+        looked_up.append(kept)
+    if kernel.last_alone:
+        looked_up.append(number_in_memory(n, q.device))
+    if spec.dropout == 0:
+        arguments = kernel.arguments(lists, looked_up)
+        out: Tensor = flex_attention(q, k, v, score_mod=kernel.score_mod(bias), **arguments)
+        return _narrowed(out, d_v) if on_gpu or alone else copied(out)
+    assert seed is not None
+    draws = query_draws(seed, b * h, n), _by_slot(layout, key_draws(seed, b * h, n))
+    out = attend_dropped(kernel, spec.dropout, q, k, v, bias, draws, lists, tuple(looked_up))
+    return _narrowed(out, d_v)
+
+
+def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
+    """The sparse blocks of a call.
+
+    Args:
+        rule: the call's; a window is laid out for xpos, on sequences where one origin cannot
+            serve all keys.
+    """
+    b, h, n, _ = inputs.q.shape
+    slots, masked = n, inputs.mask is not None
+    laid_out = False
+    if spec.xpos_base is not None:
+        windows = most_windows(rule.window, spec.xpos_base, inputs.q.dtype)
+        if n > windows * rule.window.size:
+            layout = KeyLayout(rule.window, windows, n)
+            rule, slots, laid_out = layout, layout.all_slots, True
+    entries = b if rule.tensors else 1, plain_int(h)
+    return Blocks(rule, n, slots, entries, masked, spec.shared_qk, tuning, laid_out)
+
+
+def _scale(spec: Spec) -> float:
+    assert spec.scale is not None
+    return spec.scale
+
+
+def _positioned(
+    rule: Rule, layout: KeyLayout | None, inputs: Inputs, xpos: Xpos | None
+) -> tuple[Tensor, Tensor]:
+    """Queries rotated, and keys in their slots, in the dtypes that they came in."""
+    q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
+    assert inv_freq is not None
+    n, shift = q.shape[-2], 0 if rule.window is None else rule.window.after
+    q_factor = k_factor = None
+    if xpos is not None:
+        q_factor, k_factor = _xpos_factors(xpos, rule, layout, n)
+    position = torch.arange(n, device=q.device)
+    # Nothing is added where it is 0, so that a compiler makes one table for both.
+    turned_q = _rotated(q, position + shift if shift else position, inv_freq, q_factor)
+    if layout is None:
+        turned_k = _rotated(k, position, inv_freq, k_factor)
+    else:
+        turned_k = rotate(k, layout.slot_positions(k.device), inv_freq, k_factor, layout)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _xpos_factors(
+    xpos: Xpos, rule: Rule, layout: KeyLayout | None, n: int
+) -> tuple[Tensor, Tensor]:
+    """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
+    window, dtype = rule.window, torch.float32
+    if layout is None:
+        return xpos.scales(n, 0, 0, window.after, dtype)
+    query, slot = xpos.scales(layout.segment, window.before, window.after, window.after, dtype)
+    return query.repeat(layout.count, 1)[:n], slot.repeat(layout.count, 1)
+
+
+def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
+    """As ``rotate``, in memory as ``x`` lies: else the output would not, and be copied."""
+    if x.stride(1) >= x.stride(2):
+        return rotate(x, position, inv_freq, factor)
+    by_token, position = x.transpose(1, 2), position[:, None]
+    factor = None if factor is None else factor[:, None]
+    return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
+
+
+def _by_slot(layout: KeyLayout | None, x: Tensor) -> Tensor:
+    """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``, where kernels find it."""
+    return written_out(x if layout is None else layout.in_slots(x[..., None])[..., 0])
+
+
+def _bias_table(
+    bias: Tensor, heads: int, blocks: Blocks, on_gpu: bool
+) -> tuple[Tensor, int | None]:
+    """``bias`` as kernels look it up, and its margin, if it has one."""
+    # Its sizes in numbers: Dynamo makes them symbolic once biases of other windows came.
+    window: Window = blocks.rule.window
+    sized = bias.reshape(heads, window.size, window.span)
+    if bias.dtype == torch.float64:
+        bias = sized = written_out(sized.to(torch.float32))  # kernels read no float64
+    if not on_gpu:
+        # Kernels of the CPU, which give no gradients, read no bias that the graph computes.
+        learned = torch.is_grad_enabled() and bias.requires_grad
+        return bias if learned else written_out(sized), None
+    # A margin needs blocks that end with the sequence: kernels then look up no key beyond it.
+    if not blocks.rule.is_window or blocks.n % STOCK_BLOCK:
+        return bias, None
+    margin = blocks.rule.window.block_margin(blocks.tuning.block)
+    return with_margin(sized, margin), margin
+
+
+def _as_kernels_read(
+    q: Tensor, k: Tensor, v: Tensor, decodes: bool, alone: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head sizes that kernels take, and memory that they read rightly.
+
+    Args:
+        decodes: a decoding kernel may be taken.
+        alone: this is a graph of its own, and no part of a user's.
+    """
+    if q.device.type != "cuda":
+        q, k = _at_least(q, LEAST_HEAD_ON_CPU), _at_least(k, LEAST_HEAD_ON_CPU)
+        return (q, k, v) if alone else (copied(q), copied(k), copied(v))
+    q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
+    # torch 2.11 asks decoding kernels' query for its strides before they are settled: one
+    # computed from a transposed view was read wrongly.
+    return written_out(q) if decodes else q, k, v
+
+
+def _padded_head(x: Tensor) -> Tensor:
+    """``x`` with zeros up to a head size that kernels take on the GPU."""
+    d = x.shape[-1]
+    return _at_least(x, MOST_HEAD if d > MOST_HEAD_BETWEEN.get(x.dtype, d) else LEAST_HEAD)
+
+
+def _at_least(x: Tensor, d: int) -> Tensor:
+    """``x`` with zeros up to head size ``d``."""
+    return x if x.shape[-1] >= d else F.pad(x, (0, d - x.shape[-1]))
+
+
+def _narrowed(x: Tensor, d: int) -> Tensor:
+    """``x`` without the zeros past head size ``d``."""
+    # Even a slice that takes all is a view, which autograd would make anew outside the graph.
+    return x if x.shape[-1] == d else x[..., :d]

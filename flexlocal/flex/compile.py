@@ -1,0 +1,128 @@
+"""The compiled callables that are kept, and the block lists that they are given."""
+
+import types
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Inputs, Spec, rule_of
+from ..torch_limits import inductor, keep_guard, mark_length_dynamic
+from .attend import attend, blocks_of
+from .kernel import Blocks
+from .tuning import Tuning, tuning_of
+
+_Lists = tuple[Tensor, ...]
+"""The index tensors of a block mask."""
+
+
+def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], Tensor]:
+    """Local attention in one fused kernel, for calls like this one.
+
+    Args:
+        spec: the call, resolved.
+        inputs: its tensors, shaped.
+        flash: take FlashAttention 4's kernel.
+
+    Returns:
+        A function of a call's shaped tensors, with the result of ``attend``.
+    """
+    tuning = tuning_of(spec, inputs, flash)
+    if torch.compiler.is_compiling():
+        return partial(_in_a_users_graph, spec, tuning)
+    blocks = blocks_of(spec, rule_of(spec, inputs), inputs, tuning)
+    q, k, v, mask, bias, _, inv_freq, *_ = inputs
+    # What makes another kernel makes another callable: each has torch's recompile limit to itself.
+    kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
+    given = mask is not None, None if bias is None else bias.shape[0], inv_freq is not None
+    compiled = _compiled(
+        spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *given,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    device, made_anew = q.device, mask is not None or bool(inputs.rule_tensors)
+
+    def run(inputs: Inputs) -> Tensor:
+        if device.type == "cpu":  # its kernels refuse tensors that could require a gradient
+            inputs = Inputs(*map(_detached, inputs))
+        return compiled(None if made_anew else _lists(blocks, device), *inputs)
+
+    return run
+
+
+def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> Tensor:
+    return attend(spec, inputs, tuning)
+
+
+@lru_cache(maxsize=256)
+def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., Tensor]:
+    def call(lists: _Lists | None, *inputs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():  # FlexAttention would compute every score
+            raise RuntimeError(
+                "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
+                "backend must be 'eager' here"
+            )
+        return attend(spec, Inputs(*inputs), tuning, lists)
+
+    # The recompile limit counts per code object, so that each callable needs one of its own. What
+    # its closure holds has the names that `_on_arguments_and_modes` knows.
+    name = f"fused_{spec.rule.reach.label}_{abs(hash((spec, tuning, kind))):x}"
+    own = types.FunctionType(
+        call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
+    )
+    compiled: Callable[..., Tensor] = torch.compile(
+        own,
+        fullgraph=True,
+        backend=inductor,
+        options={"guard_filter_fn": _on_arguments_and_modes},
+    )
+    return compiled
+
+
+def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
+    """Which guards a callable keeps: not those that look after its closure, modules and globals.
+
+    Its key has settled these, and asking hundreds of them would cost more than the launch.
+    """
+    return [keep_guard(guard, ("spec", "tuning", "__import__")) for guard in guards]
+
+
+def _lists(blocks: Blocks, device: torch.device) -> _Lists:
+    """The lists of the block mask, kept from call to call."""
+    made, stream = _made_lists(blocks, device), None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _lists_of_a_graph(blocks, device, made)
+        # Another stream would have to wait for these, and for their memory to be free again.
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if stream not in made:
+        with torch.inference_mode(False), torch.no_grad():
+            lists = blocks.lists(device)
+        for x in lists:
+            mark_length_dynamic(x, 2)
+        made[stream] = lists
+    return made[stream]
+
+
+@lru_cache(maxsize=256)
+def _made_lists(blocks: Blocks, device: torch.device) -> dict[int | None, _Lists]:
+    """Those that are kept, by stream."""
+    return {}
+
+
+def _lists_of_a_graph(
+    blocks: Blocks, device: torch.device, made: dict[int | None, _Lists]
+) -> _Lists:
+    """Lists for a graph that is being captured, which reads them as long as it lives."""
+    if made:  # by the calls before the capture, which ends their streams' work first
+        return _CAPTURED.setdefault((blocks, device), tuple(made.values())[0])
+    return blocks.lists(device)  # a part of the graph, and made again whenever it replays
+
+
+_CAPTURED: dict[tuple[Blocks, torch.device], _Lists] = {}
+"""What captured graphs read: kept for good, since nothing says when a graph is gone."""
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x

@@ -1,0 +1,30 @@
+"""What the flex path takes, and the reason where it cannot."""
+
+import torch
+
+from ..rotary import xpos_fits
+from ..spec import Inputs, Spec
+from ..torch_limits import MOST_HEAD, is_exporting, unavailable
+
+
+def refusal(spec: Spec, inputs: Inputs) -> str | None:
+    """Why this call cannot run fused; None when it can."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    reason = unavailable(q.device, q.dtype)
+    if reason is not None:
+        return reason
+    if is_exporting():
+        return "torch.export cannot hold FlexAttention's kernel"
+    if q.numel() == 0 or v.numel() == 0:
+        return "there is nothing to compute: a tensor is empty"
+    if spec.xpos_base is not None and not xpos_fits(spec.rule.window, spec.xpos_base, q.dtype):
+        return f"xpos's factors of windows that reach so far overflow {q.dtype}"
+    if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
+        return f"kernels take heads up to {MOST_HEAD} wide"
+    if q.device.type == "cpu":
+        tensors = [x for x in (q, k, v, inputs.bias) if x is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return "FlexAttention has no backward pass on the CPU; torch.no_grad() would do"
+        if spec.dropout > 0:
+            return "FlexAttention gives no log-sum-exp on the CPU, which dropout needs"
+    return None

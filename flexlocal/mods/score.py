@@ -1,0 +1,36 @@
+"""Functions of one score, as FlexAttention takes them, with their derivatives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From a score, batch entry, head, query and key index to the score that takes its place."""
+
+
+@dataclass(frozen=True)
+class Mod:
+    """A function of a score, and its derivative.
+
+    Attributes:
+        value: the score that takes the place of a score.
+        gradient: from the gradient of ``value`` and what ``value`` was given to the gradient of the
+            score; None where they are the same.
+    """
+
+    value: ScoreMod
+    gradient: Callable[..., Tensor] | None = None
+
+
+def in_turn(*score_mods: ScoreMod) -> ScoreMod | None:
+    """One score_mod that applies all of them, first to last; None for none."""
+    if not score_mods:
+        return None
+
+    def apply(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        for score_mod in score_mods:
+            score = score_mod(score, batch, head, query, key)
+        return score
+
+    return apply

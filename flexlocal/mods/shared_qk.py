@@ -1,0 +1,125 @@
+"""Shared queries and keys: keys of length 1, and a token sees itself only if it sees nothing else.
+
+Reformer (arXiv:2001.04451) sets the score of a token with itself to -5e4, whose weight is 0 beside
+any other key's. For kernels a mask says the same and costs no arithmetic on the scores, where the
+window alone decides what else is seen: not with a key mask, nor with a bias, which may push other
+scores below -5e4.
+"""
+
+import torch
+from torch import Tensor
+
+from ..masks import Rule, Window, mask_mod
+from ..masks.rule import MaskMod
+from ..torch_limits import at_least, at_most
+from .score import Mod
+
+SELF_SCORE = -5e4
+"""Score of a token with itself."""
+
+SELF_SCORE_OF_KERNELS = -49995.65625
+"""``SELF_SCORE`` for kernels, which multiply scores by log2(e) and round to fp32.
+
+The backward pass gives a key that a query sees alone the weight ``exp2`` of what that rounding took
+away: off by a thousandth at -5e4. This is the nearest number that loses nothing.
+"""
+
+
+def unit_keys(key: Tensor) -> Tensor:
+    """``key`` scaled to length 1 over its last dimension."""
+    long = key.to(torch.promote_types(key.dtype, torch.float32))
+    # Not F.normalize: the second derivative of its norm is NaN at 0, where a mask puts keys.
+    square = long.square().sum(-1, keepdim=True)
+    return (long / square.clamp_min(1e-24).sqrt()).to(key.dtype)
+
+
+# For kernels.
+
+
+def itself_last(rule: Rule) -> Mod:
+    """Sets the score of a token with itself, which makes it a constant."""
+
+    def value(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(_own(rule, batch, query, key), SELF_SCORE_OF_KERNELS, score)
+
+    def gradient(
+        grad: Tensor, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
+        return torch.where(_own(rule, batch, query, key), 0.0, grad)
+
+    return Mod(value, gradient)
+
+
+def ends_alone(window: Window, n: int) -> tuple[bool, bool]:
+    """Whether ``window`` shows the first and the last of ``n`` tokens no key but their own.
+
+    False for causal windows, whose mask can do without.
+    """
+    if window.causal:
+        return False, False
+    return _alone(window, n, 0), _alone(window, n, n - 1)
+
+
+def but_itself_mod(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> MaskMod:
+    """FlexAttention's mask_mod of ``rule`` without the query's own key, where it sees others.
+
+    Args:
+        rule: a window, or the layout of its keys.
+        n: tokens; in a 0-d tensor for a kernel to look up.
+        ends: ``ends_alone`` of them.
+    """
+    window: Window = rule.window
+    if window.most_seen == 1:
+        return mask_mod(rule)
+    sees = _before_itself(rule) if window.causal else _beside_itself(rule, n, ends)
+    sees.__name__ = f"{rule.reach.label}_but_itself"
+    return sees
+
+
+def _before_itself(rule: Rule) -> MaskMod:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        first, itself = rule.keys(batch, head, query)
+        return (first <= key) & (key <= at_least(itself - 1, at_least(first, 0)))
+
+    return sees
+
+
+def _beside_itself(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> MaskMod:
+    # Where windows look both ways only the first and the last token can see none but itself. Other
+    # queries must not be asked: on up to 127 tokens LLVM adds their 16-bit numbers in pairs, and
+    # where one of a pair is missing, ptxas before CUDA 13.1 forgets to add.
+    first_alone, last_alone = ends
+    visible = mask_mod(rule)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        others = ~_own(rule, batch, query, key)
+        if first_alone:
+            others = others | (query == 0)
+        if last_alone:
+            others = others | (query == n - 1)
+        return visible(batch, head, query, key) & others
+
+    return sees
+
+
+def _own(rule: Rule, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the key is the query's own, by position."""
+    own: Tensor = rule.key_position(batch, query, key) == rule.query_position(batch, query)
+    return own
+
+
+def _alone(window: Window, n: int, token: int) -> bool:
+    return at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)
+
+
+# For the eager path: scores ``(..., t, s)`` of tiles whose first query is their key ``before``.
+
+
+def set_own_scores(scores: Tensor, before: int) -> None:
+    """Sets the scores of tokens with themselves, in place."""
+    scores.diagonal(before, -2, -1).fill_(SELF_SCORE)
+
+
+def clear_own_gradients(grad_scores: Tensor, before: int) -> None:
+    """Their gradients, which are 0, in place."""
+    grad_scores.diagonal(before, -2, -1).zero_()

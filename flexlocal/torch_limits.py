@@ -1,0 +1,228 @@
+"""What torch's compiler and FlexAttention's kernels cannot do, and the ways around it.
+
+Every workaround of the package stands here, with the versions of torch that need it and what goes
+wrong without it; ``tests/flex/test_torch_limits.py`` fails when one is no longer needed. It is also
+the one file that knows private names of torch. It imports torch only, so that any other may use it.
+"""
+
+import importlib.util
+import math
+import operator
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Index = TypeVar("Index", int, Tensor)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Limits of FlexAttention's kernels, torch 2.11 to 2.15.
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute."""
+
+LEAST_HEAD, MOST_HEAD = 16, 256
+"""Channels of the narrowest and of the widest heads that kernels take on a GPU."""
+
+MOST_HEAD_BETWEEN = {torch.float32: 128}
+"""Channels above which heads are padded to ``MOST_HEAD``.
+
+torch 2.11 knows no tiles for fp32 heads in between that fit into Hopper's shared memory.
+"""
+
+LEAST_HEAD_ON_CPU = 24
+"""Channels of the narrowest heads for which the CPU's kernel is right.
+
+Narrower ones may be multiplied by keys past the last one, and the result is written over the
+running maxima of the first queries. It happens without AVX-512 where a vector divides head size and
+length and 16 does not divide the length (torch 2.11 to 2.15).
+"""
+
+
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no compiled kernel can run on ``device`` at ``dtype``; None when one can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"FlexAttention has no kernel for {device.type} tensors"
+    if dtype not in KERNEL_DTYPES:
+        return f"FlexAttention has no kernel for {dtype}, only for float32, bfloat16 and float16"
+    # A compiler at work has found what it needs, and cannot trace a search for it.
+    return None if torch.compiler.is_compiling() else _missing(device.type)
+
+
+@lru_cache
+def _missing(device_type: str) -> str | None:
+    from torch._dynamo import config  # takes seconds to import
+    from torch._dynamo.eval_frame import is_dynamo_supported
+
+    if not is_dynamo_supported():
+        return "torch.compile does not support this Python"
+    if config.disable:
+        return "torch.compile is switched off (TORCH_COMPILE_DISABLE)"
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            if torch.version.cuda:
+                return "torch finds no GPU (nvidia-smi says whether its driver does)"
+            return "torch is built without CUDA (another: https://pytorch.org/get-started)"
+        if importlib.util.find_spec("triton") is None:
+            return "triton, which compiles kernels for the GPU, is missing (pip install triton)"
+        return None
+    if shutil.which(cpp_compiler()) is None:
+        return (
+            f"the C++ compiler {cpp_compiler()!r}, which torch.compile needs on the CPU, is not "
+            "found (Debian, Ubuntu: apt install g++; CXX names another)"
+        )
+    return None
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that torch.compile runs for kernels of the CPU."""
+    return os.environ.get("CXX", "g++")
+
+
+# Sizes and bounds.
+
+
+def plain_int(size: int) -> int:
+    """``size`` as a number, where a compiler made it symbolic.
+
+    Kernels cannot be built for a symbolic number of heads, nor a mask_mod from a symbolic window;
+    Dynamo makes both symbolic once it has met several (torch 2.11 to 2.15). Inside a compiler this
+    guards on the number, and each one is a graph.
+    """
+    return operator.index(size)
+
+
+def is_symbolic(size: int) -> bool:
+    """Whether a compiler is to make one graph for many sizes: to compare it would guard on it."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a third of a second
+
+    return not has_static_value(size)
+
+
+def at_least(value: Index, low: Index | int) -> Index:
+    """``value``, or ``low`` where that is more.
+
+    By ``torch.where`` and not ``clamp``: torch 2.13's Inductor fails on ``max(0, position)`` when
+    it folds the positions of a block mask into index arithmetic ("vr must not be None").
+    """
+    if isinstance(value, Tensor):
+        return torch.where(value > low, value, low)
+    return max(value, low)
+
+
+def at_most(value: Index, high: Index | int) -> Index:
+    """``value``, or ``high`` where that is less; not by ``clamp``, as ``at_least``."""
+    if isinstance(value, Tensor):
+        return torch.where(value < high, value, high)
+    return min(value, high)
+
+
+# Memory.
+
+
+def written_out(x: Tensor) -> Tensor:
+    """``x``; inside ``torch.compile`` a contiguous buffer of its own.
+
+    Inductor computes a small table anew for every element that reads it. It may also transpose
+    block lists and captured tensors, whose strides FlexAttention's kernels take for granted (torch
+    2.11: illegal memory access). ``as_strided`` prevents both.
+    """
+    return settled(x) if torch.compiler.is_compiling() else x
+
+
+def settled(x: Tensor) -> Tensor:
+    """``written_out`` for code that is traced while ``is_compiling()`` is False.
+
+    Not for tensors whose elements are all equal: Inductor makes a constant of them, and may leave
+    gaps between its rows.
+    """
+    # Inductor may know the strides only as quotients of symbolic sizes. These are products.
+    strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.dim())]
+    return x.contiguous().as_strided(x.shape, strides)
+
+
+@torch.library.custom_op("flexlocal::copied", mutates_args=())
+def copied(x: Tensor) -> Tensor:
+    """``x`` in contiguous memory of its own, by an operator that Inductor fuses with no other.
+
+    The CPU's FlexAttention kernel refuses neighbours that Inductor fused with it, and reads a view
+    that the graph makes without its offset (torch 2.13).
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@copied.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+copied.register_autograd(lambda ctx, grad: grad)
+
+
+def number_in_memory(n: int, device: torch.device) -> Tensor:
+    """``n`` as a 0-d int32 buffer, so that kernels load it instead of specialising on it.
+
+    A kernel cannot capture arithmetic on a symbolic int, and dropout's backward pass cannot capture
+    a symbolic int at all (torch 2.11 to 2.15).
+    """
+    # Not torch.full: Inductor would make a constant of it, and no buffer.
+    return written_out(torch.arange(n, n + 1, dtype=torch.int32, device=device).view(()))
+
+
+# Compiling.
+
+
+def seen_as_constant(function: Function) -> Function:
+    """Has a compiler call ``function`` while it traces, and take the result for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler here. torch 2.11
+    takes ``is_exporting()`` for True wherever it traces it, so that it must not be traced.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@seen_as_constant
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work."""
+    return torch.compiler.is_exporting()
+
+
+def mark_length_dynamic(x: Tensor, dim: int) -> None:
+    """Has lengths share a graph from the second one on, however many blocks they have."""
+    torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def keep_guard(guard: Any, settled_names: Sequence[str]) -> bool:
+    """Whether a compiled callable needs the guard: not on globals, nor on what its key settles."""
+    return not guard.is_global and not any(name in guard.name for name in settled_names)
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """torch's compiler, told how gradients lie and that ``retain_graph=True`` may come.
+
+    torch 2.11 takes the gradients of transposed views for contiguous, and copies them. It also
+    lets a backward pass write over what was saved for it, which a user who compiled nothing cannot
+    expect.
+    """
+    from torch._functorch import config
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(
+        guess_tangent_strides_as_outputs=True,
+        donated_buffer=False,
+        enable_autograd_cache=False,  # it would keep graphs without the list that is mended below
+    ):
+        compiled = compile_fx(graph, inputs)
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        # torch leaves None here, but refuses to retain a graph unless the list is empty.
+        context.fw_metadata.bw_donated_idxs = []
+    return compiled  # type: ignore[return-value]

@@ -1,0 +1,207 @@
+"""Keys copied segment by segment, for xpos: the one layout in which slots are not positions.
+
+xpos scales a key by its distance from an origin, and far from the origin the factor overflows. So
+the sequence is cut into segments of some windows, each with an origin of its own. A segment gets
+its own copy of every key that its queries may see: the keys of the segment, those of
+``look_backward`` windows before it and those of ``look_forward`` windows after it. A query still
+sees one interval, counted in slots of that layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..torch_limits import Index, at_least, at_most, written_out
+from .rule import Entry, Reach, Rule
+from .window import Window
+
+
+@dataclass(frozen=True)
+class LayoutReach(Reach):
+    """A reach over slots: a block of queries that crosses into a segment passes its halo too."""
+
+    segment: int = 1
+    """Queries in a segment."""
+    halo: int = 0
+    """Slots in a segment beside those of its own keys."""
+
+    def longest(self, tokens: int) -> int:
+        """Most slots between the first and the last that a block of queries sees."""
+        return super().longest(tokens) + _ceil(tokens - 1, self.segment) * self.halo
+
+    def longest_of_keys(self, keys: int) -> int:
+        """Most queries between the first and the last that see a block of slots."""
+        return super().longest(keys)
+
+
+@dataclass(frozen=True)
+class KeyLayout(Rule):
+    """``layout_of`` over keys laid out in segments of ``windows`` windows.
+
+    Args:
+        layout_of: the window.
+        windows: windows in a segment, at least 1.
+        length: tokens in the sequence.
+        length_tensor: ``length`` in a 0-d tensor, where kernels are to look it up.
+    """
+
+    layout_of: Window
+    windows: int
+    length: int
+    length_tensor: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def segment(self) -> int:
+        """Queries in a segment."""
+        return self.windows * self.window.size
+
+    @property
+    def slots(self) -> int:
+        """Key slots in a segment: its own keys and the halo."""
+        return self.segment + self._halo
+
+    @property
+    def count(self) -> int:
+        """Segments in the sequence."""
+        return _ceil(self.length, self.segment)
+
+    @property
+    def all_slots(self) -> int:
+        """Key slots of all segments."""
+        return self.count * self.slots
+
+    def in_slots(self, keys: Tensor) -> Tensor:
+        """``(..., length, d)`` as ``(..., count * slots, d)``, zeros where there is no key."""
+        laid_out: Tensor = _InSlots.apply(keys, self)  # type: ignore[no-untyped-call]
+        return laid_out
+
+    def slot_positions(self, device: torch.device | str) -> Tensor:
+        """Position that each slot stands for, ``(count * slots,)``, in the sequence or beyond."""
+        slot = torch.arange(self.all_slots, device=device)
+        return slot - self._shift(slot // self.slots)
+
+    def from_slots(self, copies: Tensor) -> Tensor:
+        """``(..., count * slots, d)`` summed over the slots of each key, ``(..., length, d)``."""
+        before, after = self.window.before, self.window.after
+        parts = copies.unflatten(-2, (self.count, self.slots))
+        found = []
+        # Slots that hold keys of the segment itself, of those before it and of those after it.
+        for step in range(-_ceil(after, self.segment), _ceil(before, self.segment) + 1):
+            start = before - step * self.segment
+            first, end = max(start, 0), min(start + self.segment, self.slots)
+            inside = parts[..., first:end, :]
+            behind, past = max(-step, 0), max(step, 0)
+            missing = (0, 0, first - start, start + self.segment - end, behind, past)
+            found.append(self._joined(F.pad(inside, missing).narrow(-3, past, self.count)))
+        return sum(found[1:], found[0])
+
+    def _joined(self, segments: Tensor) -> Tensor:
+        """``(..., count, queries, d)`` as ``(..., length, d)``."""
+        joined: Tensor = segments.flatten(-3, -2)
+        return joined[..., : self.length, :]
+
+    # The rule, over slots.
+
+    def keys(self, batch: Entry, head: Entry, query: Index) -> tuple[Index, Index]:
+        """First and last slot that ``query`` sees."""
+        first, last = self.window.keys(batch, head, query)
+        if self.looks_up_length:
+            length: Any = self.length if self.length_tensor is None else self.length_tensor
+            last = at_most(last, length - 1)
+        shift = self._shift(query // self.segment)
+        return at_least(first, 0) + shift, last + shift
+
+    def queries(self, batch: Entry, head: Entry, slot: Index) -> tuple[Index, Index]:
+        """First and last query of the slot's segment that sees the slot.
+
+        For a slot past the last key the first is the segment's end; for one before the first key
+        the last lies before the segment.
+        """
+        number = slot // self.slots
+        position = slot - self._shift(number)
+        start, end = number * self.segment, (number + 1) * self.segment
+        first, last = self.window.queries(batch, head, position)
+        first = at_most(at_least(first, start), end)
+        last = at_least(at_most(last, end - 1), start - 1)
+        first = first + _where_above(position, self.length - 1, end - first)
+        return first, last - _where_above(-position, 0, last - (start - 1))
+
+    @property
+    def reach(self) -> LayoutReach:
+        """The window's, over slots."""
+        window = self.window.reach
+        return LayoutReach(
+            **{name: getattr(window, name) for name in ("keys", "back", "ahead", "align", "step")},
+            label=f"{window.label}_segments_of_{self.windows}",
+            segment=self.segment,
+            halo=self._halo,
+        )
+
+    @property
+    def looks_up_length(self) -> bool:
+        """Whether its bounds need the length: causal windows end before the sequence does."""
+        return not self.window.causal
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The length, where it is given as a tensor."""
+        return () if self.length_tensor is None else (self.length_tensor,)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "KeyLayout":
+        """With the length in a 0-d tensor, or in none."""
+        return replace(self, length_tensor=tensors[0] if tensors else None)
+
+    @property
+    def window(self) -> Window:
+        """The window that is laid out."""
+        return self.layout_of
+
+    def key_position(self, batch: Entry, query: Index, key: Index) -> Index:
+        """Position of the key that ``query`` finds in the slot ``key``."""
+        return key - self._shift(query // self.segment)
+
+    @property
+    def _halo(self) -> int:
+        return self.window.before + self.window.after
+
+    def _shift(self, number: Index) -> Index:
+        """How many slots further than its position a key lies, in the segment of that number."""
+        return number * self._halo + self.window.before
+
+
+def _where_above(value: Index, limit: int, then: Index) -> Index:
+    """``then`` where ``value > limit``, else 0."""
+    return then * (value > limit)
+
+
+class _InSlots(torch.autograd.Function):
+    """Copies keys to the slots that hold them; the gradient of a key is the sum of its slots'.
+
+    Forward by look-up and backward by slices, so that Inductor makes one pass of each. Joining
+    slices would take it several passes, and the gradient of a look-up would be atomic additions.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(keys: Tensor, layout: KeyLayout) -> Tensor:
+        position = layout.slot_positions(keys.device)
+        inside = (position >= 0) & (position < layout.length)
+        place = written_out(torch.where(inside, position, -1))
+        return keys.index_select(-2, at_least(place, 0)).masked_fill((place < 0)[:, None], 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, KeyLayout], output: Tensor) -> None:
+        ctx.layout = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layout.from_slots(grad), None
+
+
+def _ceil(count: int, by: int) -> int:
+    return -(-count // by)
