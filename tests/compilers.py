@@ -19,6 +19,12 @@ needs_compiled_kernels_on_the_cpu = pytest.mark.skipif(
 )
 
 
+def quick(names, kept):
+    """Cases of a test by name: all but those that are kept run among the slow ones."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in kept]
+    return [*kept, *slow]
+
+
 def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -70,6 +70,7 @@ def test_a_window_longer_than_the_sequence_costs_the_sequence():
     assert max(numels) == 2 * 24 * 24  # the scores of both heads
 
 
+@pytest.mark.slow
 def test_head_sizes_that_a_compiler_leaves_open():
     layers = [LocalAttention(8, dim=d, dropout=0.0, backend="eager") for d in (16, 32)]
     torch.compiler.reset()

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from budget import gradients
-from compilers import needs_compiled_kernels_on_the_cpu
+from compilers import needs_compiled_kernels_on_the_cpu, quick
 from features import PLAIN, windows_of
 from sympy import sympify
 
@@ -118,7 +118,7 @@ def check_inference(cases, **options):
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu")
-@pytest.mark.parametrize("name", ["rows, mask", "shared", "xpos"])
+@pytest.mark.parametrize("name", quick(["rows, mask", "shared", "xpos"], kept=["shared"]))
 def test_dropout(name):
     check_dropout(name, backend="aot_eager")
 
@@ -129,6 +129,7 @@ def of_other_windows():
     return case, dataclasses.replace(case, window=windows_of(20))
 
 
+@pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
 def test_layers_of_other_windows():
     for case in of_other_windows():
@@ -164,7 +165,7 @@ def as_kernels_take(graph, inputs):
 
 
 @needs_compiled_kernels_on_the_cpu
-@pytest.mark.parametrize("name", [*KINDS, "mask by head"])
+@pytest.mark.parametrize("name", quick([*KINDS, "mask by head"], kept=["mask", "rows, bias"]))
 def test_kernels_meet_sizes_that_they_take(name):
     """On the GPU they refuse others."""
     cases = calls(name) if name in KINDS else of_masks_by_head()
@@ -204,6 +205,7 @@ def test_windows_of_the_eager_path(given):
     check_windows("eager", given)
 
 
+@pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
 def test_windows_of_kernels():
     check_windows("flex", WINDOWS["sizes"][:2])

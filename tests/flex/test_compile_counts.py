@@ -26,6 +26,7 @@ from flexlocal import LocalAttention
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_limit_is_hit")
 
 
+@pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
 def test_shapes_share_graphs_inside_a_compiled_model():
     """Batch size and length change at once: one that first changes later costs a graph more."""

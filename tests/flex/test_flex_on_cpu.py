@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from budget import assert_within_budget
-from compilers import MOST_GRAPHS, graphs, needs_compiled_kernels_on_the_cpu
+from compilers import MOST_GRAPHS, graphs, needs_compiled_kernels_on_the_cpu, quick
 from features import feature
 from hypothesis import Phase, given, settings
 from local_attention import LocalAttention as Upstream
@@ -34,17 +34,20 @@ def run(case, call):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "rotary, exact both ways",
-        "xpos, mask, bias, shared",
-        "mask and bias, blocks full",
-        "bias over rows",
-        "shared both ways",
-        "shared, mask",
-        "grouped queries",
-        "narrow values",
-        "views",
-    ],
+    quick(
+        [
+            "rotary, exact both ways",
+            "xpos, mask, bias, shared",
+            "mask and bias, blocks full",
+            "bias over rows",
+            "shared both ways",
+            "shared, mask",
+            "grouped queries",
+            "narrow values",
+            "views",
+        ],
+        kept=("xpos, mask, bias, shared", "grouped queries"),
+    ),
 )
 def test_features_against_the_oracle(name):
     case = feature(name)
@@ -53,6 +56,7 @@ def test_features_against_the_oracle(name):
     assert_within_budget(run(case, call), rough, truth, torch.float32, "the output")
 
 
+@pytest.mark.slow
 @settings(max_examples=3, phases=[Phase.generate])
 @given(cases(upstream=True))
 def test_random_calls_against_upstream(case):
@@ -75,6 +79,7 @@ def test_lengths_share_kernels_and_give_the_right_result():
     assert graphs() <= MOST_GRAPHS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_lengths_with_a_last_token_that_sees_only_itself():
     flags = {"look_backward": 0, "exact_windowsize": True, "shared_qk": True, "autopad": True}
@@ -88,6 +93,7 @@ def test_lengths_with_a_last_token_that_sees_only_itself():
     assert graphs() <= MOST_GRAPHS
 
 
+@pytest.mark.slow
 def test_calls_of_one_shape_take_the_kernel_of_their_arguments(monkeypatch):
     """What is left out of a call or added to it makes another kernel, in whatever order."""
     # Graphs without code of their own: what is asked is which one a call takes.
@@ -168,6 +174,7 @@ def test_a_graph_that_is_retained(dynamic, tmp_path, monkeypatch):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_lengths_with_xpos_and_a_mask():
     """One origin serves the first; the second, whose length is open, lies in segments."""
     layers = [
@@ -183,6 +190,7 @@ def test_lengths_with_xpos_and_a_mask():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bias_in_float64():
     case = feature("bias")
     call = case.tensors(torch.float32)
@@ -193,6 +201,7 @@ def test_a_bias_in_float64():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_default_dtype_is_no_scores():
     """fp32 stays fp32 where two plain numbers would be of another dtype."""
     case = feature("xpos, mask, bias, shared")
@@ -206,6 +215,7 @@ def test_the_default_dtype_is_no_scores():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_masks_and_biases_that_a_graph_computes():
     """Kernels of the CPU would not find them; nor a view of one mask for several batch entries."""
     q, bias = torch.randn(2, 4, 40, 16), torch.randn(8, 24, 4)
@@ -222,6 +232,7 @@ def test_masks_and_biases_that_a_graph_computes():
     torch.testing.assert_close(found, computed(eager), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_lies_around_it_in_a_graph():
     """Kernels of the CPU read no view at its offset and take nothing that follows them."""
     projected = torch.randn(2, 40, 4, 3 * 16)

@@ -10,6 +10,7 @@ import budget
 import pytest
 import torch
 from budget import gradients
+from compilers import quick
 from features import FEATURES, feature
 from hypothesis import Phase, given, settings
 from strategies import cases
@@ -22,6 +23,26 @@ from flexlocal.flex import compile as compiling
 pytestmark = pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
 
 
+QUICK = (
+    "far looks",
+    "rotary, exact both ways",
+    "xpos",
+    "xpos, mask, bias, shared",
+    "mask, a row hidden",
+    "mask by head",
+    "bias over rows",
+    "bias and shared",
+    "shared both ways",
+    "shared, mask",
+    "grouped, mask by head",
+    "narrow values",
+    "views",
+    "three dimensions",
+    "scale zero",
+)
+"""Each argument at least once; the others meet in further pairs."""
+
+
 def compiled(case, **more):
     layer = LocalAttention(**{**case.arguments(), **more}, backend="flex")
     return torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -32,11 +53,12 @@ def check_case(case):
     budget.check(case, torch.float32, partial(case.run, run))
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", quick(FEATURES, kept=QUICK))
 def test_arguments(name):
     check_case(feature(name))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.generate])
 @given(cases())
 def test_random_calls(case):
@@ -130,11 +152,12 @@ def check_dropout(case):
         torch.testing.assert_close(fused, eager, rtol=0, atol=2e-5 * size)
 
 
-@pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.parametrize("name", quick(DROPPED, kept=DROPPED[2:6]))
 def test_dropout(name):
     check_dropout(feature(name, n=301))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.generate])
 @given(cases())
 def test_dropout_of_random_calls(case):

@@ -116,6 +116,7 @@ def test_cuda_graphs_give_the_same_with_other_data():
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", PLACES)
 def test_one_compiled_model_over_many_lengths(device):
     dtype, tolerance = (torch.float64, 1e-9) if device == "cpu" else (torch.float32, 1e-4)
@@ -138,6 +139,7 @@ def test_one_compiled_model_over_many_lengths(device):
 LOOKS_AT_GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
+@pytest.mark.slow
 @LOOKS_AT_GRAD
 @pytest.mark.parametrize("device", PLACES)
 def test_blocks_compiled_one_by_one(device):
