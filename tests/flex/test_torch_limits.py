@@ -1,0 +1,146 @@
+"""Each workaround for torch: what goes wrong without it, so that one that is not needed shows.
+
+A test here fails when torch does right what a workaround goes around, or when the workaround is
+taken away. What can be seen on a GPU alone is marked so. Where the fault was not made again, other
+tests fail without the workaround: ``test_a_graph_that_is_retained``, ``test_lengths_share_graphs``.
+"""
+
+import pytest
+import torch
+from compilers import needs_compiled_kernels_on_the_cpu
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexlocal import LocalAttention, Window, local_attention, torch_limits
+from flexlocal.flex import attend as graph
+from flexlocal.masks import block_mask
+from flexlocal.torch_limits import at_least, at_most, inductor, is_symbolic, plain_int
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def with_neighbours(layer, x):
+    """A graph with views before the kernel, and arithmetic behind it."""
+    q, k, v = x.transpose(1, 2).chunk(3, dim=-1)
+    return 2 * layer(layer(q, k, v).relu(), layer(q, k, v), v) + q
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+def test_a_kernel_of_the_cpu_takes_no_neighbours(monkeypatch):
+    """Nor reads a view at its offset; which ``copied`` goes around."""
+    x = torch.randn(2, 40, 3, 3 * 24)
+    layers = {name: LocalAttention(8, dropout=0.0, backend=name) for name in ("eager", "flex")}
+    compiled = torch.compile(with_neighbours, fullgraph=True)
+    with torch.no_grad():
+        right = with_neighbours(layers["eager"], x)
+        torch.testing.assert_close(compiled(layers["flex"], x), right, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(graph, "copied", lambda x: x)
+        torch.compiler.reset()
+        try:
+            without = compiled(layers["flex"], x)
+        except torch._inductor.exc.InductorError:
+            return
+        assert (without - right).abs().max() > 0.1, "copied is no longer needed"
+
+
+@needs_compiled_kernels_on_the_cpu
+def test_a_kernel_of_the_cpu_wants_lists_as_wide_as_the_grid():
+    """Which ``full_width`` goes around; a GPU's takes narrow ones."""
+    window, n = Window(32, causal=True), 16384  # narrow lists are cut off from 64 blocks on
+    q = torch.randn(1, 1, n, 32)
+    narrow = block_mask(window, n, n)
+    assert narrow.kv_indices.shape[-1] < n // 128
+    with torch.no_grad(), pytest.raises(Exception, match="(?i)assert"):
+        torch.compile(flex_attention, fullgraph=True)(q, q, q, block_mask=narrow)
+
+
+def test_the_gradient_of_a_sum_of_views_is_copied_by_torchs_own_compiler():
+    """Which ``inductor`` goes around, by ``guess_tangent_strides_as_outputs``."""
+    x, y, grad = (torch.randn(2, 30, 4, 16).transpose(1, 2) for _ in range(3))
+    strides = []
+    for backend in ("inductor", inductor):
+        torch.compiler.reset()
+        one = x.clone().requires_grad_()
+        total = torch.compile(lambda x, y: 2 * x + y, fullgraph=True, backend=backend)
+        (found,) = torch.autograd.grad(total(one, y), one, grad)
+        torch.testing.assert_close(found, 2 * grad)
+        strides.append(found.stride())
+    assert strides[1] == x.stride()
+    assert (strides[0] != x.stride()) == (TORCH == (2, 11)), "it is needed for other versions"
+
+
+def test_sizes_become_symbolic_and_plain_again():
+    """Which ``plain_int`` goes around: a kernel is made for numbers."""
+    seen = []
+
+    def look(x):
+        seen.append((is_symbolic(x.shape[0]), type(plain_int(x.shape[0]))))
+        return x + 1
+
+    compiled = torch.compile(look, fullgraph=True, dynamic=True, backend="eager")
+    for n in (5, 6, 7):
+        compiled(torch.zeros(n, 3))
+    assert {kind for _, kind in seen} == {int}
+    assert not is_symbolic(5)
+
+
+def test_clipping_is_right_for_numbers_and_tensors():
+    x = torch.arange(-3, 4)
+    assert torch.equal(at_least(x, -1), x.clamp(min=-1)) and at_least(-3, -1) == -1
+    assert torch.equal(at_most(x, 2), x.clamp(max=2)) and at_most(3, 2) == 2
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+def test_positions_clipped_by_clamp_break_a_mask(monkeypatch):
+    """Which ``at_least`` goes around, by ``torch.where``."""
+    from flexlocal.masks import block_intervals, block_lists, key_layout
+
+    def attend(backend):
+        layer = LocalAttention(8, True, dim=32, use_xpos=True, xpos_scale_base=1.0, dropout=0.0)
+        layer.backend = backend
+        q = torch.randn(1, 2, 640, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return torch.compile(layer, fullgraph=True)(q, q, q)
+
+    right = attend("eager")
+    torch.testing.assert_close(attend("flex"), right, rtol=1e-4, atol=1e-4)
+    for module in (block_intervals, block_lists, key_layout):
+        monkeypatch.setattr(module, "at_least", lambda value, low: value.clamp(min=low))
+    torch.compiler.reset()
+    if TORCH == (2, 13):
+        with pytest.raises(Exception, match="vr must not be None"):
+            attend("flex")
+    else:
+        attend("flex")
+
+
+@needs_compiled_kernels_on_the_cpu
+def test_what_kernels_take_is_what_they_are_given():
+    for dtype in torch_limits.KERNEL_DTYPES:
+        assert torch_limits.unavailable(torch.device("cpu"), dtype) is None
+    assert "float64" in str(torch_limits.unavailable(torch.device("cpu"), torch.float64))
+    assert "meta" in str(torch_limits.unavailable(torch.device("meta")))
+
+
+@pytest.mark.gpu
+def test_heads_between_have_tiles_only_where_they_are_padded():
+    """Which ``MOST_HEAD_BETWEEN`` goes around."""
+    q = torch.randn(1, 2, 256, 160, device="cuda", requires_grad=True)
+    local_attention(q, q, q, 64, backend="flex").sum().backward()
+    mask = block_mask(Window(64), 256, 256, device="cuda")
+    if TORCH == (2, 11):
+        with pytest.raises(Exception, match="(?i)resource|shared memory|No valid|out of"):
+            out = torch.compile(flex_attention, fullgraph=True)(q, q, q, block_mask=mask)
+            out.sum().backward()
+
+
+@pytest.mark.gpu
+def test_narrow_heads_are_refused_by_kernels_of_the_gpu():
+    """Which ``LEAST_HEAD`` goes around."""
+    q = torch.randn(1, 2, 256, 8, device="cuda")
+    local_attention(q, q, q, 64, backend="flex")
+    with pytest.raises(Exception, match="(?i)embedding|head|dimension"):
+        torch.compile(flex_attention, fullgraph=True)(q, q, q)
