@@ -5,7 +5,7 @@ import rules
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 
-from flexlocal import explain, local_attention
+from flexlocal import Rotary, explain, local_attention
 from flexlocal.masks import Reach, Rule
 
 BACK = torch.tensor([7, 0, 40])
@@ -60,6 +60,23 @@ def test_gradients_of_the_flex_path(name, masked):
     keep = torch.rand(3, 150, generator=torch.Generator().manual_seed(1)) < 0.7 if masked else None
     compiled = torch.compile(local_attention, backend="aot_eager", fullgraph=True)
     check(name, lambda *of, **more: compiled(*of, backend="flex", **more), keep=keep)
+
+
+@pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
+    found = []
+    for backend in ("flex", "eager"):
+        attend = local_attention
+        if backend == "flex":
+            attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        q, k, v, grad = tensors()
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        given = {"dropout": 0.3, "dropout_seed": torch.tensor(3), "backend": backend}
+        out = attend(q, k, v, CASES[name][0]("cpu"), **given)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=0, atol=1e-5)
 
 
 @needs_compiled_kernels_on_the_cpu
@@ -142,8 +159,6 @@ def test_rules_that_kernels_cannot_share_are_refused():
     ],
 )
 def test_what_is_relative_to_a_window_needs_one(name, more):
-    from flexlocal import Rotary
-
     if "rotary" in more:
         more = {"rotary": Rotary(16, True, 20)}
     q, k, v, _ = tensors()
