@@ -10,7 +10,7 @@ import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexlocal import LocalAttention, Window, local_attention, torch_limits
+from flexlocal import LocalAttention, Window, local_attention, spec, torch_limits
 from flexlocal.flex import attend as graph
 from flexlocal.masks import block_mask
 from flexlocal.torch_limits import at_least, at_most, inductor, is_symbolic, plain_int
@@ -126,21 +126,22 @@ def test_what_kernels_take_is_what_they_are_given():
 
 
 @pytest.mark.gpu
-def test_heads_between_have_tiles_only_where_they_are_padded():
-    """Which ``MOST_HEAD_BETWEEN`` goes around."""
-    q = torch.randn(1, 2, 256, 160, device="cuda", requires_grad=True)
-    local_attention(q, q, q, 64, backend="flex").sum().backward()
-    mask = block_mask(Window(64), 256, 256, device="cuda")
-    if TORCH == (2, 11):
-        with pytest.raises(Exception, match="(?i)resource|shared memory|No valid|out of"):
-            out = torch.compile(flex_attention, fullgraph=True)(q, q, q, block_mask=mask)
-            out.sum().backward()
-
-
-@pytest.mark.gpu
 def test_narrow_heads_are_refused_by_kernels_of_the_gpu():
     """Which ``LEAST_HEAD`` goes around."""
     q = torch.randn(1, 2, 256, 8, device="cuda")
     local_attention(q, q, q, 64, backend="flex")
     with pytest.raises(Exception, match="(?i)embedding|head|dimension"):
         torch.compile(flex_attention, fullgraph=True)(q, q, q)
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+def test_a_kernel_is_made_for_a_number_of_heads(monkeypatch):
+    """Which ``plain_int`` goes around."""
+    layer = LocalAttention(16, True, autopad=True, dropout=0.0, backend="flex")
+    q, k, v = (torch.randn(2, 3, 100, d) for d in (24, 24, 40))
+    monkeypatch.setattr(graph, "plain_int", lambda size: size)
+    monkeypatch.setattr(spec, "plain_int", lambda size: size)
+    with torch.no_grad(), pytest.raises(torch._inductor.exc.InductorError):
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+        compiled(q, k, v, attn_bias=torch.randn(3, 16, 32))
