@@ -1,4 +1,4 @@
-"""Autocast's state, and its absence on the meta device."""
+"""Autocast's state. It is off on the meta device, where torch's own queries raise."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,7 +13,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operators inside keep the dtypes that they are given."""
+    """Turns autocast off inside: operators keep the dtypes that they are given."""
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

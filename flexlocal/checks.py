@@ -18,7 +18,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_call(spec: Spec, inputs: Inputs) -> None:
-    """All arguments of a call fit, each for itself and to each other.
+    """Every argument of a call fits, by itself and with the others.
 
     Raises:
         ValueError, TypeError: as ``local_attention``.
@@ -38,7 +38,7 @@ def check_call(spec: Spec, inputs: Inputs) -> None:
 
 
 def check_rule(rule: Rule, q: Tensor) -> None:
-    """A rule's tensors are on q's device, and rules that differ in these alone are equal."""
+    """A rule's tensors are on q's device, and it equals a rule that differs in these alone."""
     if not rule.tensors:
         return
     for x in rule.tensors:
@@ -48,7 +48,7 @@ def check_rule(rule: Rule, q: Tensor) -> None:
     name = type(rule).__name__
     try:
         equal = without_values(rule) == rule and hash(without_values(rule)) == hash(rule)
-    except RuntimeError:  # of tensors that are compared
+    except RuntimeError:  # an __eq__ that compares tensors
         equal = False
     if not equal:
         raise TypeError(
@@ -83,7 +83,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_kernel_options(options: object, backend: str) -> None:
-    """``kernel_options`` are values by name, or None: also where no kernel is asked for."""
+    """``kernel_options`` is a dict of values by name, or None; with ``"eager"`` None."""
     if options is None:
         return
     if not isinstance(options, dict):
@@ -103,7 +103,7 @@ def check_kernel_options(options: object, backend: str) -> None:
 
 
 def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
-    """The head size that ``rel_pos_emb_config`` begins with, which stands in for ``dim``."""
+    """The head size that ``rel_pos_emb_config`` begins with, used as ``dim``."""
     config = rel_pos_emb_config
     if not isinstance(config, tuple | list) or not config:
         raise TypeError(
@@ -117,7 +117,7 @@ def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
 
 
 def check_qkv(q: object, k: object, v: object) -> None:
-    """q, k and v belong together: shapes, dtype and device."""
+    """q, k and v fit together: shapes, dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {kind_of(x)}")
@@ -205,7 +205,7 @@ def check_dim(name: str, dim: int, q: Tensor) -> None:
 
 
 def check_rotary(spec: Spec, inputs: Inputs) -> None:
-    """A rotation is for heads of q's size, on its device, and its factors are numbers."""
+    """A rotary has q's head size and device, and xpos's factors are finite."""
     q, inv_freq = inputs.q, inputs.inv_freq
     if inv_freq is None:
         return

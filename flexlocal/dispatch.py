@@ -1,7 +1,6 @@
 """Which path a call takes, and why; what is prepared for calls of one kind is kept.
 
-A warm call finds what is prepared by the kind of its arguments: checking them again would take
-longer than launching the kernel.
+A further call of a kind skips the checks, which would take longer than launching the kernel.
 """
 
 import sys
@@ -60,20 +59,19 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
         refusal = support.refusal(spec, inputs)
     if refusal is None:
         flash = tuning.prefers_flash(spec, inputs)
-        words = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
-        return Choice("flex", words + _KERNEL[flash], flash)
+        reason = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
+        return Choice("flex", reason + _KERNEL[flash], flash)
     if spec.backend == "auto":
         unused = spec.kernel_options is not None
-        more = "; kernel_options have no kernel to go to" if unused else ""
-        return Choice("eager", refusal + more)
+        note = "; kernel_options have no kernel to go to" if unused else ""
+        return Choice("eager", refusal + note)
     raise ValueError(
         f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
     )
 
 
 Prepared = tuple[Callable[[Inputs], Tensor], torch.dtype | None]
-"""What all calls of one kind share: the path, and the dtype that autocast asks for."""
-
+"""What all calls of one kind share: the path, and the dtype that autocast wants for q, k and v."""
 
 _PREPARED: dict[object, Prepared] = {}
 _MOST_PREPARED = 1024
@@ -100,9 +98,10 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
 
 
 def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
-    """A call that fits, resolved, its tensors in their dtype."""
+    """The call, its arguments checked: resolved, with q, k and v in autocast's dtype."""
     if torch.compiler.is_compiling() and spec.rule.is_window:
-        spec = spec._replace(rule=replace(spec.rule.window))  # whose numbers may be symbolic
+        # Dynamo may make a window's numbers symbolic. A new Window has plain ints.
+        spec = spec._replace(rule=replace(spec.rule.window))
     check_call(spec, inputs)
     dtype = autocast_dtype(inputs.q.device)
     if dtype is not None and inputs.q.dtype != torch.float64:
@@ -112,11 +111,11 @@ def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
 
 
 def _kept(spec: Spec, inputs: Inputs) -> Prepared:
-    """``_prepare``, for calls of one kind once."""
+    """``_prepare``, called once for all calls of one kind."""
     try:
         kind = _kind(spec, inputs)
         prepared = _PREPARED.get(kind)
-    except (AttributeError, TypeError, RuntimeError):  # nothing to look up by: the checks will say
+    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type
         return _prepare(spec, inputs)
     if prepared is None:
         prepared = _prepare(spec, inputs)
@@ -130,7 +129,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
     """All that the preparation of a call depends on."""
     if spec.kernel_options is not None:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
-    q, k, v, mask, bias, seed, inv_freq, zeta, of_rule = inputs
+    q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors = inputs
     device = q.device.type
     return (
         spec,
@@ -146,7 +145,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         None if seed is None else _kind_of(seed),
         None if inv_freq is None else _kind_of(inv_freq),
         zeta is None,
-        tuple([_kind_of(x) for x in of_rule]) if of_rule else None,
+        tuple([_kind_of(x) for x in rule_tensors]) if rule_tensors else None,
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         tuning.overridden(),
@@ -174,7 +173,7 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
 
 @seen_as_constant
 def warn_once(reason: str) -> None:
-    """Says that a call on the GPU is not fused and why, the first time for that reason."""
+    """Warns once for each reason that a call on the GPU takes the eager path."""
     if reason not in _SAID:
         _SAID.add(reason)
         words = "local attention takes its eager path, which is slower"
@@ -186,7 +185,7 @@ _SAID: set[str] = set()
 
 
 def _level_outside() -> int:
-    """The ``stacklevel`` with which the caller warns where the user's own code is."""
+    """The ``stacklevel`` with which a warning of the caller names the user's own line."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_ours_or_torchs(frame):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""``local_attention``; ``explain`` says which path it takes, ``attention_map`` what it weighs."""
+"""``local_attention``; ``explain`` says which path it takes, ``attention_map`` its weights."""
 
 from typing import Any
 
@@ -35,33 +35,34 @@ def local_attention(
     Args:
         q: ``(*lead, n, d)``; any length ``n``, any leading sizes.
         k: as ``q``; in 4 dimensions it may have fewer heads, a divisor of ``q``'s.
-        v: as ``k``, its last size ``d_v`` free.
+        v: as ``k``, but of any last size ``d_v``.
         window: the rule; an int is the size of a window that looks one back and one forward.
-        mask: boolean ``(batch, n)``, True for keys to keep; ``batch`` divides ``q``'s rows (its
-            leading sizes multiplied), and rows share a mask in runs of ``rows / batch``.
-        attn_bias: ``(heads, W, window.span)``, added to the scores, indexed by the query's place
-            in its window and the key's place in the windows that it looks at; ``heads`` divides
-            ``q``'s rows, and row ``r`` takes ``r % heads``. It may require a gradient.
+        mask: boolean ``(batch, n)``, True for keys to keep. ``batch`` divides the number of rows,
+            ``q``'s leading sizes multiplied; row ``r`` takes ``mask[r // (rows / batch)]``.
+        attn_bias: ``(heads, W, window.span)``, added to the scores. Its second index is the query's
+            place in its window, its third the key's place in the windows that the query looks at.
+            ``heads`` divides the number of rows, and row ``r`` takes ``r % heads``. It may require
+            a gradient.
         scale: factor on the query-key products, ``d ** -0.5`` by default.
         shared_qk: keys are scaled to length 1, and a token attends to itself only when it sees
             nothing else (Reformer, arXiv:2001.04451).
         dropout: probability to drop an attention weight after the softmax, in [0, 1).
-        dropout_seed: 0-d int64 tensor that decides which weights; by default drawn from torch's
-            generator. Either path drops the same weights for the same seed.
-        rotary: a ``Rotary`` of ``q``'s head size, on its device, that turns queries and keys first.
+        dropout_seed: 0-d int64 tensor that decides which weights are dropped, by default drawn from
+            torch's generator. Either path drops the same weights for the same seed.
+        rotary: rotates queries and keys first; a ``Rotary`` of ``q``'s head size, on its device.
         backend: ``"auto"``, ``"flex"`` (one fused kernel) or ``"eager"`` (plain tensor
             operations, linear in ``n``). ``explain`` says what ``auto`` takes.
-        kernel_options: passed to ``flex_attention``; None with ``backend="eager"``, and without
-            effect where ``"auto"`` takes that path.
+        kernel_options: passed to ``flex_attention``. They must be None with ``backend="eager"``,
+            and have no effect where ``"auto"`` takes that path.
 
     Returns:
-        ``(*lead, n, d_v)`` with ``q``'s leading sizes and dtype (autocast's, under autocast, which
-        leaves float64 alone). A query that sees no key gives zeros.
+        ``(*lead, n, d_v)`` in ``q``'s dtype, or in autocast's where that is on; float64 stays
+        float64. Zeros for a query that sees no key.
 
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
         TypeError: an argument is of the wrong kind.
-        RuntimeError: on the fused path, where torch leaves the kernel uncompiled.
+        RuntimeError: on the flex path, where torch leaves the kernel uncompiled.
     """
     rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
     spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options)

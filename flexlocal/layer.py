@@ -32,14 +32,14 @@ class LocalAttention(nn.Module):
 
     Args:
         window_size: tokens in a window.
-        causal: a token sees none after itself.
+        causal: a token sees no token after itself.
         look_backward: windows before its own that a token sees.
         look_forward: windows after its own; None means 0 when causal and 1 otherwise.
         dropout: probability to drop an attention weight, in training, in [0, 1).
-        shared_qk: queries and keys are shared: keys are scaled to length 1 and a token attends
-            to itself only when it sees nothing else.
+        shared_qk: for queries that are the keys too: keys are scaled to length 1, and a token
+            attends to itself only when it sees nothing else.
         rel_pos_emb_config: deprecated, a tuple that begins with the head size; use ``dim``.
-        dim: head size, which q is held to; turns rotary embeddings on.
+        dim: head size, which q must have; turns rotary embeddings on.
         autopad: allow lengths that are no multiple of ``window_size``.
         exact_windowsize: a token sees ``look_backward * window_size`` keys back and, when not
             causal, ``look_forward * window_size`` ahead, besides its own.
@@ -141,12 +141,12 @@ class LocalAttention(nn.Module):
         *,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """Attends.
+        """Attention of each token to the keys that the window lets it see.
 
         Args:
             q: ``(*lead, n, d)``, ``n`` a multiple of the window's size unless ``autopad``.
             k: as ``q``; in 4 dimensions it may have fewer heads.
-            v: as ``k``, its last size ``d_v`` free.
+            v: as ``k``, but of any last size ``d_v``.
             mask: boolean ``(batch, n)``, True for keys to keep.
             input_mask: another name of ``mask``.
             attn_bias: ``(heads, W, window.span)``, added to the scores.
@@ -210,7 +210,7 @@ class LocalAttention(nn.Module):
         query 3 sees 4 keys: 0 to 3, the query's own included
         it stands in window 1, tokens 2 to 3, as token 1 of it
         """
-        from .masks import inspect  # loads the pictures, which a layer does without
+        from .masks import inspect  # here, so that a layer loads no pictures
 
         window = self._window(window_size)
         head_size = 64 if self.dim is None else self.dim
@@ -230,9 +230,9 @@ class LocalAttention(nn.Module):
         *,
         dense: bool = False,
     ) -> Tensor:
-        """The weights that ``forward`` mixes values with, before dropout; its arguments.
+        """The weights that ``forward`` mixes values with, before dropout.
 
-        Args:
+        Args as those of ``forward``, and:
             dense: all pairs of tokens instead of the window, for short sequences.
 
         Returns:
@@ -300,9 +300,9 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None,
         window_size: int | None,
     ) -> tuple[Window, dict[str, Any]]:
-        """The window of a call, and the arguments that do not come with it."""
+        """The window of a call, and arguments of ``local_attention`` by name."""
         window = self._window(window_size)
-        has_length = isinstance(q, Tensor) and q.dim() >= 2  # else it is refused later
+        has_length = isinstance(q, Tensor) and q.dim() >= 2  # else local_attention refuses q
         if has_length and not self.autopad:
             check_length("q's length", q.shape[-2], window.size)
         if has_length and self.dim is not None:

@@ -1,4 +1,4 @@
-"""Names for the layer's own steps, for a profiler to show.
+"""Labels of the layer's own steps, for a profiler to show.
 
 >>> with labelled(), torch.profiler.profile() as profiler:
 ...     with region("attention"):
@@ -20,7 +20,7 @@ _labelling = False
 def labelled() -> Iterator[None]:
     """Labels the layer's steps while it is open, in all threads.
 
-    Not always: even where no profiler looks, a label costs a few percent of a short call.
+    Labels are off otherwise: even without a profiler they cost a few percent of a short call.
     """
     global _labelling
     before, _labelling = _labelling, True
@@ -31,11 +31,11 @@ def labelled() -> Iterator[None]:
 
 
 def region(name: str) -> AbstractContextManager[Any]:
-    """Labels what runs in it ``flexlocal::name``, where labels are wanted.
+    """Labels what is executed inside ``flexlocal::name``, where labels are on.
 
-    Nothing inside a compiled graph: a compiler fuses operators of several steps.
+    Compiled graphs get no labels, because a compiler fuses operators of several steps.
     """
-    # The compiler is asked first, so that no graph depends on whether labels are wanted.
+    # `is_compiling` comes first, so that no graph depends on whether labels are on.
     if torch.compiler.is_compiling() or not _labelling:
         return nullcontext()
     return torch.profiler.record_function(f"flexlocal::{name}")

@@ -21,18 +21,25 @@ from .torch_limits import written_out
 
 _THETA = 10000
 
-# The most powers of two that xpos may scale a query or a key by at a dtype; and with _PRODUCT_BITS
-# that the product of both factors is finite as well, where a score is hidden afterwards.
+# xpos's factors lie between 2**-bits and 2**bits. Within _RANGE_BITS of a dtype, scaled queries and
+# keys are finite. Within _PRODUCT_BITS, so are the products of queries and keys that they do not
+# see: scores are computed before they are hidden.
 _RANGE_BITS = {torch.float16: 11}
 _WIDE_RANGE_BITS = 64
 _PRODUCT_BITS = {torch.float32: 56, torch.float64: 480}
 
-_STEEPEST = -math.log2(0.4 / 1.4)  # zeta of the first pair of channels
+# Bits per unit of xpos's exponent where the decay is steepest: zeta of the first pair of channels.
+_STEEPEST = -math.log2(0.4 / 1.4)
 
 
 @dataclass(frozen=True)
 class Xpos:
-    """xpos for one call: per-channel decay ``zeta`` (d / 2) and tokens ``base`` per unit of it."""
+    """xpos for one call: a factor is ``zeta ** (distance / base)``.
+
+    Attributes:
+        zeta: ``(d / 2,)``, the decay of each pair of channels.
+        base: tokens per unit of the exponent.
+    """
 
     zeta: Tensor
     base: float
@@ -40,18 +47,18 @@ class Xpos:
     def scales(
         self, queries: int, before: int, after: int, shift: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Factors of ``queries`` queries in a row and of the keys around them.
+        """Factors of ``queries`` consecutive queries and of the keys around them.
 
-        Their origin is in the middle, so that the factors stay as near to 1 as they can.
+        Distances are from an origin in their middle, which keeps the factors nearest to 1.
 
         Args:
             before: keys before the first query.
-            after: keys after the last one.
-            shift: tokens that queries are counted further than keys, ``window.after``.
+            after: keys after the last query.
+            shift: added to the positions of queries, not of keys: ``window.after``.
 
         Returns:
-            ``(queries, d / 2)`` and ``(before + queries + after, d / 2)``, the same for both
-            halves of the channels.
+            ``(queries, d / 2)`` and ``(before + queries + after, d / 2)``. One factor serves both
+            channels of a pair.
         """
         origin = (queries + max(after, shift) - before) // 2
         query = torch.arange(queries, device=self.zeta.device) + shift - origin
@@ -59,9 +66,9 @@ class Xpos:
         return self._decay(query, dtype), self._decay(-key, dtype)
 
     def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        # In fp64: a GPU's fp32 power loses as many digits as the power is steep.
-        power = position.to(torch.float64)[:, None] / self.base
-        return written_out((self.zeta.to(torch.float64) ** power).to(dtype))
+        # In fp64: the error of an fp32 power grows with its exponent on a GPU.
+        exponent = position.to(torch.float64)[:, None] / self.base
+        return written_out((self.zeta.to(torch.float64) ** exponent).to(dtype))
 
 
 def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
@@ -72,17 +79,17 @@ def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
 
 
 def xpos_fits(window: Window, base: float, dtype: torch.dtype) -> bool:
-    """Whether a window and those that it looks at may share an origin of xpos at ``dtype``."""
+    """Whether a window and those that it looks at may share an origin at ``dtype``, finite."""
     return _bits(window, base) <= _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
 
 
 def xpos_products_fit(window: Window, base: float, dtype: torch.dtype) -> bool:
-    """Whether hidden scores are finite there as well, at ``dtype``: fp32 or fp64."""
+    """Whether hidden scores in these windows are finite as well; ``dtype`` is fp32 or fp64."""
     return _bits(window, base) <= _PRODUCT_BITS[dtype]
 
 
 def _bits(window: Window, base: float) -> float:
-    """Powers of two that xpos scales a window and those that it looks at by, at most."""
+    """The largest factor over a window and those that it looks at, as an exponent of two."""
     return _STEEPEST * window.span / (2 * base)
 
 
@@ -93,14 +100,14 @@ def rotate(
     factor: Tensor | None = None,
     layout: KeyLayout | None = None,
 ) -> Tensor:
-    """``x`` ``(..., n, d)`` rotated by its positions, in fp32 at least, not cast back.
+    """``x`` ``(..., n, d)`` rotated by its positions; in fp32 at least, not cast back.
 
-    Angles are exact at position 10**6: fp32 products would be off by a twentieth of a radian.
+    Angles are computed in fp64: at position 10**6 an fp32 one is off by a twentieth of a radian.
 
     Args:
         position: ``(n,)``, or what broadcasts to ``x``'s dimensions before the last.
-        factor: ``(n, d / 2)`` in the same way, which multiplies both halves of the result.
-        layout: lay ``x`` out in its slots; position, factor and the result are by slot then.
+        factor: multiplies both halves of the result; ``(n, d / 2)``, or what broadcasts likewise.
+        layout: lays ``x`` out in slots first; ``n`` of position, factor and result are then slots.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     angle = position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
@@ -112,11 +119,11 @@ def rotate(
 
 
 class _Turned(torch.autograd.Function):
-    """The halves of ``x``, or of its slots, turned against each other; backward the other way.
+    """Rotates the halves of ``x``, or of its slots, against each other; backward rotates back.
 
-    Written so that a compiler makes one pass each way that loads several channels at a time, and
-    a table of half of them only: autograd's own backward pass adds the halves up one by one, and
-    a key's copies after it has written each of them.
+    Inductor makes one pass each way of this, which loads several channels at a time and a table for
+    half of them only. Of autograd's own backward pass it makes several: that one adds up the halves
+    one by one, and writes every copy of a key before it adds them up.
     """
 
     generate_vmap_rule = True
@@ -136,13 +143,13 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         halves = _turned(grad, cos, -sin, ctx.dtype)
-        if ctx.layout is not None:  # before they are joined: a compiler would write them out
+        if ctx.layout is not None:  # before `cat`, whose result Inductor would write to memory
             halves = tuple(ctx.layout.from_slots(half) for half in halves)
         return torch.cat(halves, dim=-1), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Both halves of ``x`` by themselves, turned in ``cos``'s dtype."""
+    """Both halves of ``x``, rotated in ``cos``'s dtype, each a tensor of its own in ``dtype``."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
@@ -162,9 +169,9 @@ class Rotary(nn.Module):
         use_xpos: scale queries and keys by their distance as well.
         scale_base: tokens per unit of xpos's exponent; needed with ``use_xpos``.
 
-    Buffers, fp32 whatever the default dtype is and the module is cast to:
-        inv_freq: ``(dim / 2,)``, saved in checkpoints; one that was rounded to 16 bits is exact
-            again when it is loaded.
+    Buffers, always fp32, whatever the default dtype is and whatever the module is cast to:
+        inv_freq: ``(dim / 2,)``, saved in checkpoints. Loading one that was rounded to 16 bits
+            restores the exact frequencies.
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
 
     Raises:
@@ -202,7 +209,7 @@ class Rotary(nn.Module):
         return f"dim={self.dim}{xpos}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
-        # `.to(bfloat16)` would cost the frequencies their precision: take the device alone.
+        # `.to(torch.bfloat16)` would round the frequencies: follow the device, keep the dtype.
         kept = {"inv_freq": self.inv_freq, "scale": self.scale}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in kept.items():
@@ -219,15 +226,15 @@ def _tables(dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _exact_again(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Before a checkpoint is loaded: its frequencies in fp32, rounded ones made anew.
+    """Restores a checkpoint's rounded frequencies to exact fp32 before it is loaded.
 
-    ``assign=True`` takes them as they are. It also brings layers from the meta device, where it
-    leaves xpos's decay, which is in no checkpoint.
+    ``load_state_dict(assign=True)`` takes the saved tensors as they are. It also brings layers from
+    the meta device, except for xpos's decay, which no checkpoint holds: that is filled in here.
     """
     name = f"{prefix}inv_freq"
     found = saved.get(name)
     if not isinstance(found, Tensor) or found.is_meta:
-        return  # torch says what is wrong
+        return  # load_state_dict says what is wrong
     exact, decay = (table.to(found.device) for table in _tables(rotary.dim))
     if found.dtype != torch.float32:
         saved[name] = exact if torch.equal(exact.to(found.dtype), found) else found.float()

@@ -1,7 +1,8 @@
 """What a call is: ``Spec``, all that is known without tensors, and ``Inputs``, its tensors.
 
-A new argument is a field here, a check in ``checks`` and a line on each path. Both are made from a
-user's arguments as they came; ``resolved`` and ``shaped`` make of them what the paths take.
+Both first hold a user's arguments as they came. ``resolved`` fills in the defaults of a ``Spec``,
+and ``shaped`` brings ``Inputs`` to the shapes that the paths take. A new argument is a field here,
+a check in ``checks`` and a line on each path.
 
 Shapes, here and on the paths: ``b`` batch entries, ``h`` query heads, ``kv`` key heads, a divisor
 of ``h``; ``n`` tokens, ``d`` the head size, ``d_v`` that of values; ``W`` tokens in a window,
@@ -28,14 +29,14 @@ class Spec(NamedTuple):
 
     Attributes:
         rule: which keys a query sees; its tensors are in ``Inputs``.
-        scale: factor on the products of queries and keys; None before it is resolved, for
-            ``d ** -0.5``.
+        scale: factor on the products of queries and keys. None stands for ``d ** -0.5`` until it is
+            resolved.
         shared_qk: keys are scaled to length 1, and a token sees itself only when it sees nothing
             else.
         dropout: probability to drop a weight.
         xpos_base: tokens per unit of xpos's exponent; None without xpos.
         backend: the path that the user asked for.
-        kernel_options: of ``flex_attention``; sorted pairs once resolved.
+        kernel_options: a dict for ``flex_attention``; once resolved, sorted pairs, to be hashable.
     """
 
     rule: Rule
@@ -48,12 +49,14 @@ class Spec(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call: as they came, or ``shaped`` as in brackets.
+    """The tensors of a call, in a user's shapes; in brackets the shapes that ``shaped`` makes.
 
     Attributes:
         q: ``(*lead, n, d)`` [``(b, h, n, d)``].
-        k, v: as ``q``, in 4 dimensions of fewer heads [``(b, kv, n, d or d_v)``].
-        mask: boolean ``(batch, n)``, True = keep [``(b, h or 1, n)``].
+        k, v: as ``q``, ``v`` with ``d_v``; in 4 dimensions they may have fewer heads
+            [``(b, kv, n, d or d_v)``].
+        mask: boolean ``(batch, n)``, True = keep, ``batch`` a divisor of ``q``'s rows
+            [``(b, h or 1, n)``].
         bias: ``(heads, W, span)``; ``heads`` divides ``b * h``.
         seed: 0-d int64, which weights are dropped.
         inv_freq: ``(d / 2,)``, rotary's frequencies.
@@ -88,10 +91,13 @@ def rotation_of(rotary: Rotary | None) -> tuple[float | None, Tensor | None, Ten
 
 
 def resolved(spec: Spec, inputs: Inputs) -> Spec:
-    """``spec`` with its defaults filled in, and without tensors: what is kept may hold none."""
+    """``spec`` with its defaults filled in, hashable.
+
+    Meta tensors take the place of the rule's: a ``Spec`` is kept, and must not keep their memory.
+    """
     scale, options, rule = spec.scale, spec.kernel_options, spec.rule
     if scale is None:
-        # A number, where a compiler made the size symbolic: kernels take no power of a symbol.
+        # A plain int: Dynamo may make the size symbolic, and kernels take no power of a symbol.
         scale = plain_int(inputs.q.shape[-1]) ** -0.5
     elif isinstance(scale, int):
         scale = float(plain_int(scale))
@@ -103,7 +109,7 @@ def resolved(spec: Spec, inputs: Inputs) -> Spec:
 
 
 def without_values(rule: Rule) -> Rule:
-    """``rule`` over tensors of the same shapes that hold no memory."""
+    """``rule`` over meta tensors of the same shapes, which hold no memory."""
     return rule.with_tensors(tuple(x.to("meta") for x in rule.tensors))
 
 
@@ -120,7 +126,7 @@ def xpos_of(spec: Spec, inputs: Inputs) -> Xpos | None:
 
 
 def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """``inputs`` in ``dtype``, if there is one, with the shapes that the paths take."""
+    """``inputs`` in the shapes that the paths take; q, k and v cast to ``dtype``, unless None."""
     q, k, v, mask = inputs[:4]
     if dtype is None and mask is None and q.dim() == 4:
         return inputs
@@ -135,17 +141,18 @@ def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
 
 def _four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order; a view but in 5-D.
+    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order.
 
-    A compiled kernel serves any ``b``, but is made for one ``h``.
+    A view, except that five dimensions that are transposed are copied. A kernel is compiled for one
+    ``h`` and serves any ``b``.
     """
     if x.dim() == 4:
         return x
     if x.dim() > 4:
         return x.flatten(0, -4)
     rows = math.prod(x.shape[:-2])
-    # Rows that share a mask become heads of one batch entry, so that the mask has no heads.
+    # Rows that share a mask become heads of one batch entry, so that the mask needs no heads.
     batch = max(1, rows if mask is None else mask.shape[0])
     heads = plain_int(rows // batch)
-    # Expanded for a compiler: it would take a quotient of sizes for the heads, not the number.
+    # `expand` states the number of heads: Dynamo would else know a quotient of symbolic sizes.
     return x.reshape(batch, heads, *x.shape[-2:]).expand(-1, heads, -1, -1)

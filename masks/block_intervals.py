@@ -22,14 +22,14 @@ from .arguments import check_block_size
 from .rule import Rule
 
 _ALWAYS_HELD = 64
-"""Columns of index tensors that are not worth cutting down to the grid's."""
+"""Index tensors of up to so many columns may be wider than the grid."""
 
 
 @dataclass(frozen=True)
 class Intervals:
     """The blocks that each row touches, and the full ones among them: integer ``(..., r)``.
 
-    Ends are included. An interval is empty where its last lies below its first.
+    Both ends belong to an interval. It is empty where its last block lies below its first.
     """
 
     first: Tensor
@@ -55,8 +55,8 @@ class Grid:
     """A rule over blocks of queries and of key slots.
 
     Attributes:
-        entries: batch entries and heads, whose numbers a rule may ask for; the entries are 1 where
-            it has no tensors.
+        entries: batch entries and heads that the rule tells apart; 1 batch entry where it has no
+            tensors.
     """
 
     rule: Rule
@@ -85,7 +85,7 @@ class Grid:
         bounds: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         device: torch.device | str,
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """``bounds`` of all batch entries and heads."""
+        """``bounds`` as a function of tokens alone, for all batch entries and heads."""
         batch, head = (torch.arange(count, device=device) for count in self.entries)
         return lambda token: bounds(batch[:, None, None], head[None, :, None], token)
 
@@ -101,15 +101,15 @@ def block_intervals(
 ) -> Intervals:
     """The key blocks that each block of queries touches, ``(r,)``, on the CPU.
 
-    A key mask would make a block empty where ``kept_blocks`` says that it keeps no key, and
-    partial where it does not keep every key.
+    They know of no key mask, which makes a block empty where it keeps no key of it, and partial
+    where it does not keep every key; see ``kept_blocks``.
 
     Args:
-        batch, head: the entry that is asked for, where a rule differs by entry.
+        batch, head: whose intervals, where a rule differs by batch entry or head.
     """
     queries, keys = map(Side, (n_queries, n_keys), check_block_size(block_size))
-    number, of_head = (torch.tensor(entry, device="cpu") for entry in (batch, head))
-    return _intervals(queries, keys, lambda token: rule.keys(number, of_head, token), "cpu")
+    batch_entry, head_entry = (torch.tensor(number, device="cpu") for number in (batch, head))
+    return _intervals(queries, keys, lambda token: rule.keys(batch_entry, head_entry, token), "cpu")
 
 
 def _intervals(
@@ -200,7 +200,7 @@ def kept_blocks(key_mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _width(rows: Side, columns: Side, longest: int, align: int) -> int:
-    # An interval's first key lies at a multiple of `grain`: at most a block less `grain` into it.
+    # An interval begins at a multiple of `grain`: at most `columns.block - grain` into a block.
     grain = math.gcd(rows.block, align, columns.block)
     width = (longest - 1 + columns.block - grain) // columns.block + 1
     # Keep the width even if the grid is narrower: comparing the two would specialise the kernel

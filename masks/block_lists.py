@@ -2,7 +2,7 @@
 
 A row of the grid of blocks is one short interval (``block_intervals``), so that the grid costs time
 and memory linear in the sequence. FlexAttention wants the partial and the full blocks in lists of
-their own. Where a list has no gaps its kernels need not look blocks up one by one
+their own. Where a list has no gaps, kernels need not look its blocks up one by one
 (``lists_have_gaps``).
 
 Block masks: https://pytorch.org/docs/stable/nn.attention.flex_attention.html. Shapes are those of
@@ -90,13 +90,14 @@ def block_lists(
 ) -> tuple[Tensor, ...]:
     """The index tensors of a kernel's block mask: counts and indices of partial and full blocks.
 
-    As ``block_mask`` has them but for a key mask. With one, the lists of queries also name the
+    Without a key mask they are those of ``block_mask``. With one, the lists of queries also name
     empty blocks between others, and name some full blocks as partial; see ``trimmed``. That takes a
-    few small kernels where exact lists take many.
+    few small kernels, where exact lists take many.
 
     Args:
         kept: boolean ``(batch, heads, n_keys)``, the keys that a mask keeps.
-        full_width, one_list: as wide as the grid; name full blocks as partial ones.
+        full_width: make index tensors as wide as the grid.
+        one_list: list full blocks among the partial ones.
 
     Returns:
         For queries and for keys, the partial and the full list, each a count ``(batch, heads, r)``
@@ -118,15 +119,15 @@ def block_lists(
 
 
 def lists_have_gaps(rule: Rule, lengths: tuple[int, int], block: int) -> bool:
-    """Whether a list of ``block_lists`` may name blocks that are no neighbours.
+    """Whether a list of ``block_lists`` may leave blocks out between others.
 
-    A key mask leaves gaps as well, wherever it hides keys; ``one_list`` leaves none.
+    A key mask leaves gaps as well, wherever it hides keys; ``one_list`` closes those of the rule.
 
     Args:
         lengths: queries and keys.
         block: tokens in a sparse block.
     """
-    # Partial blocks lie on both sides of the full ones, unless bounds are those of blocks.
+    # Partial blocks lie on both sides of the full ones, unless all bounds lie at edges of blocks.
     return not rule.reach.ends_with(block) or any(length % block for length in lengths)
 
 
@@ -180,7 +181,7 @@ class _Band:
 def _exact_lists(
     grid: Grid, device: torch.device | str, kept: Tensor, full_width: bool
 ) -> tuple[Tensor, ...]:
-    """As ``block_lists``, where the mask decides block by block."""
+    """As ``block_lists``, with each block's state exactly as the mask makes it."""
     wide, (some, every) = grid.widths(), kept_blocks(kept, grid.keys.block)
     across = _band(grid.of_queries(device), grid.keys.blocks, wide[0])
     down = _band(grid.of_keys(device), grid.queries.blocks, wide[1])
@@ -212,7 +213,7 @@ def _listed(band: _Band, state: int) -> tuple[Tensor, Tensor]:
     chosen = band.states == state
     width = chosen.shape[-1]
     rank = chosen.cumsum(-1) - 1
-    # The blocks in other states share one place past the end, which is cut off.
+    # Blocks in other states are written to one column past the end, which is cut off.
     target = torch.where(chosen, rank, width)
     indices = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
     columns = band.columns.to(torch.int32).expand(chosen.shape)

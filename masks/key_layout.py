@@ -22,25 +22,25 @@ from .window import Window
 
 @dataclass(frozen=True)
 class LayoutReach(Reach):
-    """A reach over slots: a block of queries that crosses into a segment passes its halo too."""
+    """A reach over slots. Where a block of queries enters a segment, its slots include a halo."""
 
     segment: int = 1
     """Queries in a segment."""
     halo: int = 0
-    """Slots in a segment beside those of its own keys."""
+    """Slots of a segment for keys of the segments around it."""
 
     def longest(self, tokens: int) -> int:
-        """Most slots between the first and the last that a block of queries sees."""
+        """Most slots from the first to the last that a block of queries sees."""
         return super().longest(tokens) + _ceil(tokens - 1, self.segment) * self.halo
 
     def longest_of_keys(self, keys: int) -> int:
-        """Most queries between the first and the last that see a block of slots."""
+        """Most queries from the first to the last that see a block of slots."""
         return super().longest(keys)
 
 
 @dataclass(frozen=True)
 class KeyLayout(Rule):
-    """``layout_of`` over keys laid out in segments of ``windows`` windows.
+    """The window ``layout_of`` over key slots, in segments of ``windows`` windows.
 
     Args:
         layout_of: the window.
@@ -80,7 +80,7 @@ class KeyLayout(Rule):
         return laid_out
 
     def slot_positions(self, device: torch.device | str) -> Tensor:
-        """Position that each slot stands for, ``(count * slots,)``, in the sequence or beyond."""
+        """Position of each slot's key, ``(count * slots,)``; outside the sequence without a key."""
         slot = torch.arange(self.all_slots, device=device)
         return slot - self._shift(slot // self.slots)
 
@@ -89,7 +89,7 @@ class KeyLayout(Rule):
         before, after = self.window.before, self.window.after
         parts = copies.unflatten(-2, (self.count, self.slots))
         found = []
-        # Slots that hold keys of the segment itself, of those before it and of those after it.
+        # A segment's slots hold keys of the segments `step` before it, for these values of `step`.
         for step in range(-_ceil(after, self.segment), _ceil(before, self.segment) + 1):
             start = before - step * self.segment
             first, end = max(start, 0), min(start + self.segment, self.slots)
@@ -118,8 +118,8 @@ class KeyLayout(Rule):
     def queries(self, batch: Entry, head: Entry, slot: Index) -> tuple[Index, Index]:
         """First and last query of the slot's segment that sees the slot.
 
-        For a slot past the last key the first is the segment's end; for one before the first key
-        the last lies before the segment.
+        No query sees a slot without a key. For slots past the last key, the first query is the
+        segment's end; for slots before the first key, the last query lies before the segment.
         """
         number = slot // self.slots
         position = slot - self._shift(number)
@@ -143,7 +143,7 @@ class KeyLayout(Rule):
 
     @property
     def looks_up_length(self) -> bool:
-        """Whether its bounds need the length: causal windows end before the sequence does."""
+        """Whether the bounds need the length: those of causal windows never lie beyond it."""
         return not self.window.causal
 
     @property
@@ -169,7 +169,7 @@ class KeyLayout(Rule):
         return self.window.before + self.window.after
 
     def _shift(self, number: Index) -> Index:
-        """How many slots further than its position a key lies, in the segment of that number."""
+        """Slot less position of a key in segment ``number``."""
         return number * self._halo + self.window.before
 
 
@@ -181,8 +181,8 @@ def _where_above(value: Index, limit: int, then: Index) -> Index:
 class _InSlots(torch.autograd.Function):
     """Copies keys to the slots that hold them; the gradient of a key is the sum of its slots'.
 
-    Forward by look-up and backward by slices, so that Inductor makes one pass of each. Joining
-    slices would take it several passes, and the gradient of a look-up would be atomic additions.
+    Forward looks up and backward adds slices, so that Inductor makes one pass of each. To join
+    slices would take it several, and autograd's gradient of a look-up would be atomic additions.
     """
 
     generate_vmap_rule = True
@@ -191,8 +191,8 @@ class _InSlots(torch.autograd.Function):
     def forward(keys: Tensor, layout: KeyLayout) -> Tensor:
         position = layout.slot_positions(keys.device)
         inside = (position >= 0) & (position < layout.length)
-        place = written_out(torch.where(inside, position, -1))
-        return keys.index_select(-2, at_least(place, 0)).masked_fill((place < 0)[:, None], 0)
+        source = written_out(torch.where(inside, position, -1))
+        return keys.index_select(-2, at_least(source, 0)).masked_fill((source < 0)[:, None], 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, KeyLayout], output: Tensor) -> None:

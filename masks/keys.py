@@ -1,4 +1,7 @@
-"""Rules on keys alone: padding that no query sees."""
+"""Key masks: padding that no query sees.
+
+Shapes: ``b`` batch entries, ``h`` query heads, ``kv`` key heads, ``n`` tokens, ``d`` the last size.
+"""
 
 from typing import Any
 
@@ -9,24 +12,24 @@ from .rule import MaskMod
 
 
 def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
-    """A key mask ``(m, n)``, ``m`` a divisor of ``batch * heads``, as ``(batch, heads or 1, n)``.
+    """A key mask ``(m, n)`` as ``(b, h or 1, n)``, for ``batch * heads`` rows.
 
-    Rows, counted over batch and heads, share a mask in runs of ``batch * heads / m``.
+    ``m`` divides the number of rows, and row ``r`` takes the mask ``r // (rows / m)``.
     """
     if batch * heads == 0:
         return key_mask.new_ones(batch, 1, key_mask.shape[1])
     rows_each = batch * heads // key_mask.shape[0]
     copies, masks = (rows_each, heads) if rows_each % heads else (rows_each // heads, 1)
-    # Not repeat_interleave, which launches a copy of what is as it should be.
+    # Not repeat_interleave, which launches a copy even where it repeats nothing.
     return key_mask[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
 
 
 def padding_mod(kept: Tensor) -> MaskMod:
-    """FlexAttention's mask_mod of ``kept``, boolean ``(batch, heads or 1, slots)``, True = keep."""
-    by_head = kept.shape[1] > 1  # and no size, which a compiler may leave open, in a kernel
+    """FlexAttention's mask_mod of ``kept``, boolean ``(b, h or 1, slots)``, True = keep."""
+    by_head = kept.shape[1] > 1  # a bool, because kernels cannot capture a symbolic size
 
     def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # Looked up by the kernel's own index: any arithmetic on it would cost more than the rest.
+        # Looked up at the kernel's own index: arithmetic on it would cost more than the look-up.
         return kept[batch, head if by_head else 0, key]
 
     keeps.__name__ = "key_padding"
@@ -34,16 +37,16 @@ def padding_mod(kept: Tensor) -> MaskMod:
 
 
 def for_each_head(keys: Tensor, heads: int) -> Tensor:
-    """``(batch, kv_heads, n, d)`` as ``(batch, heads, n, d)``: each query head of a group a copy.
+    """``(b, kv, n, d)`` as ``(b, h, n, d)``: a copy for each query head that shares a key head.
 
-    What a mask by head hides from one of them, another may see.
+    A mask by head may hide a key from one of these query heads and show it to another.
     """
     kv_heads = keys.shape[1]
     return keys if heads == kv_heads else keys.repeat_interleave(heads // kv_heads, dim=1)
 
 
 def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
-    """``keys`` ``(batch, heads, n, d)``, zeros where ``(batch, heads or 1, n)`` hides them.
+    """``keys`` ``(b, h, n, d)``, zeros where ``key_mask`` ``(b, h or 1, n)`` hides them.
 
     A hidden NaN or inf would spread otherwise: its weight is 0, and 0 * NaN is NaN.
     """
@@ -52,7 +55,7 @@ def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
 
 
 class _Cleared(torch.autograd.Function):
-    """Zeros for hidden keys; nothing to do in the backward pass, their gradients are zero."""
+    """Zeros for hidden keys. Backward changes nothing, since their gradients are zero already."""
 
     generate_vmap_rule = True
 

@@ -1,10 +1,10 @@
-"""Local attention of real models as windows, each with its source and its off-by-one.
+"""Local attention of real models as windows, each with its source and where it is off by one.
 
-Models count windows differently: with or without the query's own key, on one side or on both.
-Here every preset says in words what its source does, and ``keys`` is the number of keys that a
-query far from both ends sees. A ``Window`` reaches ``look_backward * size`` keys back besides the
-query's own, so that a model whose window of 4096 holds the query becomes a reach of 4095.
-Some layers of these models see everything; a preset is about the local ones.
+Models count windows differently: with or without the query's own key, on one side or on both. Each
+preset says in words how its source counts; ``keys`` is how many keys a query far from both ends
+sees. An exact ``Window`` reaches ``look_backward * size`` keys back and does not count the query's
+own. A model's window of 4096 that includes the query becomes one of size 4095. Layers of these
+models that see the whole sequence are left out.
 """
 
 import textwrap
@@ -22,10 +22,10 @@ class Preset:
 
     Attributes:
         name: for the command line.
-        model: what it is.
+        model: the model, and which of its layers.
         window: the rule.
-        keys: that a query sees at most, its own included, by the source's own numbers.
-        convention: how the source counts, and where one may be off by one.
+        keys: most keys that a query sees, its own included, by the source's own numbers.
+        convention: how the source counts, and where a reader may be off by one.
         sources: addresses.
     """
 
@@ -65,9 +65,9 @@ PRESETS = {
             "the example of local-attention and zeta, window_size 512, causal",
             Window(512, causal=True),
             1024,
-            "Windows stand still: a query sees its own up to itself and the one before, 513 to "
-            "1024 keys. The page promises window_size keys with exact_windowsize; the code gives "
-            "513 there, the query's own besides.",
+            "Windows are fixed: a query sees its own window up to itself and the window before it, "
+            "513 to 1024 keys. The page promises window_size keys with exact_windowsize; the code "
+            "gives 513, one more for the query's own.",
             ("https://github.com/lucidrains/local-attention#usage",),
         ),
         Preset(
@@ -75,8 +75,8 @@ PRESETS = {
             "Reformer's local layers as a decoder, local_attn_chunk_length 64",
             Window(64, causal=True),
             128,
-            "Chunks stand still: a query sees its own up to itself and local_num_chunks_before=1 "
-            "before it, 65 to 128 keys.",
+            "Chunks are fixed: a query sees its own chunk up to itself and the chunk before it "
+            "(local_num_chunks_before=1), 65 to 128 keys.",
             (_TRANSFORMERS + "models/reformer/configuration_reformer.py",),
         ),
         Preset(
@@ -84,7 +84,7 @@ PRESETS = {
             "Llama 4's chunked layers, attention_chunk_size 8192",
             Window(8192, causal=True, look_backward=0),
             8192,
-            "Chunks stand still and none looks back: kv // 8192 == q // 8192, 1 to 8192 keys; the "
+            "Chunks are fixed and none looks back: kv // 8192 == q // 8192, 1 to 8192 keys. The "
             "first query of a chunk sees itself alone.",
             (_TRANSFORMERS + "models/llama4/configuration_llama4.py", _OVERLAY),
         ),
@@ -163,7 +163,7 @@ PRESETS = {
             "Longformer base 4096, attention_window 512",
             _around(256),
             513,
-            "The window is both sides together, 256 each, and the query comes on top: 513, not "
+            "The window counts both sides, 256 each, and the query comes on top: 513 keys, not "
             "512. Tokens with global attention are left out.",
             (
                 "https://arxiv.org/abs/2004.05150",
@@ -186,7 +186,7 @@ PRESETS = {
             "ModernBERT's local layers, local_attention 128",
             _around(64),
             129,
-            "The window is both sides together, |kv - q| <= 64, and the query comes on top: 129, "
+            "The window counts both sides, |kv - q| <= 64, and the query comes on top: 129 keys, "
             "not 128.",
             (
                 _TRANSFORMERS + "models/modernbert/configuration_modernbert.py",

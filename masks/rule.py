@@ -36,13 +36,13 @@ class Reach:
         ahead: how far after a query its last key may lie.
         label: the rule's parameters as an identifier. Two rules of one class with equal reaches
             may differ in their tensors and in nothing else.
-        align: what the bounds keep to. The first key of a query, and the key after its last, lie a
-            multiple of ``align`` from token 0, or as far from the query, or the query after it.
-            1 promises nothing.
-        step: above 0 promises that a query sees its own key, that the queries of a step see the
-            same keys (or those of them up to themselves, where the rule is causal), and that the
-            next step sees what this one does, ``step`` further on. 1 is a window that slides with
-            the query. 0 promises nothing.
+        align: what the bounds are multiples of. A query's first key lies a multiple of ``align``
+            from token 0 or from the query. The key after its last lies a multiple of ``align`` from
+            token 0, from the query or from the query after it. 1 promises nothing.
+        step: above 0, queries come in steps of that many, the first from token 0, with three
+            promises. A query sees its own key. The queries of a step see the same keys, where the
+            rule is causal only up to themselves. The next step sees the same keys ``step`` further
+            on. 1 is a window that slides with the query. 0 promises nothing.
     """
 
     keys: int
@@ -53,10 +53,10 @@ class Reach:
     step: int = 0
 
     def longest(self, tokens: int) -> int:
-        """Most tokens between the first and the last that a block sees, or that see a block.
+        """Most tokens from the first to the last that a block sees, or that see a block.
 
         Args:
-            tokens: those of the block, which begins at a multiple of that number.
+            tokens: tokens in the block, which begins at a multiple of that number.
         """
         before, after = self.around(tokens)
         return before + tokens + after
@@ -71,7 +71,7 @@ class Reach:
         return self.longest(keys)
 
     def ends_with(self, block: int) -> bool:
-        """Whether bounds lie at the edges of blocks, but for causality."""
+        """Whether all bounds lie at edges of blocks, save where causality ends an interval."""
         return self.step > 0 and self.step % block == 0
 
 
@@ -80,8 +80,8 @@ class Rule(ABC):
 
     That holds for queries that see nothing as well, whose last key lies before the first. Queries
     and keys are counted from 0, and bounds need not be clipped to the sequence. Batch entry and
-    head are ints or integer tensors that broadcast with the query, as in FlexAttention; results
-    may have any shape that does.
+    head are ints or integer tensors that broadcast with the query, as in FlexAttention; bounds
+    may have any shape that broadcasts with them.
 
     A subclass gives ``keys``, ``queries`` and ``reach``. Numbers that vary from call to call, or
     from batch entry to batch entry, belong into ``tensors``: kernels look them up and are not
@@ -128,14 +128,14 @@ class Rule(ABC):
         return self.reach.label
 
     def query_position(self, batch: Entry, query: Index) -> Index:
-        """Where the query stands, in the count that a bias and a token's own key go by."""
+        """Position of ``query``, by which a bias and ``shared_qk`` go."""
         return query
 
     def key_position(self, batch: Entry, query: Index, key: Index) -> Index:
-        """Where the key stands that ``query`` finds at the index ``key``."""
+        """Position of the key that ``query`` finds at the index ``key``."""
         return key
 
-    # By value but for the tensors, so that calls that differ in these alone share a kernel.
+    # Tensors are not compared, so that calls that differ in these alone share a kernel.
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.reach == self.reach

@@ -116,11 +116,11 @@ class Window(Rule):
     @property
     def reach(self) -> Reach:
         """What follows from the numbers alone."""
-        rest = 0 if self.exact else self.size - 1  # of the query's own window, at most
+        within = 0 if self.exact else self.size - 1  # keys of its own window on one side, at most
         return Reach(
             keys=self.most_seen,
-            back=self.before + rest,
-            ahead=self.after + (0 if self.causal else rest),
+            back=self.before + within,
+            ahead=self.after + (0 if self.causal else within),
             label=self.label,
             align=self.size,
             step=1 if self.exact else self.size,
@@ -132,11 +132,11 @@ class Window(Rule):
         return self
 
     def block_margin(self, block: int) -> int:
-        """Upper bound of how far outside its query's ``span`` a key may lie that is scored.
+        """Upper bound of how far outside its query's ``span`` a key may lie that kernels score.
 
-        Kernels score all keys of a block with all queries of another where one pair is seen.
+        Where a query of one block sees a key of another, kernels score all pairs of the two blocks.
         """
-        # Another key of the block, and another query of the block, maybe in a later window.
+        # Up to a block from the key that is seen, and up to some windows of the query that sees it.
         return block + (-(-(block - 1) // self.size) * self.size if self.size % block else 0)
 
     @property
@@ -157,7 +157,7 @@ class Window(Rule):
 
     @property
     def most_seen(self) -> int:
-        """Keys seen by a query with the most of them, far from both ends of the sequence."""
+        """Most keys that a query sees; those far from both ends of the sequence see as many."""
         if self.exact:
             return self.before + 1 + self.after
         return self.span
@@ -174,7 +174,7 @@ class Window(Rule):
             f"look_forward={self.look_forward}, exact={self.exact}): {self.words}"
         )
 
-    # The four bounds are two shapes: an edge that slides with the token, or the edge of a window.
+    # Each of the four bounds either slides with the token or lies at the edge of a window.
 
     def _back(self, token: Index, windows: int, slides: bool) -> Index:
         if slides:

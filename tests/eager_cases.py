@@ -29,6 +29,7 @@ WIDE = replace(
     n=1050,
     lead=(1, 4),
     kv_heads=2,
+    d=6,
 )
 
 

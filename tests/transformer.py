@@ -9,14 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention
 
+# No two sizes are the same, so that no two axes can be swapped unseen.
 VOCABULARY, EMBEDDING, HEADS = 50, 64, 4
+HEAD_SIZE, VALUE_SIZE = EMBEDDING // HEADS, 24
 LAYERS = 12
 WINDOWS = (
-    {"window_size": 16},
-    {"window_size": 24, "exact_windowsize": True},
+    {"window_size": 20},
+    {"window_size": 28, "exact_windowsize": True},
     {"window_size": 40, "look_backward": 0},
 )
-TWELVE_WINDOWS = tuple({"window_size": size} for size in range(20, 20 + LAYERS))
+TWELVE_WINDOWS = tuple({"window_size": size} for size in range(26, 26 + LAYERS))
 TOKENS = 130  # in a sequence: over a block of the kernel, and a multiple of no window
 
 
@@ -25,15 +27,15 @@ class Block(nn.Module):
         super().__init__()
         self.attention = attention
         self.before, self.between = nn.LayerNorm(EMBEDDING), nn.LayerNorm(EMBEDDING)
-        self.inputs = nn.Linear(EMBEDDING, 3 * EMBEDDING)
-        self.output = nn.Linear(EMBEDDING, EMBEDDING)
+        self.inputs = nn.Linear(EMBEDDING, HEADS * (2 * HEAD_SIZE + VALUE_SIZE))
+        self.output = nn.Linear(HEADS * VALUE_SIZE, EMBEDDING)
         self.mlp = nn.Sequential(
             nn.Linear(EMBEDDING, 2 * EMBEDDING), nn.GELU(), nn.Linear(2 * EMBEDDING, EMBEDDING)
         )
 
     def forward(self, x):
-        heads = self.inputs(self.before(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2)
-        mixed = self.attention(*heads.chunk(3, dim=1))
+        heads = self.inputs(self.before(x)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        mixed = self.attention(*heads.split((HEAD_SIZE, HEAD_SIZE, VALUE_SIZE), dim=-1))
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
@@ -53,7 +55,7 @@ class Transformer(nn.Module):
                     **window,
                     causal=True,
                     autopad=True,
-                    dim=EMBEDDING // HEADS,
+                    dim=HEAD_SIZE,
                     dropout=dropout,
                     backend=backend,
                 )

@@ -24,7 +24,7 @@ from .formula import Formula, formula_of
 from .tiles import Sizes, every_tile
 
 _LEAST_TILE = 64
-"""Queries in a tile at least: smaller products waste the processor."""
+"""Fewest queries in a tile: a processor spends most of smaller matrix products on overhead."""
 
 
 def attend(spec: Spec, inputs: Inputs) -> Tensor:
@@ -84,13 +84,13 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
             part, _ = formula.weights(tiles, *formula.scaled(tiles, q, k), bias, mask)
             part = part.flatten(2, 3)
             start = tiles.first * sizes.tile
-            place = out[tiles.batch, tiles.heads, start : start + part.shape[2], columns]
-            place.copy_(part[:, :, : place.shape[2]])
+            target = out[tiles.batch, tiles.heads, start : start + part.shape[2], columns]
+            target.copy_(part[:, :, : target.shape[2]])
     return out
 
 
 def _placed(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Queries and keys as their products are taken: keys of length 1, both rotated."""
+    """Queries and keys before their product: keys of length 1 and both rotated, where asked."""
     q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
     if spec.shared_qk:
         k = unit_keys(k)
@@ -104,10 +104,13 @@ def _placed(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool) -> Sizes:
-    """Tiles of whole steps of the rule; of one window where a bias or xpos is laid out over it.
+    """The shape of tiles: some of the rule's steps, or one window.
 
-    Tiles of less than a window see fewer keys that they hide. Inside a compiler a tile is as long
-    as its keys around it, since each further piece of keys is an operator of its own there.
+    Shorter tiles compute fewer scores that are hidden. Inside a compiler a tile is at least as long
+    as its keys before and after it, because each further piece of keys is an operator of its own.
+
+    Args:
+        one_window: a tile is to be one window, because a bias or xpos's factors are laid out so.
     """
     b, h, n, _ = q.shape
     reach = rule.reach
@@ -127,7 +130,7 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool) -> Sizes:
 
 
 def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
-    """Tiles without keys that lie outside of the sequence for each of them."""
+    """``sizes`` without keys that lie outside the sequence for every tile; the bias accordingly."""
     tile = sizes.n if 0 < sizes.n <= sizes.tile else sizes.tile
     furthest = max(0, sizes.tiles - 1) * sizes.tile
     before, after = min(sizes.before, furthest), min(sizes.after, furthest)
@@ -138,7 +141,7 @@ def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
 
 
 def _cleared(bias: Tensor | None, formula: Formula) -> Tensor | None:
-    """``bias`` without what it holds where the window hides a key, which may be NaN."""
+    """``bias`` with zeros where the window hides a key: a NaN there would spread."""
     if bias is None or formula.hiding is None:
         return bias
     return bias.masked_fill(formula.hiding < 0, 0.0)

@@ -16,7 +16,7 @@ from .formula import Formula, times
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
 _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
-"""Scores of a portion: few enough for the cache, many enough to hide the start of an operator."""
+"""Scores in a portion: few enough for the cache, many enough to outweigh an operator's overhead."""
 
 
 def attend_in_portions(
@@ -34,7 +34,7 @@ def attend_in_portions(
 
 
 class _Tiled(torch.autograd.Function):
-    """``Formula`` some tiles at a time, its backward pass likewise."""
+    """``Formula`` for a portion of tiles at a time, forward and backward."""
 
     @staticmethod
     def forward(
@@ -91,8 +91,8 @@ def _gradients(
         keep = formula.keep(tiles)
         tiles.add_keys(grad_v, times(weights, keep).transpose(-1, -2) @ grad_out)
         grad_weights = times(grad_out @ tiles.keys(v).to(compute).transpose(-1, -2), keep)
-        # From the weights, not from the output as there: where weights are sharp, the output's
-        # rounding would show.
+        # FlashAttention sums over the output instead. Its rounding would show where most of the
+        # weight is on one key.
         grad_scores = grad_weights.mul_(weights)
         grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
         grad_scores = backward(grad_scores, grad_bias)

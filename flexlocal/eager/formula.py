@@ -18,8 +18,10 @@ from ..spec import Inputs, Spec, xpos_of
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]
-"""From the gradient of scores, in place, to that of the products of queries and keys; adds the
-bias's gradient to its second argument, if there is one."""
+"""Turns the gradient of scores into that of the products of queries and keys, in place.
+
+Adds the bias's gradient to its second argument, if there is one.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,10 @@ class Formula:
     """Attention within tiles.
 
     Attributes:
-        draws: dropout's numbers of queries and of keys, ``(b * h, n)`` both.
+        draws: dropout's numbers of queries and of keys, both ``(b * h, n)``; None without dropout.
         compute: the dtype of scores and weights.
-        hiding: 0 where a tile's query sees the tile's key, -inf elsewhere, ``(h or 1, 1, t, s)``:
-            the same for all tiles, by the promise of ``Reach.step``. None where the rule is to be
-            asked for each tile.
+        hiding: 0 where a tile's query sees the tile's key, -inf elsewhere, ``(h or 1, 1, t, s)``;
+            the same for all tiles, as ``Reach.step`` promises. None where each tile asks the rule.
     """
 
     spec: Spec
@@ -56,13 +57,13 @@ class Formula:
         return out.flatten(2, 3)[:, :, : tiles.sizes.n - tiles.first * tiles.sizes.tile].to(q.dtype)
 
     def scaled(self, tiles: Tiles, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The tiles' queries and keys, by whose products scores begin."""
+        """The tiles' queries and keys times ``factors``: scores begin as their products."""
         q_factor, k_factor = self.factors(tiles)
         q_tiles = tiles.queries(q).to(self.compute) * q_factor
         return q_tiles, times(tiles.keys(k).to(self.compute), k_factor)
 
     def factors(self, tiles: Tiles) -> tuple[Tensor | float, Tensor | None]:
-        """What a tile's queries and keys are multiplied by before their product."""
+        """What a tile's queries and keys are multiplied by: the scale, and xpos's factors."""
         scale = self.spec.scale
         assert scale is not None
         if self.xpos is None:
@@ -81,7 +82,7 @@ class Formula:
             q, k: the tiles' queries and keys, ``scaled``.
 
         Returns:
-            The weights, and the way back from the scores that they are the softmax of.
+            The weights, and the function that turns the gradient of their scores back.
         """
 
         def backward(grad_scores: Tensor, grad_bias: Tensor | None) -> Tensor:
@@ -134,14 +135,14 @@ def formula_of(
     compute = torch.promote_types(q.dtype, torch.float32)
     if xpos is not None and not xpos_products_fit(rule.window, xpos.base, compute):
         compute = torch.float64
-    same = None
+    same_hiding = None
     step = rule.reach.step
     if step and not rule.tensors and (sizes.tile % step == 0 or sizes.tiles == 1):
         head = torch.arange(sizes.heads, device=q.device)[:, None, None, None]
         query = torch.arange(sizes.tile, device=q.device)[:, None]
         key = torch.arange(sizes.span, device=q.device) - sizes.before
-        same = hiding(sees(rule, 0, head, query, key), compute)
-    return Formula(spec, rule, draws, xpos, compute, same)
+        same_hiding = hiding(sees(rule, 0, head, query, key), compute)
+    return Formula(spec, rule, draws, xpos, compute, same_hiding)
 
 
 def hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,5 +151,5 @@ def hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def times(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x`` times a factor, if there is one."""
+    """``x * factor``; ``x`` where there is no factor."""
     return x if factor is None else x * factor

@@ -1,8 +1,9 @@
 """Cutting queries and keys into tiles, a portion at a time, and adding gradients back.
 
-A tile is some queries in a row and the one interval of keys that they may see. Shapes: ``b`` batch
-entries, ``h`` heads, ``g`` tiles, ``t`` queries in a tile, ``s`` keys of a tile, ``n`` tokens,
-``d`` any last dimension. Places before the first token and after the last one hold zeros.
+A tile is some consecutive queries and the one interval of keys that they may see. Keys before the
+first token and after the last one are zeros. Shapes: ``batch``, ``heads`` and ``kv_heads`` are
+those of a call; ``b`` batch entries and ``h`` query heads of a portion, ``g`` tiles, ``t`` queries
+in a tile, ``s`` keys of a tile, ``n`` tokens, ``d`` any last dimension.
 """
 
 from collections.abc import Iterator
@@ -34,18 +35,18 @@ class Sizes:
 
     @property
     def pieces(self) -> int:
-        """Lengths of a tile that cover its keys: the next tile's begin one further."""
+        """Pieces, as long as a tile, that cover its keys; the next tile's begin one piece later."""
         return -(-self.span // self.tile)
 
     @property
     def tiles(self) -> int:
         """Tiles that cover the sequence."""
-        return (self.n + self.tile - 1) // self.tile  # torch.export understands no -(-n // tile)
+        return (self.n + self.tile - 1) // self.tile  # torch.export fails on -(-n // tile)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Some tiles of some heads of some batch entries: what is worked off at a time."""
+    """A portion: some tiles of some heads of some batch entries, computed at a time."""
 
     sizes: Sizes
     batch: slice
@@ -55,36 +56,35 @@ class Tiles:
     """First tile."""
     count: int
     whole: bool = False
-    """Whether this is every tile there is, of a sequence whose length may be symbolic."""
+    """Whether these are all tiles, of a sequence whose length may be symbolic."""
 
     @property
     def inside(self) -> bool:
         """Whether all the tiles' queries and keys are known to lie in the sequence."""
-        start, stop = self._key_run
+        start, stop = self._key_range
         return not self.whole and start >= 0 and stop <= self.sizes.n
 
     @property
     def ragged(self) -> bool:
-        """Whether the last tile may hold places after the last query."""
-        return self.whole or self._query_run[1] > self.sizes.n
+        """Whether the last tile may reach past the last query."""
+        return self.whole or self._query_range[1] > self.sizes.n
 
     def queries(self, x: Tensor) -> Tensor:
         """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
-        run = self._run(x[self.batch, self.heads], *self._query_run)
-        tiles: Tensor = run.unflatten(2, (self.count, self.sizes.tile))
+        queries = self._cut(x[self.batch, self.heads], *self._query_range)
+        tiles: Tensor = queries.unflatten(2, (self.count, self.sizes.tile))
         return tiles
 
     def keys(self, x: Tensor) -> Tensor:
         """``(batch, kv_heads or heads, n, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
         shared = x.shape[1] != self.sizes.heads
         heads = self.kv_heads if shared else self.heads
-        run = self._run(x[self.batch, heads], *self._key_run)
-        tiles = self._overlapping(run)
+        tiles = self._overlapping(self._cut(x[self.batch, heads], *self._key_range))
         groups = (self.heads.stop - self.heads.start) // tiles.shape[1]
         return tiles.repeat_interleave(groups, dim=1) if shared else tiles
 
     def rows(self, device: torch.device) -> Tensor:
-        """Number of each head's row, counted over batch and heads: ``(b, h)``."""
+        """The row of each head, counted over the call's batch entries and heads: ``(b, h)``."""
         batch = torch.arange(self.batch.start, self.batch.stop, device=device)
         heads = torch.arange(self.heads.start, self.heads.stop, device=device)
         return batch[:, None] * self.sizes.heads + heads
@@ -104,63 +104,70 @@ class Tiles:
         )
 
     def kept_keys(self, key_mask: Tensor | None, device: torch.device) -> Tensor:
-        """Which keys exist and ``(batch, heads or 1, n)`` keeps: ``(b or 1, h or 1, g, 1, s)``."""
+        """Which keys exist and are kept by a mask: ``(b or 1, h or 1, g, 1, s)``.
+
+        Args:
+            key_mask: ``(batch, heads or 1, n)``.
+        """
         if key_mask is None:
-            key = torch.arange(*self._key_run, device=device)
-            run = ((key >= 0) & (key < self.sizes.n))[None, None]
+            key = torch.arange(*self._key_range, device=device)
+            kept = ((key >= 0) & (key < self.sizes.n))[None, None]
         else:
             heads = self.heads if key_mask.shape[1] > 1 else slice(None)
-            run = self._run(key_mask[self.batch, heads, :, None], *self._key_run)[..., 0]
-        return run.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
+            kept = self._cut(key_mask[self.batch, heads, :, None], *self._key_range)[..., 0]
+        return kept.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
 
     def add_queries(self, total: Tensor, tiles: Tensor) -> None:
-        """Adds ``(b, h, g, t, d)`` to its places in ``(batch, heads, n, d)``."""
-        start, stop = self._query_run[0], min(self._query_run[1], self.sizes.n)
+        """Adds ``(b, h, g, t, d)`` to the queries in ``total`` ``(batch, heads, n, d)``."""
+        start, stop = self._query_range[0], min(self._query_range[1], self.sizes.n)
         total[self.batch, self.heads, start:stop] += tiles.flatten(2, 3)[:, :, : stop - start]
 
     def add_keys(self, total: Tensor, tiles: Tensor) -> None:
-        """Adds ``(b, h, g, s, d)`` to its places in ``(batch, kv_heads, n, d)``."""
-        sizes, (start, stop) = self.sizes, self._key_run
+        """Adds ``(b, h, g, s, d)`` to the keys in ``total`` ``(batch, kv_heads, n, d)``."""
+        sizes, (start, stop) = self.sizes, self._key_range
         if total.shape[1] != sizes.heads:
             tiles = tiles.unflatten(1, (self.kv_heads.stop - self.kv_heads.start, -1)).sum(2)
-        # Neighbouring tiles share keys: add a tile's length of every tile's keys at a time.
+        # Neighbouring tiles share keys, but first pieces overlap no first pieces, and so on.
         pieces = sizes.pieces
         b, h, count, _, d = tiles.shape
-        run = tiles.new_zeros(b, h, count + pieces - 1, sizes.tile, d)
+        by_piece = tiles.new_zeros(b, h, count + pieces - 1, sizes.tile, d)
         for piece in range(pieces):
             part = tiles[..., piece * sizes.tile : (piece + 1) * sizes.tile, :]
-            run[:, :, piece : piece + count, : part.shape[-2]] += part
+            by_piece[:, :, piece : piece + count, : part.shape[-2]] += part
         low, high = max(start, 0), min(stop, sizes.n)
         heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
-        total[self.batch, heads, low:high] += run.flatten(2, 3)[:, :, low - start : high - start]
+        shared = by_piece.flatten(2, 3)[:, :, low - start : high - start]
+        total[self.batch, heads, low:high] += shared
 
-    def _overlapping(self, run: Tensor) -> Tensor:
-        """The tiles' keys, ``(b, h, g, s, d)``, of the run of keys that they share."""
+    def _overlapping(self, keys: Tensor) -> Tensor:
+        """The keys of each tile, ``(b, h, g, s, d)``, out of all tiles' keys."""
         size, span, pieces = self.sizes.tile, self.sizes.span, self.sizes.pieces
         if not self.whole:
-            return run.unfold(2, span, size).transpose(-1, -2)
+            return keys.unfold(2, span, size).transpose(-1, -2)
         # No unfold in a compiler: on the CPU torch 2.13's adds up its gradient in wrong places.
-        run = F.pad(run, (0, 0, 0, pieces * size - span))
-        run = run.unflatten(2, (self.count + pieces - 1, size))
-        parts = [run[:, :, piece : piece + self.count] for piece in range(pieces)]
+        padded = F.pad(keys, (0, 0, 0, pieces * size - span))
+        by_piece = padded.unflatten(2, (self.count + pieces - 1, size))
+        parts = [by_piece[:, :, piece : piece + self.count] for piece in range(pieces)]
         return torch.cat(parts, dim=3)[..., :span, :]
 
-    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Places ``start`` to ``stop`` of ``x``'s third dimension, zeros where it has none."""
-        if self.whole:  # all of it: a symbolic length is not to be compared
+    def _cut(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Indices ``start`` to ``stop`` of ``x``'s third dimension, zeros outside of it."""
+        if self.whole:  # `x` is inside; to compare a symbolic length would guard on it
             return F.pad(x, (0, 0, -start, stop - x.shape[2]))
         low, high = max(start, 0), min(stop, x.shape[2])
         x = x[:, :, low:high]
         return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))
 
     @property
-    def _query_run(self) -> tuple[int, int]:
+    def _query_range(self) -> tuple[int, int]:
+        """First query of the tiles, and the one after their last."""
         start = self.first * self.sizes.tile
         return start, start + self.count * self.sizes.tile
 
     @property
-    def _key_run(self) -> tuple[int, int]:
-        start, stop = self._query_run
+    def _key_range(self) -> tuple[int, int]:
+        """First key of the tiles, and the one after their last."""
+        start, stop = self._query_range
         return start - self.sizes.before, stop + self.sizes.after
 
 
@@ -171,17 +178,17 @@ def every_tile(sizes: Sizes) -> Tiles:
 
 
 def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
-    """Tiles in portions of about ``scores`` scores: of one head, or of whole batch entries."""
+    """Portions of about ``scores`` scores, each of one head or of whole batch entries."""
     if 0 in (sizes.batch, sizes.heads, sizes.n):
         return
     everything = replace(every_tile(sizes), whole=False)
-    each = sizes.tile * sizes.span
-    entries = scores // max(1, sizes.heads * sizes.tiles * each)
+    tile_scores = sizes.tile * sizes.span
+    entries = scores // max(1, sizes.heads * sizes.tiles * tile_scores)
     for entry in range(0, sizes.batch, max(1, entries)):
         if entries:
             yield replace(everything, batch=slice(entry, min(entry + entries, sizes.batch)))
             continue
-        count = max(1, scores // each)
+        count = max(1, scores // tile_scores)
         for head in range(sizes.heads):
             kv_head = head * sizes.kv_heads // sizes.heads
             for first in range(0, sizes.tiles, count):

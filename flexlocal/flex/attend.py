@@ -1,9 +1,9 @@
-"""What becomes one kernel: a call of FlexAttention, with what lies around it.
+"""The graph of the flex path: a call of FlexAttention, with what is done before and after it.
 
-Written to be compiled, on its own or as part of a user's model. Rotary, xpos's layout and the
-mask are part of the graph: a few small kernels around that of attention, and fewer where a user's
-graph already passes over the tensors. FlexAttention: arXiv:2412.05496. Shapes are those of
-``spec``.
+It is always compiled, on its own or as part of a user's model. Rotary, xpos's layout and the mask
+are part of the graph. Inductor makes a few small kernels of them beside that of attention, and
+fewer where it can fuse them with a user's operators. FlexAttention: arXiv:2412.05496. Shapes are
+those of ``spec``.
 """
 
 from typing import cast
@@ -46,23 +46,24 @@ def attend(
         spec: the call, resolved.
         inputs: its tensors, shaped.
         tuning: blocks and options of the kernel.
-        lists: the index tensors of the block mask, where they are ready; see ``Blocks.lists``. The
-            graph is then one of its own, and no part of a user's.
+        lists: the index tensors of the block mask, see ``Blocks.lists``; only for a graph that is
+            no part of a user's. None where the graph is to compute them.
 
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype.
     """
     q, k, v, mask, bias, seed, *_ = inputs
-    given = rule_of(spec, inputs)
+    call_rule = rule_of(spec, inputs)
     b, h, n, _ = q.shape
-    h = plain_int(h)  # before functions of a score capture it
-    blocks = blocks_of(spec, given, inputs, tuning)
+    h = plain_int(h)  # score_mods capture it, and cannot capture a symbolic int
+    blocks = blocks_of(spec, call_rule, inputs, tuning)
     rule = blocks.rule
     if mask is not None:
-        # For a compiler: the mask's sizes are those of q, however they were computed.
+        # `expand` tells Dynamo that the mask's sizes are q's, however they were computed.
         mask = mask.expand(-1, 1 if mask.shape[1] == 1 else h, n)
         v = without_padding(v, mask)
-        # Kernels hide a score before they use it, but multiply by a hidden key for a gradient.
+        # Forward, kernels hide a score before they use it, so that hidden keys may hold NaN. Their
+        # backward pass multiplies by hidden keys.
         if torch.is_grad_enabled() and (k.requires_grad or q.requires_grad):
             k = without_padding(k, mask)
     if spec.shared_qk:
@@ -71,20 +72,20 @@ def attend(
     if layout is not None:
         v = layout.in_slots(v)
     if inputs.inv_freq is not None:
-        q, k = _positioned(given, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
+        q, k = _positioned(call_rule, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
 
     kept = None if mask is None else _by_slot(layout, mask)
     on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
-    alone = lists is not None
-    q, k, v = _as_kernels_read(q, k, v, tuning.decodes(n), alone)
+    own_graph = lists is not None
+    q, k, v = _as_kernels_read(q, k, v, tuning.decodes(n), own_graph)
     if lists is None:
         lists = blocks.lists(q.device, kept)
     bias_heads = margin = None
     if bias is not None:
         bias_heads = plain_int(bias.shape[0])
         bias, margin = _bias_table(bias, bias_heads, blocks, on_gpu)
-    own_by_mask = spec.shared_qk and kept is None and bias is None and given.is_window
-    ends = ends_alone(given.window, n) if own_by_mask else None
+    own_by_mask = spec.shared_qk and kept is None and bias is None and call_rule.is_window
+    ends = ends_alone(call_rule.window, n) if own_by_mask else None
     looked_up = list(rule.tensors)
     if layout is not None and layout.looks_up_length:
         looked_up = [number_in_memory(n, q.device)]
@@ -99,7 +100,7 @@ def attend(
     if spec.dropout == 0:
         arguments = kernel.arguments(lists, looked_up)
         out: Tensor = flex_attention(q, k, v, score_mod=kernel.score_mod(bias), **arguments)
-        return _narrowed(out, d_v) if on_gpu or alone else copied(out)
+        return _narrowed(out, d_v) if on_gpu or own_graph else copied(out)
     assert seed is not None
     draws = query_draws(seed, b * h, n), _by_slot(layout, key_draws(seed, b * h, n))
     out = attend_dropped(kernel, spec.dropout, q, k, v, bias, draws, lists, tuple(looked_up))
@@ -110,8 +111,8 @@ def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
     """The sparse blocks of a call.
 
     Args:
-        rule: the call's; a window is laid out for xpos, on sequences where one origin cannot
-            serve all keys.
+        rule: the call's. With xpos its window is laid out over slots on sequences that are too long
+            for one origin.
     """
     b, h, n, _ = inputs.q.shape
     slots, masked = n, inputs.mask is not None
@@ -133,7 +134,7 @@ def _scale(spec: Spec) -> float:
 def _positioned(
     rule: Rule, layout: KeyLayout | None, inputs: Inputs, xpos: Xpos | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries rotated, and keys in their slots, in the dtypes that they came in."""
+    """Queries and keys, rotated, in their own dtypes; keys in their slots, if there is a layout."""
     q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
     assert inv_freq is not None
     n, shift = q.shape[-2], 0 if rule.window is None else rule.window.after
@@ -141,7 +142,7 @@ def _positioned(
     if xpos is not None:
         q_factor, k_factor = _xpos_factors(xpos, rule, layout, n)
     position = torch.arange(n, device=q.device)
-    # Nothing is added where it is 0, so that a compiler makes one table for both.
+    # No `position + 0`: from the same expression Inductor makes one table for q and k.
     turned_q = _rotated(q, position + shift if shift else position, inv_freq, q_factor)
     if layout is None:
         turned_k = _rotated(k, position, inv_freq, k_factor)
@@ -162,7 +163,11 @@ def _xpos_factors(
 
 
 def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
-    """As ``rotate``, in memory as ``x`` lies: else the output would not, and be copied."""
+    """As ``rotate``, with the result in ``x``'s order in memory.
+
+    FlexAttention's output takes its query's order. In another one, a user's view that joins the
+    heads again would become a copy.
+    """
     if x.stride(1) >= x.stride(2):
         return rotate(x, position, inv_freq, factor)
     by_token, position = x.transpose(1, 2), position[:, None]
@@ -171,24 +176,26 @@ def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | Non
 
 
 def _by_slot(layout: KeyLayout | None, x: Tensor) -> Tensor:
-    """``x`` ``(..., n)``, a number for each key, as ``(..., slots)``, where kernels find it."""
+    """``x`` ``(..., n)``, one element for each key, as ``(..., slots)`` in a buffer for kernels."""
     return written_out(x if layout is None else layout.in_slots(x[..., None])[..., 0])
 
 
 def _bias_table(
     bias: Tensor, heads: int, blocks: Blocks, on_gpu: bool
 ) -> tuple[Tensor, int | None]:
-    """``bias`` as kernels look it up, and its margin, if it has one."""
-    # Its sizes in numbers: Dynamo makes them symbolic once biases of other windows came.
+    """``bias`` as kernels look it up, and its margin (``with_margin``), if it has one."""
+    # `reshape` states plain sizes: Dynamo makes them symbolic after biases of several windows.
     window: Window = blocks.rule.window
     sized = bias.reshape(heads, window.size, window.span)
     if bias.dtype == torch.float64:
         bias = sized = written_out(sized.to(torch.float32))  # kernels read no float64
     if not on_gpu:
-        # Kernels of the CPU, which give no gradients, read no bias that the graph computes.
+        # CPU kernels cannot read a bias that the graph computes, so that it gets a buffer. They
+        # have no backward pass: a bias that requires a gradient does not reach them.
         learned = torch.is_grad_enabled() and bias.requires_grad
         return bias if learned else written_out(sized), None
-    # A margin needs blocks that end with the sequence: kernels then look up no key beyond it.
+    # Not where the last block is cut: kernels look up keys beyond the sequence's end there, and
+    # these may lie beyond the margin.
     if not blocks.rule.is_window or blocks.n % STOCK_BLOCK:
         return bias, None
     margin = blocks.rule.window.block_margin(blocks.tuning.block)
@@ -196,35 +203,36 @@ def _bias_table(
 
 
 def _as_kernels_read(
-    q: Tensor, k: Tensor, v: Tensor, decodes: bool, alone: bool
+    q: Tensor, k: Tensor, v: Tensor, decodes: bool, own_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Head sizes that kernels take, and memory that they read rightly.
+    """q, k and v padded to head sizes that kernels take, in memory that they read correctly.
 
     Args:
         decodes: a decoding kernel may be taken.
-        alone: this is a graph of its own, and no part of a user's.
+        own_graph: the graph is no part of a user's.
     """
     if q.device.type != "cuda":
         q, k = _at_least(q, LEAST_HEAD_ON_CPU), _at_least(k, LEAST_HEAD_ON_CPU)
-        return (q, k, v) if alone else (copied(q), copied(k), copied(v))
+        return (q, k, v) if own_graph else (copied(q), copied(k), copied(v))
     q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
-    # torch 2.11 asks decoding kernels' query for its strides before they are settled: one
+    # torch 2.11 asks for the strides of a decoding kernel's query before they are settled: a query
     # computed from a transposed view was read wrongly.
     return written_out(q) if decodes else q, k, v
 
 
 def _padded_head(x: Tensor) -> Tensor:
-    """``x`` with zeros up to a head size that kernels take on the GPU."""
+    """``x``, padded with zeros to a head size that kernels take on a GPU."""
     d = x.shape[-1]
     return _at_least(x, MOST_HEAD if d > MOST_HEAD_BETWEEN.get(x.dtype, d) else LEAST_HEAD)
 
 
 def _at_least(x: Tensor, d: int) -> Tensor:
-    """``x`` with zeros up to head size ``d``."""
+    """``x``, padded with zeros to head size ``d`` at least."""
     return x if x.shape[-1] >= d else F.pad(x, (0, d - x.shape[-1]))
 
 
 def _narrowed(x: Tensor, d: int) -> Tensor:
-    """``x`` without the zeros past head size ``d``."""
-    # Even a slice that takes all is a view, which autograd would make anew outside the graph.
+    """``x`` without what lies past head size ``d``."""
+    # Not sliced in vain: even a full slice is a view, which autograd would make again outside the
+    # graph.
     return x if x.shape[-1] == d else x[..., :d]

@@ -34,19 +34,19 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], Tens
         return partial(_in_a_users_graph, spec, tuning)
     blocks = blocks_of(spec, rule_of(spec, inputs), inputs, tuning)
     q, k, v, mask, bias, _, inv_freq, *_ = inputs
-    # What makes another kernel makes another callable: each has torch's recompile limit to itself.
+    # Each kernel has a callable of its own, so that torch's recompile limit counts for it alone.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
-    given = mask is not None, None if bias is None else bias.shape[0], inv_freq is not None
+    optional = mask is not None, None if bias is None else bias.shape[0], inv_freq is not None
     compiled = _compiled(
-        spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *given,
+        spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *optional,
         torch.is_grad_enabled(),
     )  # fmt: skip
-    device, made_anew = q.device, mask is not None or bool(inputs.rule_tensors)
+    device, lists_vary = q.device, mask is not None or bool(inputs.rule_tensors)
 
     def run(inputs: Inputs) -> Tensor:
-        if device.type == "cpu":  # its kernels refuse tensors that could require a gradient
+        if device.type == "cpu":  # its kernels refuse what requires a gradient, if under no_grad
             inputs = Inputs(*map(_detached, inputs))
-        return compiled(None if made_anew else _lists(blocks, device), *inputs)
+        return compiled(None if lists_vary else _lists(blocks, device), *inputs)
 
     return run
 
@@ -58,15 +58,15 @@ def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> Tensor:
 @lru_cache(maxsize=256)
 def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., Tensor]:
     def call(lists: _Lists | None, *inputs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():  # FlexAttention would compute every score
+        if not torch.compiler.is_compiling():  # FlexAttention would hold every score
             raise RuntimeError(
                 "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
                 "backend must be 'eager' here"
             )
         return attend(spec, Inputs(*inputs), tuning, lists)
 
-    # The recompile limit counts per code object, so that each callable needs one of its own. What
-    # its closure holds has the names that `_on_arguments_and_modes` knows.
+    # torch counts recompiles by code object, so that each callable needs one of its own. Its
+    # closure holds `spec` and `tuning`: `_on_arguments_and_modes` finds guards by these names.
     name = f"fused_{spec.rule.reach.label}_{abs(hash((spec, tuning, kind))):x}"
     own = types.FunctionType(
         call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
@@ -81,9 +81,10 @@ def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., Tensor
 
 
 def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
-    """Which guards a callable keeps: not those that look after its closure, modules and globals.
+    """Which guards a callable keeps: none on its closure, on modules or on globals.
 
-    Its key has settled these, and asking hundreds of them would cost more than the launch.
+    The key of ``_compiled`` settles what these guard. To evaluate hundreds of them on every call
+    would take longer than to launch the kernel.
     """
     return [keep_guard(guard, ("spec", "tuning", "__import__")) for guard in guards]
 
@@ -94,7 +95,8 @@ def _lists(blocks: Blocks, device: torch.device) -> _Lists:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _lists_of_a_graph(blocks, device, made)
-        # Another stream would have to wait for these, and for their memory to be free again.
+        # Kept for each stream: another stream would have to wait until the lists are written, and
+        # could not tell when their memory is reused.
         stream = torch.cuda.current_stream(device).cuda_stream
     if stream not in made:
         with torch.inference_mode(False), torch.no_grad():
@@ -107,21 +109,21 @@ def _lists(blocks: Blocks, device: torch.device) -> _Lists:
 
 @lru_cache(maxsize=256)
 def _made_lists(blocks: Blocks, device: torch.device) -> dict[int | None, _Lists]:
-    """Those that are kept, by stream."""
+    """The kept lists, by CUDA stream; by None on the CPU."""
     return {}
 
 
 def _lists_of_a_graph(
     blocks: Blocks, device: torch.device, made: dict[int | None, _Lists]
 ) -> _Lists:
-    """Lists for a graph that is being captured, which reads them as long as it lives."""
-    if made:  # by the calls before the capture, which ends their streams' work first
+    """Lists for a CUDA graph that is being captured, which reads them as long as it lives."""
+    if made:  # by earlier calls, whose work is done: a capture begins with a synchronisation
         return _CAPTURED.setdefault((blocks, device), tuple(made.values())[0])
-    return blocks.lists(device)  # a part of the graph, and made again whenever it replays
+    return blocks.lists(device)  # captured as well: each replay makes them again
 
 
 _CAPTURED: dict[tuple[Blocks, torch.device], _Lists] = {}
-"""What captured graphs read: kept for good, since nothing says when a graph is gone."""
+"""Lists that CUDA graphs read, kept for good: nothing tells when a graph is deleted."""
 
 
 def _detached(x: Any) -> Any:

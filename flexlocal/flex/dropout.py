@@ -1,9 +1,9 @@
-"""Dropout of attention weights on the fused path: two kernels forward, one backward.
+"""Dropout of attention weights on the flex path: two kernels forward, one backward.
 
-Dropout acts after the softmax, whose normaliser counts the weights that are dropped too. With the
-dropped scores hidden, a kernel gives the right mixture of values but the wrong normaliser; a
-second one, over values a few channels wide, gives the right one: ``L``, the log-sum-exp of all of
-a query's scores ``s``.
+Dropout acts after the softmax, whose normaliser counts the dropped weights too. The first kernel
+hides the dropped scores: its output mixes the right values, but is normalised by the kept weights
+alone. The second kernel hides none of them and gives ``L``, the log-sum-exp of all of a query's
+scores ``s``; its values are a few channels wide, since its output is not needed.
 
 The backward pass knows ``L``. With the weights ``P = exp(s - L)``, the mask ``M``, 0 where a
 weight is dropped and ``1 / (1 - p)`` elsewhere, and ``D_i = out_i . grad_i`` it wants
@@ -15,11 +15,12 @@ score function ``f`` whose gradient is ``f'``, and log-sum-exps ``l`` with gradi
 
     w = exp(f(s) - l)     grad_v_j = sum_i w_ij grad_i     grad_s = f'(w (v_j . grad_i - D_i + l'))
 
-and is given ``f(s) = s - L``, or -inf where dropped, ``l = log(1 - p)`` and ``l' = p D``.
-What is left is the gradient of a dropped score, where ``w`` is 0: ``f'`` says it, ``-P D``.
+It is given ``f(s) = s - L``, or -inf where dropped, ``l = log(1 - p)`` and ``l' = p D``. The
+gradient of a dropped score is then missing, because its ``w`` is 0: ``f'`` returns it, ``-P D``.
 
-The two operators of ``torch.ops`` here are those that FlexAttention's own gradient is made of;
-torch documents neither (the same in 2.11 to 2.15).
+FlexAttention's own gradient is made of ``flex_attention_backward``, which is called here, and
+``zeros_and_scatter``, which ``mods.bias`` calls. torch documents neither (unchanged from 2.11 to
+2.15).
 """
 
 import math
@@ -45,7 +46,7 @@ _DEFAULTS = {
     "BLOCKS_ARE_CONTIGUOUS": False,
     "WRITE_DQ": True,
 }
-"""Kernel options that ``flex_attention`` fills in."""
+"""Kernel options that ``flex_attention`` fills in, but the operator of its gradient does not."""
 
 
 def attend_dropped(
@@ -73,18 +74,18 @@ def attend_dropped(
     common = kernel.arguments(lists, looked_up)
     aux = AuxRequest(lse=True)
     query, key, value = q.detach(), k.detach(), v.detach()
-    score = kernel.score_mod(None if bias is None else bias.detach())
+    full = kernel.score_mod(None if bias is None else bias.detach())
     drop = drop_scores(*draws, kernel.heads, dropout)
-    remaining = drop if score is None else in_turn(score, drop)
-    out, some = flex_attention(query, key, value, score_mod=remaining, return_aux=aux, **common)
+    kept = drop if full is None else in_turn(full, drop)
+    out, of_kept = flex_attention(query, key, value, score_mod=kept, return_aux=aux, **common)
     thin = value[..., :LEAST_HEAD]  # for the log-sum-exp alone
-    _, every = flex_attention(query, key, thin, score_mod=score, return_aux=aux, **common)
-    # Where nothing is dropped the difference is exactly 0. Inductor would compute it from
-    # log-sum-exps in base 2 with the product of one side unrounded, which shows near -5e4. This
-    # also keeps -inf - -inf out, for queries that see no key.
-    lost = torch.where(some.lse == every.lse, 0.0, some.lse - every.lse)
-    share = lost.exp() / (1 - dropout)
-    tensors = q, k, v, bias, out, share, every.lse, *draws
+    _, of_all = flex_attention(query, key, thin, score_mod=full, return_aux=aux, **common)
+    # `where` makes the difference exactly 0 where nothing is dropped. Inductor computes both sides
+    # from log-sum-exps in base 2 and leaves one product unrounded, which shows near -5e4. `where`
+    # also avoids -inf - -inf for queries that see no key.
+    difference = torch.where(of_kept.lse == of_all.lse, 0.0, of_kept.lse - of_all.lse)
+    share = difference.exp() / (1 - dropout)
+    tensors = q, k, v, bias, out, share, of_all.lse, *draws
     return _attach(kernel, dropout, tensors, looked_up, lists)
 
 
@@ -107,7 +108,7 @@ def _attach(
 
 
 class _Dropped(torch.autograd.Function):
-    """``out * share`` as a function of q, k, v and bias, with the gradients of the docstring."""
+    """``out * share`` as a function of q, k, v and bias, with the gradients of the file's head."""
 
     @staticmethod
     def forward(
@@ -137,12 +138,13 @@ class _Dropped(torch.autograd.Function):
         kernel: Kernel = ctx.kernel
         looked_up, lists = tuple(others[: ctx.looked_up]), tuple(others[ctx.looked_up :])
         along = (out.float() * grad.float()).sum(-1)
-        found = query_draws, key_draws, settled(total), settled(along)
-        captured = *found, *([] if bias is None else [bias]), *looked_up
+        by_token = query_draws, key_draws, settled(total), settled(along)
+        captured = *by_token, *([] if bias is None else [bias]), *looked_up
         learned: bool = ctx.needs_input_grad[_FIRST_TENSOR + 3]
         scores = _Scores(kernel, ctx.dropout, learned)
-        # Log-sum-exps have base 2 there, and queries that see no key want 0. Were all numbers
-        # equal, Inductor would make a constant of them, and may leave gaps between its rows.
+        # The operator takes log-sum-exps in base 2, and 0 for queries that see no key. A tensor of
+        # equal numbers would not do: Inductor makes a constant of it, and may leave gaps between
+        # its rows.
         norm = math.log1p(-ctx.dropout) * _LOG2_E
         norms = torch.zeros_like(total).masked_fill(total > -torch.inf, norm)
         *grads, grads_captured = torch.ops.higher_order.flex_attention_backward(
@@ -162,8 +164,8 @@ class _Dropped(torch.autograd.Function):
             looked_up,
         )
         grad_bias = grads_captured[_BIAS] if learned else None
-        without = len(ctx.needs_input_grad) - _FIRST_TENSOR - 4
-        return (*[None] * _FIRST_TENSOR, *grads, grad_bias, *[None] * without)
+        others_count = len(ctx.needs_input_grad) - _FIRST_TENSOR - 4
+        return (*[None] * _FIRST_TENSOR, *grads, grad_bias, *[None] * others_count)
 
 
 _FIRST_TENSOR = 3
@@ -171,7 +173,7 @@ _FIRST_TENSOR = 3
 
 
 class _Captured(NamedTuple):
-    """What the functions of a score look up, in the order in which the backward pass takes it."""
+    """What the functions of a score look up, in the order in which the operator is given it."""
 
     query_draws: Tensor
     key_draws: Tensor
@@ -188,10 +190,11 @@ _BIAS = _Captured._fields.index("bias")
 
 @dataclass(frozen=True)
 class _Scores:
-    """``f`` and ``f'`` of the docstring, and the mask, which take their tensors as arguments.
+    """``f`` and ``f'`` of the file's head, and the mask, for the operator of the gradient.
 
-    The first of them is a place: batch entry, head, query and key slot of a score. What they look
-    up follows: of ``_Captured`` as much as there is.
+    The operator hands over the tensors that they look up as arguments. First come the four numbers
+    of a score's place: batch entry, head, query and key slot. Then come the tensors of
+    ``_Captured``, without a bias where there is none; for ``visible`` those of ``looked_up`` alone.
 
     Attributes:
         learned: the bias wants a gradient.
@@ -207,26 +210,28 @@ class _Scores:
 
     def shifted(self, score: Tensor, *arguments: Tensor) -> Tensor:
         """``f``: the score less its query's log-sum-exp, hidden where dropped."""
-        place, at = arguments[:4], self._captured(arguments[4:])
-        return torch.where(self._keeps(place, at), self._log_weight(score, place, at), -torch.inf)
+        place, captured = arguments[:4], self._captured(arguments[4:])
+        return torch.where(
+            self._keeps(place, captured), self._log_weight(score, place, captured), -torch.inf
+        )
 
     def pulled_back(self, score: Tensor, *arguments: Tensor) -> list[Tensor | None]:
-        """``f'``: gradients of all that ``f`` takes, of the gradient that follows the place."""
-        place, grad, at = arguments[:4], arguments[4], self._captured(arguments[5:])
-        log_weight = self._log_weight(score, place, at)
+        """``f'``: gradients of all that ``f`` takes; the gradient of ``f`` follows the place."""
+        place, grad, captured = arguments[:4], arguments[4], self._captured(arguments[5:])
+        log_weight = self._log_weight(score, place, captured)
         weight = (log_weight * _LOG2_E).exp2()  # half the instructions of exp
-        dropped = -weight * at.along[place[:3]]
-        if self.learned:  # kernels add to its gradient before they ask the mask
-            visible = self.kernel.mask_mod(at.looked_up)
+        dropped = -weight * captured.along[place[:3]]
+        if self.learned:  # kernels add to the bias's gradient before they apply the mask
+            visible = self.kernel.mask_mod(captured.looked_up)
             dropped = torch.where(visible(*place), dropped, 0.0)
-        grad_score = torch.where(self._keeps(place, at), grad, dropped)
+        grad_score = torch.where(self._keeps(place, captured), grad, dropped)
         own = self.kernel.own_score
         if own is not None and own.gradient is not None:
             grad_score = own.gradient(grad_score, score, *place)
         grads: list[Tensor | None] = [None] * (len(arguments) - 1)  # place and captured tensors
-        if self.learned and at.bias is not None:
+        if self.learned and captured.bias is not None:
             where = self.kernel.bias_place(*place)
-            grads[len(place) + _BIAS] = gathered(grad_score, at.bias.shape, where)
+            grads[len(place) + _BIAS] = gathered(grad_score, captured.bias.shape, where)
         return [grad_score, *grads]
 
     def _captured(self, tensors: Sequence[Tensor]) -> _Captured:
@@ -235,11 +240,13 @@ class _Scores:
         bias = rest[0] if has_bias else None
         return _Captured(first[0], first[1], first[2], first[3], bias, rest[has_bias:])
 
-    def _log_weight(self, score: Tensor, place: Sequence[Tensor], at: _Captured) -> Tensor:
+    def _log_weight(self, score: Tensor, place: Sequence[Tensor], captured: _Captured) -> Tensor:
         """``s - L``."""
-        mod = self.kernel.score_mod(at.bias)
-        return (score if mod is None else mod(score, *place)) - at.total[place[:3]]
+        mod = self.kernel.score_mod(captured.bias)
+        return (score if mod is None else mod(score, *place)) - captured.total[place[:3]]
 
-    def _keeps(self, place: Sequence[Tensor], at: _Captured) -> Tensor:
-        keep = dropout_mod(at.query_draws, at.key_draws, self.kernel.heads, self.dropout)
+    def _keeps(self, place: Sequence[Tensor], captured: _Captured) -> Tensor:
+        keep = dropout_mod(
+            captured.query_draws, captured.key_draws, self.kernel.heads, self.dropout
+        )
         return keep(*place)

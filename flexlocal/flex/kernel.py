@@ -26,7 +26,8 @@ class Blocks:
     """The sparse blocks of a kernel's mask, and how they are listed.
 
     Attributes:
-        rule: the rule, over key slots where xpos lays keys out; without tensors where it is kept.
+        rule: the rule, over key slots where xpos lays keys out. Its tensors are meta tensors where
+            the blocks are kept.
         n: tokens.
         slots: keys, or slots of their layout.
         entries: batch entries and heads that the rule tells apart; 1 batch entry without tensors.
@@ -55,14 +56,14 @@ class Blocks:
         """Whether full blocks are listed as partial ones."""
         window = self.rule.window
         if self.shared_qk and (window is None or not window.causal):
-            return True  # full ones would not be asked for the query's own key
-        few = self.masked and self.rule.reach.keys < _MANY_BLOCKS * self.tuning.block
-        return self.tuning.one_list and (few or self._windows_leave_gaps)
+            return True  # kernels apply no mask to full blocks, which may hold the query's own key
+        few_blocks = self.rule.reach.keys < _MANY_BLOCKS * self.tuning.block
+        return self.tuning.one_list and (self.masked and few_blocks or self._windows_leave_gaps)
 
     @property
     def have_gaps(self) -> bool:
-        """Whether a list may name blocks that are no neighbours."""
-        # A mask leaves some wherever it hides keys.
+        """Whether a list may leave blocks out between others."""
+        # A key mask leaves gaps wherever it hides all keys of a block.
         return not self.one_list and (self.masked or self._windows_leave_gaps)
 
     @property
@@ -85,30 +86,32 @@ class Blocks:
         )
 
     def mask(self, lists: tuple[Tensor, ...], mod: MaskMod) -> BlockMask:
-        """The block mask of ``lists``, labelled with FlexAttention's own block size.
+        """The block mask of ``lists``, which claims FlexAttention's own block size.
 
-        The lowering drops every candidate of the backward pass whose tiles do not divide the
-        blocks of the mask, before it heeds the options: smaller blocks would leave it none. So
-        the options say the true size.
+        ``Kernel.options`` give the true size. FlexAttention drops each candidate for the backward
+        pass whose tiles do not divide the mask's blocks, before it reads the options: had the mask
+        the true size, smaller blocks would leave no candidate.
         """
         return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's mask, bias and options; without tensors, which the methods are given.
+    """A kernel's mask, score function and options. It holds no tensors: its methods are given them.
 
     Attributes:
         blocks: the sparse blocks.
-        rule_tensors: how many tensors its rule looks up.
+        rule_tensors: how many tensors the rule looks up.
         heads: query heads.
-        grouped: there are fewer key heads.
+        grouped: there are fewer key heads than query heads.
         scale: factor on the query-key products.
-        bias_heads: those of the bias, which rows take in turn; None without one.
-        margin: columns that it has beyond the window's; None where places are clipped.
-        on_gpu: Triton makes it.
-        ends_alone: whether the first and the last token see only themselves, where a mask hides a
-            token's own key from it; None where it hides none, or the score says it.
+        bias_heads: heads of the bias, which rows take in turn; None without a bias.
+        margin: columns of the bias on either side beyond the window's; None where columns are
+            clipped instead.
+        on_gpu: the kernel is for a GPU, made by Triton.
+        ends_alone: not None where the mask hides each token's own key from it: whether the first
+            and the last token see no other key. None without ``shared_qk``, and where ``own_score``
+            sees to it.
     """
 
     blocks: Blocks
@@ -146,14 +149,14 @@ class Kernel:
         rule, rest = self.rule, looked_up[self.rule_tensors :]
         if self.rule_tensors:
             rule = rule.with_tensors(tuple(looked_up[: self.rule_tensors]))
-        if self.ends_alone is not None:  # nor is there a key mask
+        if self.ends_alone is not None:  # there is no key mask then
             return but_itself_mod(rule, rest[0] if rest else self.blocks.n, self.ends_alone)
         visible = mask_mod(rule)
         return and_masks(visible, padding_mod(rest[0])) if rest else visible
 
     @property
     def own_score(self) -> Mod | None:
-        """What sets the score of a token with itself, where that is asked for."""
+        """What sets the score of a token with itself, where that is set."""
         return itself_last(self.rule) if self.sets_own_score else None
 
     def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
@@ -165,7 +168,7 @@ class Kernel:
 
     @property
     def bias_place(self) -> Place:
-        """Where in the bias a score finds its number."""
+        """The indices into the bias for a score."""
         assert self.bias_heads is not None
         return bias_place(self.rule, self.heads, self.bias_heads, self.margin)
 
@@ -187,7 +190,7 @@ class Kernel:
             options |= {"SPARSE_Q_BLOCK_SIZE": tuning.block, "SPARSE_KV_BLOCK_SIZE": tuning.block}
         if not self.on_gpu:
             return options
-        if "FORCE_USE_FLEX_ATTENTION" not in options:  # an older word for the same
+        if "FORCE_USE_FLEX_ATTENTION" not in options:  # an older option for the same choice
             options.setdefault("BACKEND", "TRITON")
         if not tuning.decodes(self.blocks.n) and not self.blocks.have_gaps:
             options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)

@@ -8,7 +8,7 @@ from ..torch_limits import MOST_HEAD, is_exporting, unavailable
 
 
 def refusal(spec: Spec, inputs: Inputs) -> str | None:
-    """Why this call cannot run fused; None when it can."""
+    """Why this call cannot take the flex path; None when it can."""
     q, k, v = inputs.q, inputs.k, inputs.v
     reason = unavailable(q.device, q.dtype)
     if reason is not None:

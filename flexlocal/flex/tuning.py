@@ -21,7 +21,7 @@ from ..spec import Inputs, Spec
 from ..torch_limits import seen_as_constant
 
 STOCK_BLOCK = 128
-"""FlexAttention's own sparse block, and the length whose multiples its kernels need not check."""
+"""FlexAttention's own block size. Kernels check no bounds in sequences of whole such blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class Tuning:
     Attributes:
         block: queries, and keys, in a sparse block.
         options: ``kernel_options`` of ``flex_attention``, as sorted pairs.
-        one_list: treat full blocks as partial ones where this leaves the list of a block's
-            neighbours without gaps. To mask a full block costs less than to look the next one up,
-            unless there are many.
+        one_list: list full blocks among the partial ones, where that leaves the list without gaps.
+            To mask a full block costs less than to look up the next one, unless there are many.
     """
 
     block: int
@@ -43,9 +42,9 @@ class Tuning:
     def decodes(self, n: int) -> bool:
         """Whether a GPU may take FlexAttention's decoding kernel for ``n`` queries.
 
-        Only where a caller's options say so. It is made for few queries and many keys: as one tile
-        of all queries, which takes minutes to compile for wide heads in fp32. It has options of
-        its own, and walks through block lists in another way.
+        Only where a caller's options say so. That kernel is made for few queries and many keys. All
+        queries are one tile, which takes minutes to compile for wide heads in fp32. It has options
+        of its own, and walks through block lists in another way.
         """
         return dict(self.options).get("BACKEND") in ("AUTO", "TRITON_DECODE") and n < 128
 
@@ -97,7 +96,7 @@ def nearest(
         capability: of the GPU, ``(9, 0)`` for an H100.
         dtype: of query, key and value.
         head_size: the larger of the key's and the value's.
-        rule: the rule, of whose reach the most keys that a query sees count.
+        rule: the call's; the entry with the ``reach`` nearest to its ``reach.keys`` is taken.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -115,7 +114,7 @@ def _ratio(one: int, other: int) -> float:
 
 
 def tuning_of(spec: Spec, inputs: Inputs, flash: bool) -> Tuning:
-    """The caller's options over FlexAttention's own, or the table's.
+    """The caller's options, else those of the table, else FlexAttention's own.
 
     Args:
         flash: take FlashAttention 4's kernel.
@@ -148,16 +147,16 @@ def overriding(tuning: Tuning) -> Iterator[None]:
 
 
 def overridden() -> Tuning | None:
-    """What ``overriding`` has calls take, as part of what tells calls apart."""
+    """What ``overriding`` has calls take; a part of the key of prepared calls."""
     return _override
 
 
 def prefers_flash(spec: Spec, inputs: Inputs) -> bool:
     """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
 
-    It is young, so that it gets what it was tried on: nothing but the window and rotary decides
-    the scores, bf16, heads of 128, contiguous tensors with as many key heads as query heads, and a
-    length of whole blocks. ``kernel_options`` of the caller's settle the question.
+    That kernel is young, so that it gets only calls like those it was tested on: bf16, heads of
+    128, contiguous tensors, as many key heads as query heads, a length of whole blocks, and scores
+    that nothing but the window and rotary decides. Callers' ``kernel_options`` are left alone.
     """
     q, k, v, mask, bias, *_ = inputs
     plain = mask is None and bias is None and not spec.shared_qk and spec.dropout == 0
@@ -169,7 +168,7 @@ def prefers_flash(spec: Spec, inputs: Inputs) -> bool:
     entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
     if entry is None or not entry.flash:
         return False
-    # Asked last: a compiler makes one graph for lengths of whole blocks and one for the others.
+    # Asked last, because it guards on the length: one graph for whole blocks, one for the others.
     fits = q.shape == k.shape == v.shape and q.shape[-2] % STOCK_BLOCK == 0
     return fits and all(x.is_contiguous() for x in (q, k, v))
 

@@ -19,12 +19,12 @@ Place = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 
 
 def bias_place(rule: Rule, heads: int, bias_heads: int, margin: int | None = None) -> Place:
-    """Where in a bias a score finds its number: head, query's place in its window, column.
+    """The indices into a bias for a score: head, query's place in its window, column.
 
     Args:
-        rule: says where a query and a key stand, and whose window the bias is relative to.
+        rule: gives the positions of queries and keys, and the window that the bias is relative to.
         heads: query heads; the row of a score is ``batch * heads + head``.
-        bias_heads: the bias's, which rows take in turn.
+        bias_heads: heads of the bias; row ``r`` takes ``r % bias_heads``.
         margin: columns that the bias has beyond the window's on either side, ``with_margin``; None
             where it has none, and columns are clipped.
     """
@@ -45,7 +45,7 @@ def bias_place(rule: Rule, heads: int, bias_heads: int, margin: int | None = Non
 
 
 def added(bias: Tensor, place: Place) -> Mod:
-    """Adds what ``bias`` holds where ``place`` says, for kernels."""
+    """For kernels: adds the element of ``bias`` at the indices that ``place`` gives."""
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[place(batch, head, query, key)]
@@ -54,7 +54,7 @@ def added(bias: Tensor, place: Place) -> Mod:
 
 
 def gathered(grad: Tensor, shape: torch.Size, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The gradient of a bias of that shape from the gradient of one score, for kernels."""
+    """For kernels: the gradient of a bias of ``shape`` from that of the score at ``where``."""
     found: Tensor = torch.ops.flex_lib.zeros_and_scatter(shape, where, grad)
     return found
 
@@ -62,8 +62,8 @@ def gathered(grad: Tensor, shape: torch.Size, where: tuple[Tensor, Tensor, Tenso
 def with_margin(bias: Tensor, margin: int) -> Tensor:
     """``bias`` with ``margin`` zeros before and after its columns.
 
-    Kernels score whole blocks, keys outside the window too. Columns for these keep the look-up
-    inside the table and contiguous along the keys, which is several times as fast as clipping.
+    Kernels compute the scores of whole blocks, also of keys outside the window. Columns for these
+    make clipping needless. The look-up is then contiguous along the keys: several times as fast.
     """
     return written_out(F.pad(bias, (margin, margin)))
 
@@ -72,7 +72,7 @@ def add_to_tiles(scores: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     """``scores`` ``(b, h, g, t, s)`` with ``bias`` ``(heads, t, s)`` added in place.
 
     Args:
-        rows: ``(b, h)``, the number of each head's row.
+        rows: ``(b, h)``, the row of each head.
     """
     return scores.add_(bias[rows % bias.shape[0]][:, :, None])
 

@@ -1,9 +1,10 @@
 """Which attention weights dropout keeps: a counter-based draw, the same on every path.
 
 Every query and every key of a row (one head of one batch entry) gets a random odd 32-bit number,
-hashed from the seed, the row and the position. Their product modulo 2**32, compared with a
-threshold, decides whether the weight between them is kept: one multiplication per weight, and no
-state, so the backward pass, a recomputation or another path finds the same weights dropped.
+hashed from the seed, the row and its index. The product of two, modulo 2**32, is compared with a
+threshold and decides whether the weight between them is kept. That is one multiplication for each
+weight, and there is no state: the backward pass, a recomputation or the other path drops the same
+weights.
 """
 
 import torch
@@ -14,7 +15,7 @@ from ..torch_limits import written_out
 from .score import ScoreMod
 
 MOST_DROPOUT = 1 - 2**-32
-"""Above it the threshold would be beyond the draws' range."""
+"""The highest probability whose threshold an int32 product can reach."""
 
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
@@ -37,8 +38,8 @@ def keeps(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
 
 def _draws(seed: Tensor, rows: int, length: int, stream: int) -> Tensor:
     row = torch.arange(rows, device=seed.device)[:, None]
-    position = torch.arange(length, device=seed.device)
-    mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + position)
+    index = torch.arange(length, device=seed.device)
+    mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + index)
     return written_out((mixed >> 32).to(torch.int32) | 1)
 
 
@@ -50,7 +51,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    # Logical shift: int64's own carries the sign down.
+    # A logical shift: int64's own shift copies the sign bit.
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -72,7 +73,7 @@ def dropout_mod(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: flo
 
 
 def drop_scores(query_draws: Tensor, key_draws: Tensor, heads: int, dropout: float) -> ScoreMod:
-    """Hides the scores that dropout drops; arguments as ``dropout_mod``."""
+    """FlexAttention's score_mod that hides dropped scores; arguments as ``dropout_mod``."""
     keep = dropout_mod(query_draws, key_draws, heads, dropout)
 
     def drop(score: Tensor, *place: Tensor) -> Tensor:

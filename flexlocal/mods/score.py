@@ -15,8 +15,8 @@ class Mod:
 
     Attributes:
         value: the score that takes the place of a score.
-        gradient: from the gradient of ``value`` and what ``value`` was given to the gradient of the
-            score; None where they are the same.
+        gradient: the score's gradient. It takes the gradient of ``value``, then the arguments of
+            ``value``. None where the score's gradient is that of ``value``.
     """
 
     value: ScoreMod

@@ -1,9 +1,9 @@
 """Shared queries and keys: keys of length 1, and a token sees itself only if it sees nothing else.
 
 Reformer (arXiv:2001.04451) sets the score of a token with itself to -5e4, whose weight is 0 beside
-any other key's. For kernels a mask says the same and costs no arithmetic on the scores, where the
-window alone decides what else is seen: not with a key mask, nor with a bias, which may push other
-scores below -5e4.
+that of any other key. Kernels do the same by a mask where they can, which costs no arithmetic on
+scores. They cannot with a key mask, because the window alone does not tell then whether a token
+sees another key. Nor can they with a bias, which may push other scores below -5e4.
 """
 
 import torch
@@ -20,24 +20,25 @@ SELF_SCORE = -5e4
 SELF_SCORE_OF_KERNELS = -49995.65625
 """``SELF_SCORE`` for kernels, which multiply scores by log2(e) and round to fp32.
 
-The backward pass gives a key that a query sees alone the weight ``exp2`` of what that rounding took
-away: off by a thousandth at -5e4. This is the nearest number that loses nothing.
+Where a query sees its own key alone, the backward pass computes its weight as ``exp2`` of the
+rounding error. At -5e4 that weight is off by a thousandth. This is the nearest number whose
+rounding is exact.
 """
 
 
 def unit_keys(key: Tensor) -> Tensor:
     """``key`` scaled to length 1 over its last dimension."""
-    long = key.to(torch.promote_types(key.dtype, torch.float32))
-    # Not F.normalize: the second derivative of its norm is NaN at 0, where a mask puts keys.
-    square = long.square().sum(-1, keepdim=True)
-    return (long / square.clamp_min(1e-24).sqrt()).to(key.dtype)
+    wide = key.to(torch.promote_types(key.dtype, torch.float32))
+    # Not F.normalize: its second derivative is NaN at 0, and a mask sets hidden keys to 0.
+    square = wide.square().sum(-1, keepdim=True)
+    return (wide / square.clamp_min(1e-24).sqrt()).to(key.dtype)
 
 
 # For kernels.
 
 
 def itself_last(rule: Rule) -> Mod:
-    """Sets the score of a token with itself, which makes it a constant."""
+    """Sets the score of a token with itself to a constant, whose gradient is 0."""
 
     def value(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.where(_own(rule, batch, query, key), SELF_SCORE_OF_KERNELS, score)
@@ -53,7 +54,7 @@ def itself_last(rule: Rule) -> Mod:
 def ends_alone(window: Window, n: int) -> tuple[bool, bool]:
     """Whether ``window`` shows the first and the last of ``n`` tokens no key but their own.
 
-    False for causal windows, whose mask can do without.
+    False for causal windows, whose mask does not need it.
     """
     if window.causal:
         return False, False
@@ -65,8 +66,8 @@ def but_itself_mod(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> Mask
 
     Args:
         rule: a window, or the layout of its keys.
-        n: tokens; in a 0-d tensor for a kernel to look up.
-        ends: ``ends_alone`` of them.
+        n: tokens; a 0-d tensor where kernels are to look it up.
+        ends: ``ends_alone`` of the window.
     """
     window: Window = rule.window
     if window.most_seen == 1:
@@ -85,9 +86,10 @@ def _before_itself(rule: Rule) -> MaskMod:
 
 
 def _beside_itself(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> MaskMod:
-    # Where windows look both ways only the first and the last token can see none but itself. Other
-    # queries must not be asked: on up to 127 tokens LLVM adds their 16-bit numbers in pairs, and
-    # where one of a pair is missing, ptxas before CUDA 13.1 forgets to add.
+    # Where windows look both ways, only the first and the last token can see no key but their own.
+    # Only these are compared, since ptxas before CUDA 13.1 miscompiles a comparison of every query:
+    # on up to 127 tokens LLVM adds 16-bit indices in pairs, and ptxas omits the addition where one
+    # index of a pair is missing.
     first_alone, last_alone = ends
     visible = mask_mod(rule)
 
@@ -112,7 +114,7 @@ def _alone(window: Window, n: int, token: int) -> bool:
     return at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)
 
 
-# For the eager path: scores ``(..., t, s)`` of tiles whose first query is their key ``before``.
+# For the eager path: scores ``(..., t, s)`` of tiles, whose query ``i`` is key ``before + i``.
 
 
 def set_own_scores(scores: Tensor, before: int) -> None:
@@ -121,5 +123,5 @@ def set_own_scores(scores: Tensor, before: int) -> None:
 
 
 def clear_own_gradients(grad_scores: Tensor, before: int) -> None:
-    """Their gradients, which are 0, in place."""
+    """Sets the gradients of the scores of tokens with themselves to 0, in place."""
     grad_scores.diagonal(before, -2, -1).zero_()

@@ -76,7 +76,8 @@ def test_the_function_takes_ragged_lengths(case, n):
 
 def test_the_function_takes_an_int_for_a_window():
     """An int is the window of that size with every other setting at its default."""
-    q, k, v = torch.randn(3, 2, 23, 6, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 23, size, generator=generator) for size in (6, 6, 7))
     ours = local_attention(q, k, v, 5, backend="eager")
     torch.testing.assert_close(ours.double(), oracle.attend(q, k, v, 5), rtol=1e-5, atol=1e-5)
 
@@ -103,7 +104,7 @@ def test_hidden_keys_may_hold_anything():
 @pytest.mark.parametrize("n", [9, 2])
 def test_a_bias_may_hold_anything_where_the_window_hides_a_key(junk, n):
     """A bias by distance is easily NaN for the keys after a query."""
-    case = replace(SMALL, n=n, autopad=True, window=CAUSAL, bias_heads=2)
+    case = replace(SMALL, n=n, lead=(6,), autopad=True, window=CAUSAL, bias_heads=2)
     call = case.tensors(torch.float64)
     place, key = torch.arange(3)[:, None], torch.arange(9)
     unseen = (key > place + 6) | (key < place)
@@ -176,7 +177,7 @@ def test_xpos_of_windows_that_reach_beyond_float32(window):
         window=window,
         n=1000,
         lead=(2,),
-        d=8,
+        d=6,
         autopad=True,
         rotary=True,
         xpos=True,
@@ -212,8 +213,10 @@ def test_one_gradient_alone(name):
 def test_broadcast_tensors():
     """Views that repeat one head in memory are as good as copies of it."""
     generator = torch.Generator().manual_seed(2)
-    q, k, v = torch.randn(3, 1, 1, 15, 4, generator=generator, dtype=torch.float64)
-    q, k, v = (x.expand(2, 3, 15, 4) for x in (q, k, v))
+    q, k, v = (
+        torch.randn(15, size, generator=generator, dtype=torch.float64).expand(2, 3, 15, size)
+        for size in (4, 4, 7)
+    )
     out = local_attention(q, k, v, 5, attn_bias=None, backend="eager")
     torch.testing.assert_close(out, oracle.attend(q, k, v, 5), rtol=1e-9, atol=1e-9)
 
@@ -222,7 +225,7 @@ WIDE_CAUSAL = Rule(size=150, causal=True, look_backward=4, look_forward=None, ex
 PORTIONS = {
     "rotary": replace(WIDE, rotary=True),
     "xpos": replace(WIDE, rotary=True, xpos=True, kv_heads=None),
-    "bias, two entries": replace(WIDE, lead=(2, 2), kv_heads=1, bias_heads=4),
+    "bias, two entries": replace(WIDE, lead=(2, 3), kv_heads=1, bias_heads=6),
     "mask, shared_qk, causal": replace(
         WIDE, mask_batch=4, hide_a_row=True, shared_qk=True, window=WIDE_CAUSAL
     ),
@@ -301,7 +304,7 @@ def test_positions_stay_exact_in_a_million_tokens(use_xpos):
     """Only distances count, so the end of a long sequence equals the same tokens on their own."""
     n, W, d, tail = 10**6, 8, 6, 64
     generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(n, d, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(n, size, generator=generator) for size in (d, d, 5))
     layer = LocalAttention(W, causal=True, dropout=0.0, dim=d, use_xpos=use_xpos, backend="eager")
     with torch.no_grad():
         out = layer(q, k, v)[-tail + W :]
@@ -349,9 +352,9 @@ def test_gradients_that_keep_a_graph_are_the_same_gradients(case):
 def test_gradients_of_tensors_made_of_each_other(rotary, shared_qk):
     """With a graph of their own they have to stop where the call begins."""
     layer = LocalAttention(
-        4, causal=True, dropout=0.0, autopad=True, shared_qk=shared_qk, dim=4 if rotary else None
+        3, causal=True, dropout=0.0, autopad=True, shared_qk=shared_qk, dim=4 if rotary else None
     )
-    x = torch.randn(1, 1, 10, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True)
     for tensors in (lambda x: (x, x, x), lambda x: (x, 2 * x, x.sin()), lambda x: (x, x, 3 * x)):
 
         def loss(x, tensors=tensors):
@@ -368,8 +371,8 @@ def test_gradients_of_sharp_weights():
     """Rounding of the output must not come back multiplied by xpos's factors."""
     options = {"causal": False, "rotary": True, "xpos": True, "base": 2}
     layer = LocalAttention(32, dropout=0.0, dim=8, use_xpos=True, xpos_scale_base=2)
-    tensors = [torch.randn(1, 1, 128, 8, requires_grad=True) for _ in range(3)]
-    cotangent = torch.randn(1, 1, 128, 8)
+    tensors = [torch.randn(1, 2, 128, size, requires_grad=True) for size in (8, 8, 6)]
+    cotangent = torch.randn(1, 2, 128, 6)
     found = torch.autograd.grad(layer(*tensors), tensors, cotangent)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     truth = torch.autograd.grad(oracle.attend(*exact, 32, **options), exact, cotangent.double())

@@ -33,18 +33,18 @@ def test_compiled_training_gives_the_same(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "n", "d"),
+    ("name", "size", "n", "d", "d_v"),
     [
-        ("plain", 64, 256, 64),  # whose keys had a wrong gradient
-        ("plain", 8, 64, 16),  # whose gradient was written outside of its memory
-        ("both ways", 16, 205, 16),
-        ("bias over rows", 16, 96, 8),
+        ("plain", 64, 256, 48, 32),  # whose keys had a wrong gradient
+        ("plain", 8, 64, 16, 24),  # whose gradient was written outside of its memory
+        ("both ways", 16, 205, 8, 24),
+        ("bias over rows", 16, 96, 8, 12),
     ],
 )
-def test_inductor_trains_it(name, size, n, d):
+def test_inductor_trains_it(name, size, n, d, d_v):
     """On the CPU `auto` takes the eager path inside a compiled model too."""
     rule = replace(feature(name).window, size=size)
-    case = feature(name, window=rule, n=n, lead=(1, 2), d=d, d_v=d)
+    case = feature(name, window=rule, n=n, lead=(1, 2), d=d, d_v=d_v)
     layer = LocalAttention(**case.arguments())
     call = case.tensors(torch.float32)
     torch.compiler.reset()
@@ -63,7 +63,7 @@ def test_a_window_longer_than_the_sequence_costs_the_sequence():
         return graph.forward
 
     layer = LocalAttention(4096, causal=True, dropout=0.0, autopad=True, backend="eager")
-    q, k, v = torch.randn(3, 1, 2, 24, 8)
+    q, k, v = (torch.randn(1, 2, 24, size) for size in (8, 8, 6))
     torch.compiler.reset()
     found = torch.compile(layer, fullgraph=True, backend=noting)(q, k, v)
     torch.testing.assert_close(found, layer(q, k, v))
@@ -75,7 +75,7 @@ def test_head_sizes_that_a_compiler_leaves_open():
     layers = [LocalAttention(8, dim=d, dropout=0.0, backend="eager") for d in (16, 32)]
     torch.compiler.reset()
     for layer in layers:
-        q, k, v = torch.randn(3, 1, 2, 24, layer.dim)
+        q, k, v = (torch.randn(1, 2, 24, size) for size in (layer.dim, layer.dim, 12))
         expected = layer(q, k, v)
         for dynamic in (None, True):
             compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -89,9 +89,9 @@ def test_lengths_share_graphs(size):
     layer = LocalAttention(size, causal=True, dropout=0.0, autopad=True, backend="eager")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for n in (10, 20, 30, 41, 50, 60):
-        q = torch.randn(1, 2, n, 8, requires_grad=True)
+        q, v = torch.randn(1, 2, n, 8, requires_grad=True), torch.randn(1, 2, n, 6)
         (found,), (expected,) = (
-            torch.autograd.grad(attend(q, q, q).square().sum(), q) for attend in (compiled, layer)
+            torch.autograd.grad(attend(q, q, v).square().sum(), q) for attend in (compiled, layer)
         )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert graphs() <= MOST_GRAPHS
@@ -121,7 +121,7 @@ def test_export_with_dynamic_length(name, lengths):
 
 def test_copies_and_pickles_compute_the_same():
     layer = LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)
-    q, k, v = torch.randn(3, 2, 2, 35, 6)
+    q, k, v = (torch.randn(2, 3, 35, size) for size in (6, 6, 5))
     saved = io.BytesIO()
     torch.save(layer, saved)
     saved.seek(0)
@@ -162,10 +162,10 @@ def test_frequencies_are_float32_whatever_the_default(dtype):
 
 
 def test_shapes_on_the_meta_device():
-    q = torch.empty(2, 3, 35, 6, device="meta")
+    q, v = (torch.empty(2, 3, 35, size, device="meta") for size in (6, 5))
     layer = LocalAttention(7, dim=6).to("meta")
     mask = torch.ones(2, 35, dtype=torch.bool, device="meta")
-    assert layer(q, q, q, mask=mask).shape == q.shape
+    assert layer(q, q, v, mask=mask).shape == v.shape
 
 
 def test_the_meta_device_and_back():
@@ -173,7 +173,7 @@ def test_the_meta_device_and_back():
         layer = LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)
     layer.to_empty(device="cpu")
     layer.rel_pos.reset_parameters()
-    q, k, v = torch.randn(3, 2, 2, 35, 6)
+    q, k, v = (torch.randn(2, 3, 35, size) for size in (6, 6, 5))
     assert torch.equal(
         layer(q, k, v), LocalAttention(7, dim=6, use_xpos=True, dropout=0.0)(q, k, v)
     )

@@ -12,7 +12,7 @@ from flexlocal import LocalAttention
 
 
 def dropout_case(**changes):
-    return replace(SMALL, **{"n": 36, "lead": (2, 3), "bias_heads": 3, **changes})
+    return replace(SMALL, **{"n": 36, "lead": (2, 6), "bias_heads": 3, **changes})
 
 
 def plain_weights(case):
@@ -46,9 +46,10 @@ def test_dropout_is_the_seeds():
 
 def test_dropout_differs_between_rows_queries_and_keys():
     """Independent along every axis: a hash that forgets one repeats itself along it."""
-    window = Rule(size=36, causal=False, look_backward=0, look_forward=0, exact=False)
-    keep = dropped(dropout_case(window=window, bias_heads=None), 0.5, torch.tensor(3)) != 0
-    keep = keep.reshape(6, 36, 36).double()
+    window = Rule(size=40, causal=False, look_backward=0, look_forward=0, exact=False)
+    case = dropout_case(window=window, autopad=True, bias_heads=None)
+    keep = dropped(case, 0.5, torch.tensor(3)) != 0
+    keep = keep.reshape(12, 36, 36).double()
     for axis in range(3):
         left = keep.narrow(axis, 0, keep.shape[axis] - 1)
         right = keep.narrow(axis, 1, keep.shape[axis] - 1)
@@ -72,7 +73,8 @@ def test_dropout_draws_anew_without_a_seed():
         {"window": CAUSAL},
         {"kv_heads": 1, "bias_heads": None},
         {"autopad": True, "n": 31},
-        {"window": WIDE.window, "n": WIDE.n, "lead": (1, 4), "kv_heads": 2, "bias_heads": 2},
+        {"window": WIDE.window, "n": WIDE.n, "d": 6}
+        | {"lead": (1, 4), "kv_heads": 2, "bias_heads": 2},
     ],
     ids=["plain", "shared_qk", "causal exact", "grouped", "autopad", "wide"],
 )
@@ -84,7 +86,8 @@ def test_gradients_under_dropout(changes):
     call = case.tensors(torch.float64)
     layer = LocalAttention(**{**case.arguments(), "dropout": p}, backend="eager").double()
     out = layer(call.q, call.k, call.v, attn_bias=call.bias, dropout_seed=seed)
-    truth = case.truth(call, keep=keep, dropout=p)
+    tables = {"frequencies": layer.rel_pos.inv_freq} if case.rotary else {}  # they are fp32
+    truth = case.truth(call, keep=keep, dropout=p, **tables)
     torch.testing.assert_close(out, truth, rtol=1e-9, atol=1e-9)
     ours, exact = gradients(out, call), gradients(truth, call)
     for name in ours:
@@ -101,12 +104,12 @@ def test_no_dropout_in_evaluation():
 
 def test_the_submodule_decides():
     """Its rate and its mode, as in the documented layer."""
-    layer, q = LocalAttention(4, dropout=0.9), torch.randn(2, 12, 4)
-    whole = layer.eval()(q, q, q)
+    layer, q, v = LocalAttention(4, dropout=0.9), torch.randn(2, 12, 6), torch.randn(2, 12, 5)
+    whole = layer.eval()(q, q, v)
     layer.train()
-    assert not torch.equal(layer(q, q, q), whole)
+    assert not torch.equal(layer(q, q, v), whole)
     layer.dropout.eval()
-    assert torch.equal(layer(q, q, q), whole)
+    assert torch.equal(layer(q, q, v), whole)
     layer.dropout.train()
     layer.dropout.p = 0.0
-    assert torch.equal(layer(q, q, q), whole)
+    assert torch.equal(layer(q, q, v), whole)

@@ -48,7 +48,7 @@ def test_dropout_drops_the_same(case, scores):
 @pytest.mark.parametrize("lead_and_length", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
 def test_nothing_in_nothing_out(lead_and_length):
     """No batch entries, no heads or no tokens are no portions."""
-    x = torch.randn(*lead_and_length, 4, requires_grad=True)
+    x = torch.randn(*lead_and_length, 6, requires_grad=True)
     layer = LocalAttention(4, dropout=0.0)
     batch, _, n = lead_and_length
     mask = torch.ones(batch, n, dtype=torch.bool)
@@ -68,7 +68,7 @@ def test_a_look_beyond_the_sequence_costs_nothing(n, causal, monkeypatch):
     spans, as_it_is = [], eager.formula_of
     note = lambda *of: spans.append(of[3].span) or as_it_is(*of)  # noqa: E731
     monkeypatch.setattr(eager, "formula_of", note)
-    q, k, v = torch.randn(3, 1, 2, n, 4, requires_grad=True).unbind()
+    q, k, v = (torch.randn(1, 2, n, size, requires_grad=True) for size in (4, 4, 5))
     bias = torch.randn(2, 32, 32 * (201 if causal else 401))
     found = []
     for looks in (200, 10):

@@ -44,10 +44,10 @@ KINDS = {
 
 def calls(name):
     """Two of another batch size and length, and one of other heads and another head size."""
-    small = {"window": windows_of(16), "lead": (2, 2), "n": 100, "d": 16, "d_v": 16}
+    small = {"window": windows_of(18), "lead": (2, 3), "n": 100, "d": 16, "d_v": 24}
     case = dataclasses.replace(PLAIN, **{**small, **KINDS[name]})
-    more = dataclasses.replace(case, n=158, lead=(2 * case.lead[0], *case.lead[1:]))
-    wider = dataclasses.replace(more, n=130, lead=(*more.lead[:1], *[4] * len(more.lead[1:])))
+    more = dataclasses.replace(case, n=158, lead=(3 * case.lead[0], *case.lead[1:]))
+    wider = dataclasses.replace(more, n=130, lead=(*more.lead[:1], *[5] * len(more.lead[1:])))
     # A layer with a rotation is made for one head size.
     return case, more, wider if case.rotary else dataclasses.replace(wider, d=32)
 
@@ -138,7 +138,7 @@ def test_layers_of_other_windows():
 
 def of_masks_by_head():
     case, *_ = calls("plain")
-    return [dataclasses.replace(case, lead=(b, 2), mask_batch=2 * b) for b in (2, 3)]
+    return [dataclasses.replace(case, lead=(b, 2), mask_batch=2 * b) for b in (3, 4)]
 
 
 def steps_of(shape):
@@ -186,7 +186,7 @@ def check_windows(backend, given, moved=lambda x: x):
 
     for window in given:
         rule = Window(window) if isinstance(window, int) else window
-        q, k, v = torch.randn(3, 2, 2, 96, 16)
+        q, k, v = (torch.randn(2, 3, 96, size) for size in (20, 20, 24))
         with torch.no_grad():
             out = attend(moved(q), moved(k), moved(v), window)
         look = {"causal": rule.causal, "look_backward": rule.look_backward}

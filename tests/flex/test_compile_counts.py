@@ -32,8 +32,8 @@ def test_shapes_share_graphs_inside_a_compiled_model():
     """Batch size and length change at once: one that first changes later costs a graph more."""
     layer = LocalAttention(40, causal=True, dropout=0.0, autopad=True, backend="flex")
     run = called(layer, inside=True)
-    for batch, n in ((2, 256), (3, 300), (4, 513), (2, 384), (2, 1000), (5, 130)):
-        q, k, v = torch.randn(3, batch, 2, n, 16)
+    for batch, n in ((3, 256), (4, 300), (5, 513), (3, 384), (3, 1000), (6, 130)):
+        q, k, v = (torch.randn(batch, 2, n, size) for size in (16, 16, 24))
         with torch.no_grad():
             out = run(q, k, v).double()
             with never_dense(n):
@@ -80,7 +80,7 @@ def test_twelve_layers_in_one_process(inside):
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_layer_over_twenty_lengths(dtype, inside):
-    case = dataclasses.replace(PLAIN, window=windows_of(48), lead=(1, 2), rotary=True)
+    case = dataclasses.replace(PLAIN, window=windows_of(56), lead=(1, 2), rotary=True)
     run = called(LocalAttention(**case.arguments(), backend="flex").cuda(), inside)
     lengths = (130, 200, 128, 257, 300, 411, 512, 640, 777, 900)
     lengths += (131, 256, 384, 399, 450, 513, 600, 701, 768, 1024)

@@ -71,7 +71,7 @@ def test_lengths_share_kernels_and_give_the_right_result():
     """At most three compiles for a layer, whatever lengths it meets."""
     layer = LocalAttention(29, causal=True, dropout=0.0, autopad=True, backend="flex")
     for n in (301, 499, 130, 257, 640, 1025):
-        q, k, v = torch.randn(3, 1, 2, n, 16)
+        q, k, v = (torch.randn(1, 2, n, size) for size in (16, 16, 24))
         with torch.no_grad():
             fused = layer(q, k, v).double()
         truth = oracle.attend(q, k, v, 29, causal=True)
@@ -85,7 +85,7 @@ def test_lengths_with_a_last_token_that_sees_only_itself():
     flags = {"look_backward": 0, "exact_windowsize": True, "shared_qk": True, "autopad": True}
     layer = LocalAttention(20, dropout=0.0, **flags, backend="flex")
     for n in (150, 333, 161):
-        q, k, v = torch.randn(3, 1, 2, n, 16)
+        q, k, v = (torch.randn(1, 2, n, size) for size in (16, 16, 24))
         with torch.no_grad():
             found = layer(q, k, v).double()
         truth = oracle.attend(q, k, v, 20, look_backward=0, exact=True, shared_qk=True)
@@ -182,7 +182,7 @@ def test_lengths_with_xpos_and_a_mask():
         for backend in ("flex", "eager")
     ]
     for n in (30, 400):
-        q, k, v = torch.randn(3, 3, 2, n, 16)
+        q, k, v = (torch.randn(3, 2, n, size) for size in (16, 16, 24))
         keep = torch.rand(6, n) > 0.3  # by head
         keep[1] = False  # its queries see nothing
         with torch.no_grad():
@@ -218,13 +218,13 @@ def test_the_default_dtype_is_no_scores():
 @pytest.mark.slow
 def test_masks_and_biases_that_a_graph_computes():
     """Kernels of the CPU would not find them; nor a view of one mask for several batch entries."""
-    q, bias = torch.randn(2, 4, 40, 16), torch.randn(8, 24, 4)
+    q, v, bias = torch.randn(2, 4, 40, 16), torch.randn(2, 4, 40, 12), torch.randn(8, 24, 4)
     lengths, keep = torch.tensor([23, 9]), torch.rand(1, 40) > 0.3
 
     def computed(layer):
         mask = torch.arange(40) < lengths[:, None]
-        out = layer(q, q, q, mask=mask, attn_bias=(2 * bias).permute(2, 0, 1))
-        return out, layer(q, q, q, mask=keep)
+        out = layer(q, q, v, mask=mask, attn_bias=(2 * bias).permute(2, 0, 1))
+        return out, layer(q, q, v, mask=keep)
 
     eager, fused = (LocalAttention(8, dropout=0.0, backend=name) for name in ("eager", "flex"))
     with torch.no_grad():
@@ -252,11 +252,11 @@ def test_nothing_behind_the_last_key_is_read(d):
     """Without AVX-512, a kernel for heads so narrow read eight keys more, and wrote with them."""
     n = 40
     k = torch.full((2, 3, n + 8, d), torch.nan)[:, :, :n].normal_()
-    q, v = torch.randn(2, 2, 3, n, d)
-    layer = LocalAttention(8, dropout=0.0, backend="flex")
+    q, v = torch.randn(2, 3, n, d), torch.randn(2, 3, n, 24)
+    layer = LocalAttention(10, dropout=0.0, backend="flex")
     with torch.no_grad():
         found = layer(q, k, v).double()
-    torch.testing.assert_close(found, oracle.attend(q, k, v, 8), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, oracle.attend(q, k, v, 10), rtol=1e-5, atol=1e-5)
 
 
 def test_xpos_that_would_overflow_is_refused():
@@ -293,7 +293,7 @@ def test_blocks_that_no_list_names_are_skipped(monkeypatch):
     listed = compiling._lists
     none = lambda *kind: tuple(map(torch.zeros_like, listed(*kind)))  # noqa: E731
     monkeypatch.setattr(compiling, "_lists", none)
-    q, k, v = torch.randn(3, 1, 2, 512, 16)
+    q, k, v = (torch.randn(1, 2, 512, size) for size in (16, 16, 24))
     layer = LocalAttention(64, causal=True, dropout=0.0, backend="flex")
     with torch.no_grad():
         assert torch.equal(layer(q, k, v), torch.zeros_like(v))

@@ -34,14 +34,14 @@ def drawn(which):
     case = dataclasses.replace(
         PLAIN,
         window=rule,
-        lead=(2, heads),
+        lead=(3, heads),
         kv_heads=draw.choice([None, heads // 2]),
         d=d,
-        d_v=draw.choice([d, 32]),
+        d_v=draw.choice([24, 48]),
         rotary=rotary,
         xpos=xpos,
         shared_qk=draw.random() < 0.3,
-        mask_batch=draw.choice([None, None, 2]),
+        mask_batch=draw.choice([None, None, 3]),
         bias_heads=draw.choice([None, None, heads]),
         seed=which,
     )

@@ -23,20 +23,17 @@ from flexlocal.flex import compile as compiling
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
 
-def tensors(n=512, d=64, heads=2, dtype=torch.bfloat16, grad=False, seed=0):
+def tensors(n=512, d=32, d_v=48, heads=3, dtype=torch.bfloat16, grad=False, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
-    shape = (2, heads, n, d)
-    return [
-        torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_(grad)
-        for _ in range(3)
-    ]
+    drawn = [torch.randn(2, heads, n, x, device="cuda", generator=generator) for x in (d, d, d_v)]
+    return [x.to(dtype).requires_grad_(grad) for x in drawn]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_a_mask_hides_never_gets_out(poison, compiled):
     """Neither forward nor backward, and what no query sees has no gradient."""
-    layer = LocalAttention(64, causal=True, dropout=0.0, dim=64, backend="flex").cuda()
+    layer = LocalAttention(64, causal=True, dropout=0.0, dim=32, backend="flex").cuda()
     run = torch.compile(layer, fullgraph=True) if compiled else layer
     keep = torch.rand(2, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) > 0.4
     keep[1, 100:300] = False  # whole blocks, and queries that see nothing
@@ -114,7 +111,7 @@ def test_a_captured_graph_keeps_what_it_reads():
 
 def test_threads_and_streams():
     """Each thread on a stream of its own; block lists are made where they are read."""
-    layers = [LocalAttention(size, causal=True, dropout=0.0, backend="flex") for size in (32, 64)]
+    layers = [LocalAttention(size, causal=True, dropout=0.0, backend="flex") for size in (40, 64)]
     q, k, v = tensors(dtype=torch.float32)
     expected = [layer(q, k, v) for layer in layers]
     torch.cuda.synchronize()
@@ -141,7 +138,7 @@ def test_training_after_inference_mode():
     q, k, v = tensors(grad=True, dtype=torch.float32)
     found = []
     for backend in ("flex", "eager"):
-        layer = LocalAttention(32, causal=True, dropout=0.0, backend=backend)
+        layer = LocalAttention(64, causal=True, dropout=0.0, backend=backend)
         compiling._made_lists.cache_clear()
         with torch.inference_mode():
             layer(q, k, v)
@@ -169,7 +166,7 @@ def test_a_million_tokens_in_eight_gigabytes():
 def test_flash_attention_4_gives_the_same(n):
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     window = Window(1024, causal=True, exact=True)
-    q, k, v = tensors(n=n, d=128, heads=4, grad=True)
+    q, k, v = tensors(n=n, d=128, d_v=128, heads=4, grad=True)  # as that kernel needs them
     assert "FlashAttention 4" in str(explain(q, k, v, window))
     found = []
     for more in ({}, {"kernel_options": {"BACKEND": "TRITON"}}, {"backend": "eager"}):

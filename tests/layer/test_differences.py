@@ -11,8 +11,11 @@ from flexlocal import LocalAttention
 upstream = pytest.importorskip("local_attention")
 
 
-def tokens(*shape, seed=0):
-    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+def tokens(*shape, seed=0, dtype=torch.float32):
+    """q, k and v, whose heads are one channel wider."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, d = shape
+    return [torch.randn(*lead, size, generator=generator).to(dtype) for size in (d, d, d + 1)]
 
 
 def weights(layer, n, d=6, **arguments):
@@ -58,7 +61,7 @@ def test_a_query_that_sees_nothing_is_zero(shared_qk):
     torch.testing.assert_close(theirs(q, k, v, mask)[:, 0], average)
 
     out = ours(q, k, v, mask)
-    assert torch.equal(out[:, :W], torch.zeros(1, W, 6))
+    assert torch.equal(out[:, :W], torch.zeros(1, W, 7))
     found = torch.autograd.grad(out[:, :W].sum(), (q, k, v))
     for gradient in found:
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -72,13 +75,13 @@ def test_a_query_that_sees_nothing_is_zero(shared_qk):
 def test_an_override_counts_in_exact_windows(causal):
     n, W, wide = 24, 4, 6
     theirs, ours = pair(
-        W, causal=causal, exact_windowsize=True, dim=6, use_xpos=True, xpos_scale_base=8
+        W, causal=causal, exact_windowsize=True, dim=10, use_xpos=True, xpos_scale_base=8
     )
     options = {"causal": causal, "exact": True}
     promised = oracle.dense_mask(n, wide, **options)
-    assert torch.equal(weights(ours, n, window_size=wide) > 0, promised)
+    assert torch.equal(weights(ours, n, d=10, window_size=wide) > 0, promised)
 
-    seen = weights(theirs, n, window_size=wide) > 0
+    seen = weights(theirs, n, d=10, window_size=wide) > 0
     assert not torch.equal(seen, promised)
     i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
     limit = (j >= i - W) & ((j <= i) if causal else (j <= i + W))  # the constructor's size
@@ -102,7 +105,7 @@ def test_an_override_counts_in_autopad():
 @pytest.mark.parametrize("cast_layer", [False, True])
 def test_rotary_works_in_low_precision(dtype, cast_layer):
     theirs, ours = pair(5, dim=6)
-    q, k, v = tokens(2, 35, 6).to(dtype)
+    q, k, v = tokens(2, 35, 6, dtype=dtype)
     with pytest.raises(RuntimeError, match="dtype"):
         theirs(q, k, v)
     if cast_layer:
@@ -123,7 +126,7 @@ def test_rotation_is_rounded_once(dtype):
     """
     n, W = 130, 5
     _, ours = pair(W, dim=10)
-    q, k, v = torch.randn(3, 6, n, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = tokens(6, n, 10, dtype=dtype)
     position = torch.arange(n)
     turned_q = oracle.rotate(q.double(), position + W).to(dtype)
     turned_k = oracle.rotate(k.double(), position).to(dtype)
@@ -149,7 +152,7 @@ def test_xpos_at_any_length():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_xpos_at_any_length_in_low_precision(dtype):
     theirs, ours, tensors = long_xpos()
-    q, k, v = tensors.to(dtype)
+    q, k, v = (x.to(dtype) for x in tensors)
     with torch.no_grad():
         out = ours(q, k, v).double()
         truth = theirs(q.float(), k.float(), v.float()).double()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformer import batch, loss_of, seeded
 
 PROCESSES = 2
-SEQUENCES = 4
+SEQUENCES = 6
 LAYERS = 3
 
 PLACES = [

@@ -285,7 +285,7 @@ def test_checkpointing_in_a_compiled_model(device):
 
 @pytest.mark.parametrize("device", PLACES)
 def test_two_half_batches_add_up_to_a_whole_one(device):
-    model, tokens = seeded(device), batch(device, sequences=4)
+    model, tokens = seeded(device), batch(device, sequences=6)
     whole = gradients(model, tokens)
     for half in tokens.chunk(2):
         (loss_of(model, half) / 2).backward()

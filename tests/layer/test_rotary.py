@@ -41,10 +41,10 @@ def test_gradients_of_gradients():
 
 
 def test_the_factor_multiplies_both_halves():
-    x, factor = torch.randn(2, 3, 6, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    x, factor = torch.randn(2, 5, 6, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     inv_freq = Rotary(6).inv_freq
-    found = rotate(x, torch.arange(3), inv_freq, factor)
-    plain = rotate(x, torch.arange(3), inv_freq)
+    found = rotate(x, torch.arange(5), inv_freq, factor)
+    plain = rotate(x, torch.arange(5), inv_freq)
     torch.testing.assert_close(found, plain * factor.repeat(1, 2))
 
 
@@ -104,5 +104,5 @@ def test_a_layer_from_the_meta_device_is_whole_once_it_is_loaded():
     with torch.device("meta"):
         layer = LocalAttention(4, dim=8, use_xpos=True, dropout=0.0, backend="eager")
     layer.load_state_dict(made.state_dict(), assign=True)
-    q, k, v = torch.randn(3, 2, 8, 8)
+    q, k, v = (torch.randn(2, 12, size) for size in (8, 8, 5))
     assert torch.equal(layer(q, k, v), made(q, k, v))
