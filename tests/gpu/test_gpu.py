@@ -171,7 +171,7 @@ def test_what_comes_of_transposed_views_lies_as_they_do():
     assert not call.q.is_contiguous()
     out = case.run(LocalAttention(**case.arguments(), backend="flex").cuda(), call)
     found = torch.autograd.grad(out, (call.q, call.k, call.v), torch.ones_like(out))
-    assert [x.stride() for x in (out, *found)] == [call.q.stride()] * 4
+    assert all(x.transpose(1, 2).is_contiguous() for x in (call.q, call.v, out, *found))
 
 
 @pytest.mark.parametrize("name", ["rotary, exact both ways", "xpos", "mask", "bias", "shared"])
