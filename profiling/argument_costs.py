@@ -9,7 +9,7 @@ tensor, as Reformer has it, with one tensor for q and k.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from .check import apart
 from .options import dtype_of, problems_of, reader
 from .problems import Problem, Task
 from .terminal import number, table, watched
-from .timing import TOO_NOISY, Ratio, Run, add_times, peak_bytes, ratio_of_rows
+from .timing import TOO_NOISY, Run, add_times, peak_bytes, ratio_of_rows
 
 Rows = dict[str, dict[str, Any]]
 
@@ -43,8 +43,7 @@ KINDS = {"forward_ms": "forward", "train_ms": "training step", "kernels_ms": "it
 def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> Rows:
     """The arguments of each call, by name; tensors like ``q`` in dtype and device.
 
-    Args:
-        only: beginnings of the names that are wanted, which come with what they are compared with.
+    Those whose names begin as one of ``only`` come with what they are compared with.
     """
     window, n, d = problem.window, problem.n, problem.d
     keep = torch.ones(problem.batch, n, dtype=torch.bool, device=q.device)
@@ -79,14 +78,12 @@ def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> Rows:
 def measure(task: Task, only: Sequence[str] = ()) -> Rows:
     """By name of the call: forward and training time in ms, each round's and the peak's bytes.
 
-    On a GPU also the time of a training step's kernels alone. The program ends where a result is
-    wrong.
+    On a GPU also a training step's kernels alone. The program ends where a result is wrong.
     """
     problem, device = task.problem, task.device
     q, k, v, grad = task.tensors()
     rows: Rows = {}
-    forward: dict[str, Run] = {}
-    train: dict[str, Run] = {}
+    runs: dict[str, dict[str, Run]] = {"forward": {}, "train": {}}
     every = calls(problem, q, only)
     for name in watched(every, len(every), "checked"):
         given = {"q": q, "k": k, "v": v, "window": problem.window, **every[name]}
@@ -101,56 +98,49 @@ def measure(task: Task, only: Sequence[str] = ()) -> Rows:
         wrong = apart(attend, partial(attend, backend="eager"), passed, names=names)
         if wrong is not None:
             sys.exit(f"not timed, {name} is wrong: {wrong}")
-        forward[name], train[name] = forward_of(attend, passed), training_of(attend, passed)
-        rows[name] = {}
+        runs["forward"][name] = forward_of(attend, passed)
+        runs["train"][name], rows[name] = training_of(attend, passed), {}
         if device.type == "cuda":
             held = sum(x.nbytes for x in {*tensors.values(), grad})
-            rows[name]["peak_bytes"] = peak_bytes(train[name], device, held)
-    add_times(rows, forward, task, "forward_ms")
-    add_times(rows, train, task, "train_ms", "kernels_ms")
+            rows[name]["peak_bytes"] = peak_bytes(runs["train"][name], device, held)
+    add_times(rows, runs["forward"], task, "forward_ms")
+    add_times(rows, runs["train"], task, "train_ms", "kernels_ms")
     return rows
 
 
-def _ratios(rows: Rows) -> Iterator[tuple[str, str, Ratio]]:
-    """Each call, a time that it has, and how many times its base's that is."""
+def _cells(rows: Rows, in_brackets: bool) -> tuple[list[str], list[list[str]], list[str]]:
+    """Titles, each call's times with their ratios, and those whose ratio is noisy."""
+    kinds = [kind for kind in KINDS if kind in rows["plain"]]
+    lines, noisy = [], []
     for name, row in rows.items():
-        for kind in KINDS:
-            times = ratio_of_rows(row, rows[BASE.get(name, "plain")], kind)
-            if times is not None:
-                yield name, kind, times
-
-
-def _cells(rows: Rows, bracket: bool) -> tuple[list[str], list[list[str]]]:
-    """Titles, and each call's times with their ratios; in ``bracket`` those stand in brackets."""
-    lines = {name: [name] for name in rows}
-    for name, kind, times in _ratios(rows):
-        words = f"({times.words(bracket=False)})" if bracket else times.words()
-        lines[name].append(f"{number(rows[name][kind])} {words}")
-    kinds = [f"{words} ms" for kind, words in KINDS.items() if kind in rows["plain"]]
-    bases = [BASE.get(name, "plain") for name in rows]
-    cells = [[*line, base] for line, base in zip(lines.values(), bases, strict=True)]
-    return ["", *kinds, "compared with"], cells
+        base, cells = BASE.get(name, "plain"), [name]
+        for kind in kinds:
+            ratio = ratio_of_rows(row, rows[base], kind)
+            words = f"({ratio.words(bracket=False)})" if in_brackets else ratio.words()
+            cells.append(f"{number(row[kind])} {words}")
+            noisy += [f"{name} ({KINDS[kind]})"] * ratio.noisy
+        lines.append([*cells, base])
+    return ["", *(f"{KINDS[kind]} ms" for kind in kinds), "compared with"], lines, noisy
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table in docs."""
-    (_, *titles), cells = _cells(record["rows"], bracket=True)
+    (_, *titles), cells, _ = _cells(record["rows"], in_brackets=True)
     lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(titles) + 1)]
     return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in cells)])
 
 
 def text(rows: Rows) -> str:
     """A table for a terminal, and what the machine was too noisy for."""
-    made = table(*_cells(rows, bracket=False), ["compared with"])
-    noisy = [f"{name} ({KINDS[kind]})" for name, kind, times in _ratios(rows) if times.noisy]
-    return made + f"\n\n{TOO_NOISY} these ratios: {'; '.join(noisy)}" * bool(noisy)
+    titles, cells, noisy = _cells(rows, in_brackets=False)
+    made = table(titles, cells, ["compared with"])
+    return f"{made}\n\n{TOO_NOISY} these ratios: {'; '.join(noisy)}" if noisy else made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, measures and prints."""
     parser = reader("argument_costs", __doc__, "one", seconds=0.5)
-    words = "calls whose names begin so"
-    parser.add_argument("--only", nargs="+", default=[], metavar="CALL", help=words)
+    parser.add_argument("--only", nargs="+", default=[], help="calls whose names begin so")
     options = parser.parse_args(arguments)
     device = machine.default_device()
     default = "slide256" if device.type == "cuda" else "cpu"
@@ -164,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(Task(problem, dtype, device, options.seconds), options.only)
     print(text(rows))
     settings = {"problem": problem.name, "shape": problem.shape, "dtype": str(dtype)}
-    record = machine.record(device, **settings, seconds=options.seconds)
-    machine.write({**record, "rows": rows}, options.json)
+    settings["seconds"] = options.seconds
+    machine.write(machine.record(device, **settings) | {"rows": rows}, options.json)
     return 0
 
 

@@ -28,16 +28,9 @@ from .terminal import watched
 from .timing import Run, add_times, first_call, peak_bytes
 
 Row = dict[str, Any]
-"""What was found of a peer, as the JSON has it: ``peer``, ``status`` (measured, missing, refused,
-wrong, out of memory or failed), ``reason`` (why there is nothing, or nothing of training),
-``error``, times in ms by their names, ``first_..._s`` of the calls that compile, ``peak_bytes``,
-and ``rounds``: what each round of turns took, by the time's name. Kernels, a GPU's alone, take less
-than a call that waits for the host."""
-
-FIELDS = (
-    *("error", "forward_ms", "train_ms", "forward_kernels_ms", "train_kernels_ms"),
-    *("first_forward_s", "first_train_s", "peak_bytes"),
-)
+"""A ``peer``, its ``status`` (measured, missing, refused, wrong, out of memory or failed), the
+``reason`` for that or for no training, ``error``, times in ms and in ``rounds`` those of each,
+``first_..._s`` of the calls that compile, and ``peak_bytes``. Kernels are timed on a GPU."""
 
 
 def measure_all(task: Task, peers: Iterable[Peer]) -> list[Row]:
@@ -60,12 +53,12 @@ def measure_all(task: Task, peers: Iterable[Peer]) -> list[Row]:
             rows[peer.name] = _checked(peer, task, tensors, reference, runs)
         except Exception as error:  # a peer may raise anything; the others go on
             rows[peer.name] = row_of(peer, *trouble(error))
-        _free(task.device)
+        gc.collect()
+        torch.cuda.empty_cache()
     for kind, of_kind in runs.items():
         add_times(rows, of_kind, task, f"{kind}_ms", f"{kind}_kernels_ms")
     for name, run in runs["train"].items() if task.device.type == "cuda" else ():
         rows[name]["peak_bytes"] = peak_bytes(run, task.device, sum(x.nbytes for x in tensors))
-        _free(task.device)
     return list(rows.values())
 
 
@@ -95,7 +88,7 @@ def _checked(
     forward, train = forward_of(attend, tensors), training_of(attend, tensors)
     firsts = {"first_forward_s": first_call(forward, device)}
     off = errors(results(attend, tensors, train=False), reference)
-    untrained = peer.inference_only(device)
+    untrained = peer.no_training_on_cpu if device.type == "cpu" else None
     if untrained is None:
         try:
             firsts["first_train_s"] = first_call(train, device)
@@ -114,13 +107,9 @@ def _checked(
 
 def row_of(peer: Peer, status: str, reason: str = "", **found: Any) -> Row:
     """A row with nothing in the fields that are not given."""
-    return {"peer": peer.name, "status": status, "reason": reason, **dict.fromkeys(FIELDS), **found}
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    times = [f"{kind}_{time}" for kind in ("forward", "train") for time in ("ms", "kernels_ms")]
+    fields = ["error", *times, "first_forward_s", "first_train_s", "peak_bytes"]
+    return {"peer": peer.name, "status": status, "reason": reason, **dict.fromkeys(fields), **found}
 
 
 def forward_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
@@ -144,12 +133,6 @@ def trouble(error: Exception) -> tuple[str, str]:
     return ("out of memory", words) if lost else ("failed", f"{type(error).__name__}: {words}")
 
 
-def bad(row: Row) -> bool:
-    """Whether it is wrong, or ours and does not run."""
-    ours = row["peer"] == OURS.name and row["status"] in ("out of memory", "failed")
-    return row["status"] == "wrong" or ours
-
-
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; wrong arguments end the program."""
     parser = reader("bench", __doc__, "several", seconds=0.5)
@@ -157,10 +140,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=names)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
-    words = "our layer with rotary; compiled rotary, then others"
-    parser.add_argument("--rotary", action="store_true", help=words)
-    words = "(batch, n, heads, d) seen as (batch, heads, n, d)"
-    parser.add_argument("--views", action="store_true", help=words)
+    parser.add_argument("--rotary", action="store_true", help="compiled, before other peers")
+    parser.add_argument("--views", action="store_true", help="tensors as a projection leaves them")
     parser.add_argument("--plot", type=file_to_write, metavar="FILE.png")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -192,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entry = {"name": problem.name, "words": problem.words, "shape": problem.shape}
         entry |= {"window": asdict(problem.window), "rule": problem.window.words, "rows": rows}
         record["problems"].append(entry)
-        wrong |= any(map(bad, rows))
+        # Ours must also run.
+        bad = {OURS.name: ("wrong", "out of memory", "failed")}
+        wrong |= any(row["status"] in bad.get(row["peer"], ("wrong",)) for row in rows)
         print(f"\n{report.text(entry)}", flush=True)
         machine.write(record, options.json)  # a later one may take the machine with it
     if options.plot:

@@ -62,10 +62,7 @@ def _turned(x: Tensor, position: Tensor) -> Tensor:
 def results(
     attend: Callable[..., Tensor], tensors: Sequence[Tensor], train: bool = True
 ) -> list[Tensor]:
-    """The output of ``attend`` and, with ``train``, the gradients of all ``tensors`` but the last.
-
-    That is the output's gradient.
-    """
+    """The output of ``attend`` and, with ``train``, gradients; the last of ``tensors`` is its."""
     *leaves, grad = tensors
     if not train:
         with torch.no_grad():

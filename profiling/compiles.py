@@ -2,9 +2,9 @@
 
     python -m profiling.compiles [--layers 12] [--lengths N ...] [--windows W ...] [--inside-model]
 
-Every layer is called at every length and dtype; with several windows the layers take turns. By
-default each layer compiles its own kernels, with ``--inside-model`` one ``torch.compile`` holds
-them all. On a GPU a call is a step of training, on the CPU a call without gradients.
+Every layer is called at every length; with several windows the layers take turns. By default each
+layer compiles its own kernels, with ``--inside-model`` one ``torch.compile`` holds them all. On a
+GPU a call is a step of training, in bf16 and in fp32, on the CPU a call without gradients in fp32.
 """
 
 import argparse
@@ -20,16 +20,13 @@ from flexlocal import LocalAttention, Window
 
 from . import machine
 from .bench import forward_of, training_of
-from .options import DTYPES, count, reader
+from .options import DTYPES, count, file_to_write, reader
 from .problems import Problem, Task
 from .terminal import table, watched
 from .timing import Run, first_call
 
 HEAD_SIZE = 64
-
-FIRST = "first call of its kind"
-"""The cause of a compile that replaces none: new settings, dtype or device."""
-
+FIRST = "first call of its kind"  # new settings, dtype or device
 
 Call = dict[str, Any]
 """A call's ``name``, ``dtype`` and ``n``, how many graphs it ``compiles``, all the ``seconds`` that
@@ -73,7 +70,8 @@ def calls(options: argparse.Namespace, device: torch.device) -> Iterator[Call]:
             return q
 
         called = {"model": model}
-    every = [(dtype, n) for dtype in options.dtypes for n in options.lengths]
+    dtypes = ["bf16", "fp32"] if device.type == "cuda" else ["fp32"]
+    every = [(dtype, n) for dtype in dtypes for n in options.lengths]
     for dtype, n in watched(every, len(every), "lengths"):
         problem = Problem("", 1, 8, n, HEAD_SIZE, Window(1))
         tensors = Task(problem, DTYPES[dtype], device).tensors()
@@ -103,24 +101,21 @@ def text(made: Sequence[Call]) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[Call]:
     """Reads the command line, calls and prints each call that compiles."""
     device = machine.default_device()
-    gpu = device.type == "cuda"
     parser = reader("compiles", __doc__)
-    lengths = [1024, 2048, 4096, 5000, 8192] if gpu else [512, 1024, 1500]
+    lengths = [1024, 2048, 5000, 8192] if device.type == "cuda" else [512, 1024, 1500]
     parser.add_argument("--layers", type=count, default=12)
     parser.add_argument("--windows", type=count, nargs="+", default=[256], metavar="W")
     parser.add_argument("--lengths", type=count, nargs="+", default=lengths, metavar="N")
-    dtypes = ["bf16", "fp32"] if gpu else ["fp32"]
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
     parser.add_argument("--rotary", action="store_true")
     parser.add_argument("--inside-model", action="store_true", help="one torch.compile for all")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE")
     options = parser.parse_args(arguments)
     print(f"{machine.device_name(device)}, torch {torch.__version__}\n")
     counters.clear()
     made = list(calls(options, device))
     print(text(made))
     settings = {name: str(value) for name, value in vars(options).items()}
-    record = machine.record(device, **settings) | {"calls": made}
-    machine.write(record, options.json)
+    machine.write(machine.record(device, **settings) | {"calls": made}, options.json)
     return made
 
 

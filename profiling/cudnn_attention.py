@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 class Cudnn:
-    """Attention of ``(batch, heads, n, d)`` tensors, one graph for each kind of call.
-
-    Args:
-        left, right: keys that a query sees before and after its own.
-    """
+    """Attention of ``(batch, heads, n, d)`` tensors to ``left`` and ``right`` keys around each."""
 
     def __init__(self, left: int, right: int) -> None:
         import cudnn
@@ -30,9 +26,9 @@ class Cudnn:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if torch.is_grad_enabled() and q.requires_grad:
             return _Function.apply(q, k, v, self)
-        outputs = {"o": torch.empty_like(q)}
-        self.run("sdpa", {"q": q, "k": k, "v": v}, outputs, generate_stats=False)
-        return outputs["o"]
+        out = torch.empty_like(q)
+        self.run("sdpa", {"q": q, "k": k, "v": v}, {"o": out}, generate_stats=False)
+        return out
 
     def run(
         self, what: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], **flags: bool
@@ -82,12 +78,12 @@ class Cudnn:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Cudnn) -> Tensor:
-        stats = q.new_empty((*q.shape[:-1], 1), dtype=torch.float32)
-        outputs = {"o": torch.empty_like(q), "stats": stats}
-        attention.run("sdpa", {"q": q, "k": k, "v": v}, outputs, generate_stats=True)
-        ctx.save_for_backward(q, k, v, outputs["o"], stats)
+        out, stats = torch.empty_like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32)
+        given = {"q": q, "k": k, "v": v}
+        attention.run("sdpa", given, {"o": out, "stats": stats}, generate_stats=True)
+        ctx.save_for_backward(q, k, v, out, stats)
         ctx.attention = attention
-        return outputs["o"]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

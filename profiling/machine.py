@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
 
 
 def record(device: torch.device, **settings: Any) -> dict[str, Any]:
-    """What a file of results begins with; ``settings`` are those of the script."""
+    """What a file of results begins with."""
     versions = {}
     for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

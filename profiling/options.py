@@ -19,25 +19,23 @@ def reader(
 ) -> argparse.ArgumentParser:
     """A parser for ``python -m profiling.<script>`` that shows the module's own text as help.
 
-    Args:
-        problem: "one" or "several" problems, or the "window" of one, for ``problems_of``.
-        layer: the flags that ``layer_of`` reads.
-        seconds: of timed calls by default, where there are any.
+    ``problem`` is "one", "several" or the "window" of one, for ``problems_of``; ``layer`` adds what
+    ``layer_of`` reads; ``seconds`` are of timed calls by default, which ``--json`` keeps.
     """
     shown, name = argparse.RawDescriptionHelpFormatter, f"python -m profiling.{script}"
     parser = argparse.ArgumentParser(prog=name, description=words, formatter_class=shown)
-    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the results too")
     if seconds:
+        parser.add_argument("--json", type=file_to_write, metavar="FILE", help="for the results")
         words = f"of timed calls, each ({seconds:g})"
         parser.add_argument("--seconds", type=duration, default=seconds, help=words)
     if problem:
         nargs, names = "+" if problem == "several" else 1, ", ".join(PROBLEMS)
         parser.add_argument("--problem", nargs=nargs, choices=PROBLEMS, metavar="NAME", help=names)
         parser.add_argument("--window", type=count, metavar="W", help="tokens in a window")
-        parser.add_argument("--causal", action=argparse.BooleanOptionalAction)
-        parser.add_argument("--exact", action=argparse.BooleanOptionalAction)
-        parser.add_argument("--look-backward", type=int, metavar="WINDOWS")
-        parser.add_argument("--look-forward", type=int, metavar="WINDOWS")
+        for name in ("causal", "exact"):
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+        for name in ("backward", "forward"):
+            parser.add_argument(f"--look-{name}", type=int, metavar="WINDOWS")
     if problem in ("one", "several"):
         parser.add_argument("--shape", type=count, nargs=4, metavar=("B", "H", "N", "D"))
     if layer:

@@ -25,24 +25,18 @@ from .problems import Problem
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k and v to the output, all ``(batch, heads, n, d)``."""
 
-Obstacle = Callable[[Problem, torch.dtype, torch.device], str | None]
-"""Why a peer cannot compute a problem; None where it can."""
-
-MOST_PAIRS = 2**26
-"""Entries of the largest dense mask."""
-
 
 @dataclass(frozen=True)
 class Peer:
     """An implementation: what tables call it, and what makes it for a problem on a device.
 
-    ``module`` is what it imports, of ``package``; empty for torch itself. ``ours`` are flexlocal's,
-    which apply rotary embeddings themselves.
+    ``obstacle`` says why it cannot compute a problem, ``module`` is what it imports, of
+    ``package``; empty for torch itself. ``ours`` apply rotary embeddings themselves.
     """
 
     name: str
     make: Callable[[Problem, torch.device], Attend]
-    obstacle: Obstacle = lambda problem, dtype, device: None
+    obstacle: Callable[[Problem, torch.dtype, torch.device], str | None] = lambda *_: None
     module: str = ""
     package: str = ""
     no_training_on_cpu: str | None = None
@@ -55,10 +49,6 @@ class Peer:
         except ModuleNotFoundError:  # of the package around the module
             here = False
         return None if here else f"the package {self.package} is not installed"
-
-    def inference_only(self, device: torch.device) -> str | None:
-        """Why it cannot train on the device."""
-        return self.no_training_on_cpu if device.type == "cpu" else None
 
     def attend(self, problem: Problem, device: torch.device) -> Attend:
         """The implementation, after compiled rotary embeddings where it has none of its own."""
@@ -81,9 +71,6 @@ def _rotation(problem: Problem, device: torch.device) -> Callable[..., tuple[Ten
         return q_turned.to(q.dtype), rotate(k, position, inv_freq).to(k.dtype)
 
     return rotated
-
-
-# What may be in a peer's way.
 
 
 def windowed_kernels(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -110,11 +97,8 @@ def fused_path(problem: Problem, dtype: torch.dtype, device: torch.device) -> st
 
 
 def _dense_mask(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
-    large = problem.n**2 > MOST_PAIRS
+    large = problem.n**2 > 2**26
     return f"its mask would have {problem.n} x {problem.n} entries" if large else None
-
-
-# What makes them.
 
 
 def _ours(backend: str, problem: Problem, device: torch.device) -> Attend:
@@ -187,9 +171,10 @@ OURS = Peer("flexlocal", partial(_ours, "auto"), ours=True)
 REFERENCE = Peer("flexlocal eager", partial(_ours, "eager"), ours=True)
 
 _NO_BACKWARD = {"no_training_on_cpu": "FlexAttention has no backward pass on the CPU"}
+_UPSTREAM = {"module": "local_attention", "package": "local-attention"}
 # It ends the process, so that it cannot be tried.
 _CORRUPTS = "torch 2.13's compiled backward pass corrupts memory on several threads"
-_UPSTREAM = {"module": "local_attention", "package": "local-attention"}
+_COMPILED = {"no_training_on_cpu": _CORRUPTS, **_UPSTREAM}
 _CUDNN = {"module": "cudnn", "package": "nvidia-cudnn-frontend"}
 _FLASH_4 = {"module": "flash_attn.cute", "package": "flash-attn-4"}
 
@@ -198,12 +183,7 @@ _ALL = (
     REFERENCE,
     Peer("flexlocal flex", partial(_ours, "flex"), fused_path, **_NO_BACKWARD, ours=True),
     Peer("local-attention", partial(_upstream, lambda layer: layer), **_UPSTREAM),
-    Peer(
-        "local-attention compiled",
-        partial(_upstream, torch.compile),
-        no_training_on_cpu=_CORRUPTS,
-        **_UPSTREAM,
-    ),
+    Peer("local-attention compiled", partial(_upstream, torch.compile), **_COMPILED),
     Peer("FlashAttention 2", _flash_2, windowed_kernels),
     Peer("cuDNN", _cudnn, windowed_kernels, **_CUDNN),
     Peer("FlashAttention 4", _flash_4, windowed_kernels, **_FLASH_4),

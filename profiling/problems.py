@@ -72,18 +72,14 @@ class Task:
         return *(x.detach().requires_grad_() for x in qkv), grad
 
 
-PROBLEMS = {
-    problem.name: problem
-    for problem in (
-        Problem("doc256", 4, 16, 16384, 64, Window(256, True), "the documented default"),
-        Problem("slide256", 4, 16, 16384, 64, Window(256, True, exact=True), "256 keys back"),
-        Problem("encoder64", 8, 12, 8192, 64, Window(64, exact=True), "64 each side: ModernBERT"),
-        Problem("slide1k", 1, 32, 32768, 128, Window(1024, True, exact=True), "as Gemma 3"),
-        Problem("slide4k", 1, 32, 32768, 128, Window(4096, True, exact=True), "as Mistral"),
-        Problem("cpu", 1, 8, 4096, 64, Window(128, True), "for a processor without a GPU"),
-        Problem("tiny", 1, 2, 256, 16, Window(32, True), "to see that the scripts run"),
-    )
-}
-"""By name; the first five are the standard ones."""
-
+_ALL = (
+    Problem("doc256", 4, 16, 16384, 64, Window(256, True), "the documented default"),
+    Problem("slide256", 4, 16, 16384, 64, Window(256, True, exact=True), "256 keys back"),
+    Problem("encoder64", 8, 12, 8192, 64, Window(64, exact=True), "64 each side: ModernBERT"),
+    Problem("slide1k", 1, 32, 32768, 128, Window(1024, True, exact=True), "as Gemma 3"),
+    Problem("slide4k", 1, 32, 32768, 128, Window(4096, True, exact=True), "as Mistral"),
+    Problem("cpu", 1, 8, 4096, 64, Window(128, True), "for a processor without a GPU"),
+    Problem("tiny", 1, 2, 256, 16, Window(32, True), "to see that the scripts run"),
+)
+PROBLEMS = {problem.name: problem for problem in _ALL}
 STANDARD = tuple(PROBLEMS)[:5]

@@ -1,6 +1,5 @@
 """What ``bench`` measured, as text, as a table for docs/ and as a picture."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ Entry = dict[str, Any]
 KINDS = {"forward": "forward", "train": "training"}
 OURS = "flexlocal"
 
-PACED = 0.9
-"""Of a call's time, the most that its kernels take where they are said to wait."""
+PACED = 0.9  # of a call's time, the most that its kernels take where they are said to wait
 
 
 def row_in(entry: Entry, peer: str) -> dict[str, Any]:
@@ -28,20 +26,26 @@ def measured(entries: list[Entry], name: str) -> bool:
 
 
 def text(entry: Entry) -> str:
-    """A problem's measurements for a terminal; who was not measured stands below, with reasons."""
+    """A problem's measurements for a terminal; what is noisy or missing stands below."""
     parts = [f"{_title(entry)}\nratio: to {OURS}'s time in the same round, with quartiles"]
-    ours = row_in(entry, OURS)
+    notes, ours = [], row_in(entry, OURS)
     for kind, words in KINDS.items():
         for name, title in ((f"{kind}_ms", words), (f"{kind}_kernels_ms", f"{words}, kernels")):
-            timed = [row for row in entry["rows"] if row.get(name) is not None]
-            lines = [
-                [row["peer"], number(row[name]), _ratio(ratio_of_rows(row, ours, name))]
-                + [number(row[f"first_{kind}_s"]), f"{row['error']:.0e}", _gigabytes(row)]
-                for row in timed
-            ]
+            lines = []
+            for row in entry["rows"]:
+                ratio = ratio_of_rows(row, ours, name)
+                if row.get(name) is not None:
+                    cells = [number(row[name]), _ratio(ratio), number(row[f"first_{kind}_s"])]
+                    lines.append([row["peer"], *cells, f"{row['error']:.0e}", _gigabytes(row)])
+                if ratio is not None and ratio.noisy:
+                    notes.append(f"{TOO_NOISY} the {title} ratio of {row['peer']}")
             titles = [title, "ms", "ratio", "first s", "error", "GB"]
-            parts += [table(titles, lines)] if timed else []
-    return "\n\n".join([*parts, "\n".join(_notes(entry))])
+            parts += [table(titles, lines)] if lines else []
+    absent = [row for row in entry["rows"] if row["status"] != "measured"]
+    notes += [f"{row['peer']}: {row['status']}: {row['reason']}" for row in absent]
+    untrained = [row for row in entry["rows"] if row["reason"] and row not in absent]
+    notes += [f"{row['peer']}: {row['reason']}" for row in untrained]
+    return "\n\n".join([*parts, "\n".join(notes)])
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -58,21 +62,6 @@ def _gigabytes(row: dict[str, Any]) -> str:
     return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
 
 
-def _notes(entry: Entry) -> Iterator[str]:
-    """What the machine was too noisy for, and why rows are empty or hold no training."""
-    ours = row_in(entry, OURS)
-    for kind, words in KINDS.items():
-        ratios = {row["peer"]: ratio_of_rows(row, ours, f"{kind}_ms") for row in entry["rows"]}
-        noisy = [peer for peer, ratio in ratios.items() if ratio is not None and ratio.noisy]
-        if noisy:
-            yield f"{TOO_NOISY} the {words} ratios of {', '.join(noisy)}"
-    for row in entry["rows"]:
-        if row["status"] != "measured":
-            yield f"{row['peer']}: {row['status']}: {row['reason']}"
-        elif row["reason"]:
-            yield f"{row['peer']}: {row['reason']}"
-
-
 def markdown(record: dict[str, Any]) -> str:
     """A Markdown table: peers in rows, problems in columns, and what they are above it."""
     entries = record["problems"]
@@ -81,15 +70,11 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [_caption(record, absolute), "", *(f"- {_title(entry)}" for entry in entries), ""]
     lines.append(f"| | {' | '.join(entry['name'] for entry in entries)} |")
     lines.append("|---" * (len(entries) + 1) + "|")
-    for name in _peers(entries):
+    for name in dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"]):
         cells = [_cell(entry, name, absolute) for entry in entries]
         if any(cell != "-" for cell in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _peers(entries: list[Entry]) -> list[str]:
-    return list(dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"]))
 
 
 def _caption(record: dict[str, Any], absolute: bool) -> str:
@@ -128,9 +113,9 @@ def _cell(entry: Entry, peer: str, absolute: bool) -> str:
 
 def _time(entry: Entry, row: dict[str, Any], name: str, absolute: bool) -> str:
     ratio = ratio_of_rows(row, row_in(entry, OURS), name)
-    if not absolute or ratio is None:
-        return number(row.get(name)) if absolute else _ratio(ratio)
-    return f"{number(row[name])} ({ratio.words(bracket=False)})"
+    if not absolute:
+        return _ratio(ratio)
+    return number(row.get(name)) + (f" ({ratio.words(bracket=False)})" if ratio else "")
 
 
 def kernels_wait(entry: Entry, kind: str) -> bool:
@@ -145,7 +130,7 @@ def plot(record: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = record["problems"]
-    names = _peers(entries)
+    names = dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"])
     kinds = [kind for kind in KINDS if measured(entries, f"{kind}_ms")]
     figure = Figure(figsize=(3 + 2.5 * len(entries), 4 * len(kinds)), layout="constrained")
     width = 0.8 / len(names)

@@ -26,10 +26,9 @@ from .terminal import number, table, watched
 from .timing import TOO_NOISY, add_times, peak_bytes, ratio_of_rounds
 
 MEASURED = ("forward_ms", "train_ms", "kernels_ms", "peak_bytes", "mask_bytes", "mask_ms")
-"""What is measured of a length: ``kernels_ms`` is a training step's, without the host's launches,
-on a GPU; ``peak_bytes`` of training where the path can train, else of the forward pass, with the
-tensors that are passed in. The block mask is timed by itself, outside a compiled graph, which would
-fuse it."""
+"""``kernels_ms`` is a training step's on a GPU; ``peak_bytes`` of training where the path can
+train, else of the forward pass, with the tensors that are passed in. The block mask is timed by
+itself, outside a compiled graph, which would fuse it."""
 
 Length = dict[str, Any]
 """What was measured at one length, ``n``; None where memory ran out or the path cannot train."""
@@ -55,8 +54,7 @@ def measure(task: Task, options: argparse.Namespace) -> Length:
         if trouble(error)[0] != "out of memory":
             raise
         row["out_of_memory"] = True
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return row
 
 
@@ -124,17 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Length]:
         sys.exit(f"cannot be measured: {refused}")
     if off is not None:
         sys.exit(f"not measured, the result is wrong: {off}")
-    lengths = [2**power for power in range(least, most + 1)]
-    rows = [
-        measure(replace(task, problem=replace(problem, n=n)), options)
-        for n in watched(lengths, len(lengths), "lengths")
-    ]
+    lengths, rows = [2**power for power in range(least, most + 1)], []
+    for n in watched(lengths, len(lengths), "lengths"):
+        rows.append(measure(replace(task, problem=replace(problem, n=n)), options))
     print(text(rows))
     names = ("heads", "rotary", "xpos", "dropout", "backend", "seconds")
     settings = {name: getattr(options, name) for name in names} | {"dtype": str(dtype)}
     settings |= {"batch": 1, "d": problem.d, "window": asdict(problem.window)}
-    record = machine.record(device, **settings) | {"lengths": rows}
-    machine.write(record, options.json)
+    machine.write(machine.record(device, **settings) | {"lengths": rows}, options.json)
     return rows
 
 

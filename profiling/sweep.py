@@ -30,21 +30,15 @@ PASSES = {"forward": ("fwd_", forward_of), "training": ("bwd_", training_of)}
 """What is timed, with the prefix of the options that are swept for it, and what makes the call."""
 
 Space = dict[str, Sequence[int]]
-
 SPACE: Space = {"blocks": (64, 128), "tiles": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
 """What is combined: sparse blocks, tiles that divide them, warps and pipeline stages."""
-
-MOST_SECONDS = 240.0
-"""What a job may take after the one before it, its wait for the GPU included."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """Options of a pass and what came of them: ``status`` and ``reason`` are as ``bench`` has them.
 
-    ``block``, ``one_list`` and ``options`` make a ``Tuning``; options for training hold the forward
-    pass's too. ``error`` is the largest of the output and the gradients; ``ms`` is of a call, in
-    training of both passes.
+    Options for training hold the forward pass's too, and ``ms`` is of both passes then.
     """
 
     kind: str
@@ -71,10 +65,7 @@ class Trial:
 
 
 def candidates(kind: str, problem: Problem, space: Space) -> list[Trial]:
-    """All of the space that the kernels of a pass can run.
-
-    One list of blocks is tried where two would have gaps.
-    """
+    """All that the kernels of a pass can run; one list of blocks where two would have gaps."""
     # Narrower heads are loaded without the tensor memory accelerator.
     tma = ({}, {"USE_TMA": True}) if problem.d >= 128 else ({},)
     found = []
@@ -82,9 +73,8 @@ def candidates(kind: str, problem: Problem, space: Space) -> list[Trial]:
         gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block)
         tiles = _tiles(kind, [size for size in space["tiles"] if block % size == 0])
         lists = (False, True) if gaps else (False,)
-        for one_list, tile, warps, stages, more in product(
-            lists, tiles, space["warps"], space["stages"], tma
-        ):
+        every = product(lists, tiles, space["warps"], space["stages"], tma)
+        for one_list, tile, warps, stages, more in every:
             options = {**tile, "num_warps": warps, "num_stages": stages, **more}
             prefixed = {PASSES[kind][0] + name: value for name, value in options.items()}
             found.append(Trial(kind, block, one_list, prefixed))
@@ -111,10 +101,7 @@ def fastest(trials: Sequence[Trial], kind: str) -> list[Trial]:
 def sweep(
     problem: Problem, space: Space, workers: int, try_one: Callable[[Trial], Trial]
 ) -> Iterator[Trial]:
-    """Every candidate, tried: those of training with the fastest forward options of their blocks.
-
-    Blocks without any are not trained.
-    """
+    """Every candidate, tried; those of training with the fastest forward options of its blocks."""
     best: dict[tuple[int, bool], Trial] = {}
     for kind in PASSES:
         trials = candidates(kind, problem, space)
@@ -177,10 +164,7 @@ def attention(problem: Problem, tuning: Tuning) -> Attend:
 
 
 def corners(x: Tensor) -> Tensor:
-    """The first and last head of the first and last batch entry.
-
-    Heads know nothing of each other: these stand for all, and every process can hold them.
-    """
+    """The first and last heads: they stand for all, and every process can hold them in fp32."""
     batch, heads = x.shape[:2]
     return x[:: max(1, batch - 1), :: max(1, heads - 1)]
 
@@ -209,11 +193,12 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def in_processes(
-    work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = MOST_SECONDS
+    work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = 240.0
 ) -> Iterator[tuple[Any, Any]]:
     """Each job with its result, ``count`` at a time, each in a fresh process.
 
-    A process may die or hang: then a text in place of the result says so.
+    Where none comes, ``seconds`` after the one before, a text in its place says so: a process may
+    die or hang.
     """
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with spawn.Pool(count, initializer=_one_thread, maxtasksperchild=1) as pool:

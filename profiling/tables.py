@@ -11,8 +11,8 @@ from pathlib import Path
 from . import argument_costs, report, scale
 from .options import reader
 
+# By the field that holds the figures.
 TABLES = {"problems": report.markdown, "lengths": scale.markdown, "rows": argument_costs.markdown}
-"""By the field that holds the figures of bench, scale and argument_costs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,17 +4,15 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
-from typing import TypeVar
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-T = TypeVar("T")
 
-
-def watched(items: Iterable[T], total: int, words: str) -> Iterator[T]:
+def watched(items: Iterable[Any], total: int, words: str) -> Iterator[Any]:
     """The items, under a bar that counts them; without it where nobody watches."""
     shown = {"console": Console(file=sys.stderr), "disable": not sys.stderr.isatty()}
     # By itself the bar is drawn by a thread of its own, which disturbs what is timed.

@@ -22,17 +22,12 @@ from .problems import Task
 Run = Callable[[], object]
 Rows = Mapping[str, dict[str, Any]]
 
-ROUNDS = 7
-"""Turns that each call gets; a ratio's quartiles are over these."""
-
-NOISY = 0.2
-"""Of a ratio's median, the distance of its quartiles from which on it means nothing."""
-
+ROUNDS = 7  # turns that each call gets
+NOISY = 0.2  # of a ratio's median, the distance of its quartiles from which on it means nothing
 TOO_NOISY = "this machine was too noisy for"
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for all that was launched on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -56,7 +51,7 @@ def median_ms(run: Run, device: torch.device, seconds: float) -> float:
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
 
 
-def kernels_ms(run: Run, device: torch.device, _: float = 0.0, calls: int = 5) -> float:
+def kernels_ms(run: Run, device: torch.device, seconds: float = 0.0, calls: int = 5) -> float:
     """Milliseconds that the kernels of a warm call take on a GPU, without the host's launches.
 
     The cache is as the call before left it. Long calls without a pause bring a card to its limit of
@@ -73,10 +68,7 @@ def kernels_ms(run: Run, device: torch.device, _: float = 0.0, calls: int = 5) -
 def in_turns(
     runs: Mapping[str, Run], task: Task, clock: Callable[[Run, torch.device, float], float]
 ) -> dict[str, list[float]]:
-    """Milliseconds by ``clock`` of each call in each of ``ROUNDS`` rounds, where all have a turn.
-
-    Each of ``runs`` is timed for ``task.seconds``, over all rounds.
-    """
+    """Milliseconds of each call by round; ``task.seconds`` are for all of ``ROUNDS`` rounds."""
     for run in runs.values():
         run()
     synchronize(task.device)
@@ -90,8 +82,7 @@ def in_turns(
 def add_times(rows: Rows, runs: Mapping[str, Run], task: Task, *names: str) -> None:
     """Times ``runs`` in turns and adds medians and rounds to the rows of the same names.
 
-    Args:
-        names: of a call's time and, where it is wanted on a GPU, of its kernels' time.
+    ``names`` are of a call's time and, where it is wanted on a GPU, of its kernels'.
     """
     for name_of_time, clock in zip(names, (median_ms, kernels_ms), strict=False):
         if clock is kernels_ms and task.device.type != "cuda":

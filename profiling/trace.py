@@ -26,8 +26,7 @@ from .problems import Task
 from .terminal import table
 from .timing import memory_of, synchronize
 
-WARM_UP = 3
-"""Steps before the trace: they compile, and make what is made once."""
+WARM_UP = 3  # steps before the trace: they compile, and make what is made once
 
 
 def own_time(average: Any) -> float:
@@ -74,10 +73,8 @@ def record(
 
 def summary(file: Path, rows: Sequence[Any], steps: int) -> str:
     """Where the time of a step went, by kernel or operator, and the memory's peak."""
-    lines = [
-        [row.key[:80], f"{own_time(row) / steps / 1e3:.3f}", f"{row.count / steps:g}"]
-        for row in rows[:15]
-    ]
+    times = [f"{own_time(row) / steps / 1e3:.3f}" for row in rows[:15]]
+    lines = [[r.key[:80], ms, f"{r.count / steps:g}"] for r, ms in zip(rows, times, strict=False)]
     parts = [table(["own time", "ms a step", "calls"], lines)]
     for device, held in memory_of(file).items():
         peak, end = (1e-6 * (value - held[0]) for value in (max(held), held[-1]))
@@ -96,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Path, list[Any]]:
     if options.out.is_file():
         parser.error(f"argument --out: must be a folder, got the file {options.out}")
     (problem,) = problems_of(parser, options, ["slide256" if device.type == "cuda" else "cpu"])
-    words = [name for name in ("rotary", "xpos", "dropout") if getattr(options, name)]
-    words += ["forward"] * options.forward_only
+    flags = ("rotary", "xpos", "dropout", "forward_only")
+    words = [name for name in flags if getattr(options, name)]
     words += [options.backend] * (options.backend != "auto")
     folder = options.out / "-".join([problem.name, *words])  # the run's name in TensorBoard
-    dtype = dtype_of(options, device)
-    layer, tensors = layer_of(problem, options).to(device), Task(problem, dtype, device).tensors()
+    dtype, layer = dtype_of(options, device), layer_of(problem, options).to(device)
+    tensors = Task(problem, dtype, device).tensors()
     step = (forward_of if options.forward_only else training_of)(layer, tensors)
     try:
         file, rows = record(step, device, folder, options.steps)

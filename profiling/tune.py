@@ -5,10 +5,9 @@
     python -m profiling.tune --blocks 128        # what a caller can pass as kernel_options
 
 Each candidate runs through flexlocal's fused path, is compared with the eager path and then
-timed; one that does not compile or is wrong is counted, and never chosen. The forward pass is
-swept first; the backward pass is timed as training, after the fastest forward options of its
-blocks. In the end the fastest is timed again in turns with FlexAttention's own options and, where
-it is installed, FlashAttention 4.
+timed. The forward pass is swept first; the backward pass is timed as training, after the fastest
+forward options of its blocks. In the end the fastest is timed again in turns with FlexAttention's
+own options and, where it is installed, FlashAttention 4.
 """
 
 import argparse
@@ -52,14 +51,13 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; wrong arguments end the program."""
     parser = reader("tune", __doc__, "several", seconds=0.1)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="bf16 by default")
-    several = {"nargs": "+", "type": count, "metavar": "N"}
     for name, usual in SPACE.items():
-        words = f"of which kernels are made ({' '.join(map(str, usual))})"
-        parser.add_argument(f"--{name}", **several, default=usual, help=words)
+        words = f"{' '.join(map(str, usual))} by default"
+        parser.add_argument(f"--{name}", nargs="+", type=count, default=usual, help=words)
     workers = max(1, min(15, (os.cpu_count() or 1) - 1))
     words = f"processes that compile ({workers} here); each holds the problem in the GPU's memory"
     parser.add_argument("--workers", type=count, default=workers, help=words)
-    parser.add_argument("--ship", action="store_true", help=f"write it into {SHIPPED.name}")
+    parser.add_argument("--ship", action="store_true", help="for all calls of this size and reach")
     options = parser.parse_args(arguments)
     if options.ship and options.dtype == "fp32":
         parser.error("argument --dtype: the table serves 16-bit tensors, got fp32")
@@ -88,9 +86,8 @@ def report(trials: Sequence[Trial], rounds: Rounds) -> str:
     parts = []
     for kind in PASSES:
         of_kind = [trial for trial in trials if trial.kind == kind]
-        endings = Counter(f"{t.status} {t.reason[:80]}".strip() for t in of_kind)
-        said = "; ".join(f"{times} {ending}" for ending, times in endings.most_common(4))
-        parts.append(f"{kind}: {len(of_kind)} tried; {said}")
+        endings = Counter(f"{t.status} {t.reason[:80]}".strip() for t in of_kind).most_common(4)
+        parts.append(f"{kind}: " + "; ".join(f"{times} {ending}" for ending, times in endings))
         lines = [[number(t.ms), t.words] for t in fastest(of_kind, kind)[:10]]
         parts.append(table(["ms", "options"], lines, ["options"]))
     lines = []
@@ -167,8 +164,8 @@ def tune(problem: Problem, options: argparse.Namespace, record: dict[str, Any]) 
     print(f"fastest: {winner.words.split(':')[0]}\n{winner.options}")
     if faster(rounds, FLASHED, FASTEST):
         print(f"FlashAttention 4 is faster still: kernel_options={dict(FLASH.options)}")
-    hint = "--ship has every call of this head size and reach take the fastest"
-    print(ship(task, winner, rounds) if options.ship else hint, flush=True)
+    if options.ship:
+        print(ship(task, winner, rounds))
     return True
 
 

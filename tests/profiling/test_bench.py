@@ -242,9 +242,8 @@ def test_what_the_others_refuse():
     assert "16384 x 16384" in dense(PROBLEMS["slide256"], torch.bfloat16, GPU)
     for name in ("flexlocal flex", "FlexAttention, stock"):
         assert "float64" in PEERS[name].obstacle(PROBLEMS["tiny"], torch.float64, CPU)
-        assert "backward" in PEERS[name].inference_only(CPU)
-        assert PEERS[name].inference_only(GPU) is None
-    assert PEERS["local-attention"].inference_only(CPU) is None
+        assert "backward" in PEERS[name].no_training_on_cpu
+    assert PEERS["local-attention"].no_training_on_cpu is None
 
 
 def test_flash_attention_2_gets_sequences_in_a_row_and_both_sides(monkeypatch):

@@ -41,8 +41,8 @@ COUNT = "must be 1 or more, got 0"
         (bench, ["--peer", "nobody"], "invalid choice: 'nobody'"),
         (bench, ["--seconds", "nan"], "--seconds: must be above 0 and finite, got nan"),
         (bench, ["--seconds", "0"], "--seconds: must be above 0 and finite, got 0"),
-        (bench, ["--json", "no/such/folder/x.json"], "--json: must be a file in a folder that exists"),
-        (bench, ["--plot", "no/such/folder/x.png"], "--plot: must be a file in a folder that exists"),
+        (bench, ["--json", "no/such/x.json"], "--json: must be a file in a folder that exists"),
+        (bench, ["--plot", "no/such/x.png"], "--plot: must be a file in a folder that exists"),
         (bench, ["--device", "cuda"], "--device: torch finds no GPU, got cuda"),
     ],
 )  # fmt: skip

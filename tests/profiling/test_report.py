@@ -112,7 +112,7 @@ def test_ratios_are_of_rounds_and_noise_is_said():
     slow["rounds"] = {"forward_ms": [0.5, 5.0, 1.5]}
     text = report.text(entry)
     assert re.search(r"^quick +0\.400 +0\.80x \(0\.79-0\.81\)", text, re.M)
-    assert "this machine was too noisy for the forward ratios of slow\n" in text
+    assert "this machine was too noisy for the forward ratio of slow\n" in text
     assert "0.400 (0.80x, 0.79-0.81)" in report.markdown({**record(), "problems": [entry]})
 
 
