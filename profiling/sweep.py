@@ -4,6 +4,7 @@ Each process compiles beside the others; who checks or times has the GPU to itse
 """
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,19 +196,20 @@ def _alone(lock: Path) -> Iterator[None]:
 def in_processes(
     work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = 240.0
 ) -> Iterator[tuple[Any, Any]]:
-    """Each job with its result, ``count`` at a time, each in a fresh process.
-
-    Where none comes, ``seconds`` after the one before, a text in its place says so: a process may
-    die or hang.
-    """
+    """Each job with its result, in a process of its own; with a text where that died or hung."""
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with spawn.Pool(count, initializer=_one_thread, maxtasksperchild=1) as pool:
-        for job, result in [(job, pool.apply_async(work, (job,))) for job in jobs]:
+    with spawn.Pool(count, maxtasksperchild=1) as pool:
+        given = [(job, pool.apply_async(_in_time, (work, seconds, job))) for job in jobs]
+        for job, result in given:
             try:
                 yield job, result.get(seconds)
             except multiprocessing.TimeoutError:
                 yield job, f"no result within {seconds:g} s"
 
 
-def _one_thread() -> None:
+def _in_time(work: Callable[[Any], Any], seconds: float, job: Any) -> Any:
     torch._inductor.config.compile_threads = 1  # the other processes compile as well
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends a process that hangs, and with it its lock
+    result = work(job)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return result

@@ -104,9 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Path, list[Any]]:
         file, rows = record(step, device, folder, options.steps)
     except ValueError as wrong:  # flex on a CPU, for one
         sys.exit(f"cannot be traced: {wrong}")
-    print(f"{problem.label}, {dtype}\n{problem.window}")
-    print(f"{device_name(device)}, torch {torch.__version__}\n")
-    print(summary(file, rows, options.steps))
+    print(f"{device_name(device)}, torch {torch.__version__}, {problem.label}, {dtype}")
+    print(f"{problem.window}\n\n{summary(file, rows, options.steps)}")
     print(f"\n{file}\n    open it in https://ui.perfetto.dev, or in TensorBoard:")
     print(f"    tensorboard --logdir {options.out}   # its pages load Google Charts")
     return file, rows
