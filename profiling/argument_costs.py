@@ -9,7 +9,7 @@ tensor, as Reformer has it, with one tensor for q and k.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,14 @@ from torch import Tensor
 from flexlocal import Rotary, local_attention
 
 from . import machine
+from .bench import forward_of, training_of
 from .check import apart
-from .options import add_output, add_problem, dtype_of, problems_of, reader
-from .problems import Problem
-from .terminal import Bar, number, paragraph, table
+from .options import dtype_of, problems_of, reader
+from .problems import Problem, Task
+from .terminal import number, table, watched
 from .timing import TOO_NOISY, Run, add_times, peak_bytes, ratio_of_rows
+
+Rows = dict[str, dict[str, Any]]
 
 BASE = {
     "xpos": "rotary",
@@ -33,18 +36,14 @@ BASE = {
 }
 """What a call is compared with where that is not the plain one."""
 
-MAY_SAVE = ("q is k", "key mask")
-"""Beginnings of calls that may take less time than what they are compared with."""
-
 KINDS = {"forward_ms": "forward", "train_ms": "training step", "kernels_ms": "its kernels"}
 """The times of a call and their words; a CPU tells no kernels' time."""
 
 
-def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> Rows:
     """The arguments of each call, by name; tensors like ``q`` in dtype and device.
 
-    Args:
-        only: beginnings of the names that are wanted, which come with what they are compared with.
+    Those whose names begin as one of ``only`` come with what they are compared with.
     """
     window, n, d = problem.window, problem.n, problem.d
     keep = torch.ones(problem.batch, n, dtype=torch.bool, device=q.device)
@@ -54,7 +53,7 @@ def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> dict[str, di
     scattered = keep & (torch.rand(keep.shape, device=q.device) > 0.3)
     rotary = Rotary(d).to(q.device)
     bias = torch.randn(problem.heads, window.size, window.span, device=q.device)
-    every: dict[str, dict[str, Any]] = {
+    every: Rows = {
         "plain": {},
         "rotary": {"rotary": rotary},
         "xpos": {"rotary": Rotary(d, True, max(1, window.size // 2)).to(q.device)},
@@ -76,115 +75,72 @@ def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> dict[str, di
     return {name: more for name, more in every.items() if name in bases.union(wanted)}
 
 
-def measure(
-    problem: Problem,
-    device: torch.device,
-    dtype: torch.dtype,
-    only: Sequence[str] = (),
-    seconds: float = 0.5,
-) -> dict[str, dict[str, Any]]:
-    """Forward and training time in ms by name of the call, and what each round took.
+def measure(task: Task, only: Sequence[str] = ()) -> Rows:
+    """By name of the call: forward and training time in ms, each round's and the peak's bytes.
 
-    On a GPU also the time of a training step's kernels alone, and its peak bytes. ``only`` as for
-    ``calls``.
+    On a GPU also a training step's kernels alone. The program ends where a result is wrong.
     """
-    q, k, v, grad = problem.tensors(dtype, device)
-    rows: dict[str, dict[str, Any]] = {}
-    forward: dict[str, Run] = {}
-    train: dict[str, Run] = {}
+    problem, device = task.problem, task.device
+    q, k, v, grad = task.tensors()
+    rows: Rows = {}
+    runs: dict[str, dict[str, Run]] = {"forward": {}, "train": {}}
     every = calls(problem, q, only)
-    with Bar(len(every) + 2) as bar:
-        for name, more in every.items():
-            bar.show(f"{name}: checked")
-            given = {"q": q, "k": k, "v": v, "window": problem.window, **more}
-            attend = partial(local_attention, **given)
-            tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
-            learned = {key: x for key, x in tensors.items() if x.requires_grad}
-            names = ("the output", *(f"the gradient of {key}" for key in learned))
-            both = (partial(_alone, attend), partial(_alone, partial(attend, backend="eager")))
-            wrong = apart(*both, (*learned.values(), grad), names=names)
-            if wrong is not None:
-                sys.exit(f"not timed, {name} is wrong: {wrong}")
-            forward[name] = torch.no_grad()(attend)
-            train[name] = partial(_train, attend, tuple(learned.values()), grad)
-            passed = sum(x.nbytes for x in {*tensors.values(), grad})
-            peak = peak_bytes(train[name], device, passed)
-            rows[name] = {} if peak is None else {"peak_bytes": peak}
-            bar.advance()
-        for runs, kinds in ((forward, ["forward_ms"]), (train, ["train_ms", "kernels_ms"])):
-            bar.show(f"{KINDS[kinds[0]]}: in turns")
-            add_times(rows, runs, kinds, device, seconds)
-            bar.advance()
+    for name in watched(every, len(every), "checked"):
+        given = {"q": q, "k": k, "v": v, "window": problem.window, **every[name]}
+        tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
+        learned = {key: x for key, x in tensors.items() if x.requires_grad}
+
+        def attend(*_: Tensor, given: dict[str, Any] = given, backend: str = "auto") -> Tensor:
+            return local_attention(**given, backend=backend)  # which holds what is learned
+
+        names = ("the output", *(f"the gradient of {key}" for key in learned))
+        passed = (*learned.values(), grad)
+        wrong = apart(attend, partial(attend, backend="eager"), passed, names=names)
+        if wrong is not None:
+            sys.exit(f"not timed, {name} is wrong: {wrong}")
+        runs["forward"][name] = forward_of(attend, passed)
+        runs["train"][name], rows[name] = training_of(attend, passed), {}
+        if device.type == "cuda":
+            held = sum(x.nbytes for x in {*tensors.values(), grad})
+            rows[name]["peak_bytes"] = peak_bytes(runs["train"][name], device, held)
+    add_times(rows, runs["forward"], task, "forward_ms")
+    add_times(rows, runs["train"], task, "train_ms", "kernels_ms")
     return rows
 
 
-def _alone(attend: Callable[[], Tensor], *_: Tensor) -> Tensor:
-    """For ``apart``, which passes what wants a gradient: the call holds that already."""
-    return attend()
-
-
-def _train(attend: Callable[[], Tensor], learned: Sequence[Tensor], grad: Tensor) -> None:
-    torch.autograd.grad(attend(), learned, grad)
-
-
-def _cells(rows: dict[str, dict[str, Any]], markdown: bool) -> list[list[str]]:
-    """Each call's times, and how many times its base's they are."""
-    lines = []
+def _cells(rows: Rows, in_brackets: bool) -> tuple[list[str], list[list[str]], list[str]]:
+    """Titles, each call's times with their ratios, and those whose ratio is noisy."""
+    kinds = [kind for kind in KINDS if kind in rows["plain"]]
+    lines, noisy = [], []
     for name, row in rows.items():
-        base = BASE.get(name, "plain")
-        line = [name]
-        for kind in (kind for kind in KINDS if kind in row):
-            times = ratio_of_rows(row, rows[base], kind)
-            assert times is not None  # every row has the same times
-            words = f"({times.words(bracket=False)})" if markdown else times.words()
-            line.append(f"{number(row[kind])} {words}")
-        lines.append([*line, base])
-    return lines
+        base, cells = BASE.get(name, "plain"), [name]
+        for kind in kinds:
+            ratio = ratio_of_rows(row, rows[base], kind)
+            words = f"({ratio.words(bracket=False)})" if in_brackets else ratio.words()
+            cells.append(f"{number(row[kind])} {words}")
+            noisy += [f"{name} ({KINDS[kind]})"] * ratio.noisy
+        lines.append([*cells, base])
+    return ["", *(f"{KINDS[kind]} ms" for kind in kinds), "compared with"], lines, noisy
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table in docs."""
-    kinds = [words for kind, words in KINDS.items() if kind in record["rows"]["plain"]]
-    lines = [
-        f"| | {' | '.join(f'{words} ms' for words in kinds)} | compared with |",
-        "|" + "---|" * (len(kinds) + 2),
-        *(f"| {' | '.join(cells)} |" for cells in _cells(record["rows"], markdown=True)),
-    ]
-    return "\n".join(lines)
+    (_, *titles), cells, _ = _cells(record["rows"], in_brackets=True)
+    lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(titles) + 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in cells)])
 
 
-def text(rows: dict[str, dict[str, Any]]) -> str:
-    """A table for each kind of call, and what the machine was too noisy for."""
-    parts = []
-    for kind, words in KINDS.items():
-        if kind not in rows["plain"]:
-            continue
-        lines, noisy, impossible = [], [], []
-        for name, row in rows.items():
-            base = BASE.get(name, "plain")
-            times = ratio_of_rows(row, rows[base], kind)
-            assert times is not None  # every row has the same times
-            lines.append([name, number(row[kind]), times.words(), base])
-            if times.noisy:
-                noisy.append(name)
-            elif times.impossible and not name.startswith(MAY_SAVE):
-                impossible.append(name)
-        parts.append(table([words, "ms", "times", "compared with"], lines, ["compared with"]))
-        if noisy:
-            parts.append(paragraph(f"{TOO_NOISY} these ratios: {'; '.join(noisy)}"))
-        if impossible:
-            less = "added work cannot take less time"
-            parts.append(paragraph(f"{TOO_NOISY} these, as {less}: {'; '.join(impossible)}"))
-    return "\n\n".join(parts)
+def text(rows: Rows) -> str:
+    """A table for a terminal, and what the machine was too noisy for."""
+    titles, cells, noisy = _cells(rows, in_brackets=False)
+    made = table(titles, cells, ["compared with"])
+    return f"{made}\n\n{TOO_NOISY} these ratios: {'; '.join(noisy)}" if noisy else made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, measures and prints."""
-    parser = reader("argument_costs", __doc__)
-    add_problem(parser)
-    words = "calls whose names begin so"
-    parser.add_argument("--only", nargs="+", default=[], metavar="CALL", help=words)
-    add_output(parser, seconds=0.5)
+    parser = reader("argument_costs", __doc__, "one", seconds=0.5)
+    parser.add_argument("--only", nargs="+", default=[], help="calls whose names begin so")
     options = parser.parse_args(arguments)
     device = machine.default_device()
     default = "slide256" if device.type == "cuda" else "cpu"
@@ -195,11 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--only must begin as one of {'; '.join(names)}, got {words!r}")
     print(f"{machine.device_name(device)}, torch {torch.__version__}, {problem.label}\n")
     dtype = dtype_of(options, device)
-    rows = measure(problem, device, dtype, options.only, options.seconds)
+    rows = measure(Task(problem, dtype, device, options.seconds), options.only)
     print(text(rows))
     settings = {"problem": problem.name, "shape": problem.shape, "dtype": str(dtype)}
-    record = machine.record(device, **settings, seconds=options.seconds)
-    machine.write({**record, "rows": rows}, options.json)
+    settings["seconds"] = options.seconds
+    machine.write(machine.record(device, **settings) | {"rows": rows}, options.json)
     return 0
 
 

@@ -6,112 +6,67 @@
 
 Every result is compared before it is timed, and a wrong one ends the program with status 1. Who
 cannot take part is listed with the reason. Times are medians of warm calls; the first calls
-include compilation. The floors are what the device, by its measured copies and matrix products,
-would take for the problem's bytes and operations.
+include compilation.
 """
 
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import machine, report
 from .check import complaint, errors, results, shortened, truth
-from .options import DTYPES, add_output, add_problem, dtype_of, problems_of, reader
+from .options import DTYPES, dtype_of, file_to_write, problems_of, reader
 from .peers import OURS, PEERS, REFERENCE, Attend, Peer
-from .problems import STANDARD, Problem
-from .terminal import Bar
-from .timing import Run, add_times, first_call, measure_rates, peak_bytes
-
-Status = Literal["measured", "missing", "refused", "wrong", "out of memory", "failed"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A problem and how it is to be measured; ``views`` as in ``Problem.tensors``."""
-
-    problem: Problem
-    dtype: torch.dtype
-    device: torch.device
-    views: bool = False
-    train: bool = True
-    seconds: float = 0.3
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the output's gradient."""
-        return self.problem.tensors(self.dtype, self.device, views=self.views)
-
+from .problems import STANDARD, Task
+from .terminal import watched
+from .timing import Run, add_times, first_call, peak_bytes
 
 Row = dict[str, Any]
-"""What was found of a peer, as the JSON has it: ``peer``, ``status``, ``reason`` (why there is
-nothing, or nothing of training), ``error``, times in ms by their names, ``first_..._s`` of the
-calls that compile, ``peak_bytes``, and ``rounds``: what each round of turns took, by the time's
-name. Kernels, a GPU's alone, take less than a call that waits for the host."""
-
-FIELDS = (
-    *("error", "forward_ms", "train_ms", "forward_kernels_ms", "train_kernels_ms"),
-    *("first_forward_s", "first_train_s", "peak_bytes"),
-)
+"""A ``peer``, its ``status`` (measured, missing, refused, wrong, out of memory or failed), the
+``reason`` for that or for no training, ``error``, times in ms and in ``rounds`` those of each,
+``first_..._s`` of the calls that compile, and ``peak_bytes``. Kernels are timed on a GPU."""
 
 
-def row_of(peer: str, status: Status, reason: str = "", **fields: Any) -> Row:
-    """A row with nothing in the fields that are not given."""
-    return {"peer": peer, "status": status, "reason": reason, **dict.fromkeys(FIELDS), **fields}
-
-
-def bad(row: Row) -> bool:
-    """Whether it is wrong, or ours and does not run."""
-    ours = row["peer"] == OURS.name and row["status"] in ("out of memory", "failed")
-    return row["status"] == "wrong" or ours
-
-
-def measure_all(task: Task, peers: Sequence[Peer], bar: Bar) -> list[Row]:
+def measure_all(task: Task, peers: Iterable[Peer]) -> list[Row]:
     """Every peer's row.
 
-    flexlocal must agree with the brute-force truth on a shortened problem, all the others with
-    flexlocal's eager path in fp32 on the whole one.
+    flexlocal's eager path in fp32 must agree with the brute-force truth on a shortened problem,
+    and all peers with it on the whole one.
     """
-    reason = _off_the_truth(REFERENCE, replace(task, dtype=torch.float32))
-    if reason is not None:
-        reason = f"nothing to compare with: {REFERENCE.name} is {reason}"
-        return [row_of(peer.name, "wrong", reason) for peer in peers]
-    tensors = task.tensors()
-    exact = [x.detach().float().requires_grad_() for x in tensors]
-    attend = REFERENCE.attend(task.problem, task.device)
-    # In the host's memory, where it adds nothing to a peer's peak.
-    reference = [x.cpu() for x in results(attend, exact, task.train)]
-    del exact
-    found: dict[str, Row] = {}
+    short = replace(task, problem=shortened(task.problem), dtype=torch.float32)
+    true = truth(short.problem, short.tensors())
+    wrong = complaint(errors(_reference(short), true), short.dtype)
+    if wrong is not None:
+        reason = f"nothing to compare with: {REFERENCE.name} is {wrong}"
+        return [row_of(peer, "wrong", reason) for peer in peers]
+    tensors, reference = task.tensors(), _reference(task)
+    rows: dict[str, Row] = {}
     runs: dict[str, dict[str, Run]] = {"forward": {}, "train": {}}
     for peer in peers:
-        bar.show(f"{task.problem.name}: {peer.name}")
         try:
-            found[peer.name] = _checked(peer, task, tensors, reference, runs)
+            rows[peer.name] = _checked(peer, task, tensors, reference, runs)
         except Exception as error:  # a peer may raise anything; the others go on
-            found[peer.name] = row_of(peer.name, *trouble(error))
-        _free(task.device)
-        bar.advance()
-    bar.show(f"{task.problem.name}: in turns")
+            rows[peer.name] = row_of(peer, *trouble(error))
+        gc.collect()
+        torch.cuda.empty_cache()
     for kind, of_kind in runs.items():
-        _add_times(kind, of_kind, task, sum(x.nbytes for x in tensors), found)
-    return list(found.values())
+        add_times(rows, of_kind, task, f"{kind}_ms", f"{kind}_kernels_ms")
+    for name, run in runs["train"].items() if task.device.type == "cuda" else ():
+        rows[name]["peak_bytes"] = peak_bytes(run, task.device, sum(x.nbytes for x in tensors))
+    return list(rows.values())
 
 
-def _off_the_truth(peer: Peer, task: Task) -> str | None:
-    """How the peer differs from brute force on a shortened problem."""
-    short = replace(task, problem=shortened(task.problem))
-    tensors = short.tensors()
-    found = results(peer.attend(short.problem, task.device), tensors, task.train)
-    # Kernels made for another length are no matter of the problem, and the limit on recompilation
-    # counts them all.
-    torch.compiler.reset()
-    return complaint(errors(found, truth(short.problem, tensors, task.train)), task.dtype)
+def _reference(task: Task) -> list[Tensor]:
+    """The eager path's results in fp32, in the host's memory: there they add to no peer's peak."""
+    exact = [x.detach().float().requires_grad_() for x in task.tensors()]
+    attend = REFERENCE.attend(task.problem, task.device)
+    return [x.cpu() for x in results(attend, exact)]
 
 
 def _checked(
@@ -122,106 +77,72 @@ def _checked(
     runs: dict[str, dict[str, Run]],
 ) -> Row:
     """The row without its times; a peer that is right gets a place in ``runs``."""
+    device = task.device
     reason = peer.missing()
     if reason is not None:
-        return row_of(peer.name, "missing", reason)
-    reason = peer.obstacle(task.problem, task.dtype, task.device)
+        return row_of(peer, "missing", reason)
+    reason = peer.obstacle(task.problem, task.dtype, device)
     if reason is not None:
-        return row_of(peer.name, "refused", reason)
-    reason = _off_the_truth(peer, task) if peer is OURS else None
-    if reason is not None:
-        return row_of(peer.name, "wrong", f"on a short sequence {reason}")
-    attend, device = peer.attend(task.problem, task.device), task.device
+        return row_of(peer, "refused", reason)
+    attend = peer.attend(task.problem, device)
     forward, train = forward_of(attend, tensors), training_of(attend, tensors)
-    firsts: dict[str, Any] = {"first_forward_s": first_call(forward, device)}
+    firsts = {"first_forward_s": first_call(forward, device)}
     off = errors(results(attend, tensors, train=False), reference)
-    untrained = peer.inference_only(device) if task.train else None
-    trains = task.train and untrained is None
-    if trains:
+    untrained = peer.no_training_on_cpu if device.type == "cpu" else None
+    if untrained is None:
         try:
             firsts["first_train_s"] = first_call(train, device)
             off = errors(results(attend, tensors), reference)
         except Exception as error:
-            trains, untrained = False, ": ".join(trouble(error))
+            untrained = ": ".join(trouble(error))
     wrong, most = complaint(off, task.dtype), max(off.values())
     if wrong is not None:
-        return row_of(peer.name, "wrong", wrong, error=most)
+        return row_of(peer, "wrong", wrong, error=most)
     runs["forward"][peer.name] = forward
-    if trains:
+    if untrained is None:
         runs["train"][peer.name] = train
     reason = f"training: {untrained}" if untrained else ""
-    return row_of(peer.name, "measured", reason, error=most, **firsts)
+    return row_of(peer, "measured", reason, error=most, **firsts)
 
 
-def _add_times(
-    kind: str, runs: dict[str, Run], task: Task, passed: int, found: dict[str, Row]
-) -> None:
-    """Adds the times of one kind of call to the rows of those that are right."""
-    lost: dict[str, Exception] = {}
-
-    def call(name: str) -> None:
-        try:
-            if name not in lost:
-                runs[name]()
-        except Exception as error:  # as memory that others left too little of
-            lost[name] = error
-
-    turns = {name: partial(call, name) for name in runs}
-    times = f"{kind}_ms", f"{kind}_kernels_ms"
-    add_times(found, turns, times, task.device, task.seconds)
-    for name, run in turns.items():
-        if kind == "train":
-            found[name]["peak_bytes"] = peak_bytes(run, task.device, passed)
-        if name in lost:
-            found[name] = row_of(name, *trouble(lost[name]))
-        _free(task.device)
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+def row_of(peer: Peer, status: str, reason: str = "", **found: Any) -> Row:
+    """A row with nothing in the fields that are not given."""
+    times = [f"{kind}_{time}" for kind in ("forward", "train") for time in ("ms", "kernels_ms")]
+    fields = ["error", *times, "first_forward_s", "first_train_s", "peak_bytes"]
+    return {"peer": peer.name, "status": status, "reason": reason, **dict.fromkeys(fields), **found}
 
 
 def forward_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
     """A call of the forward pass."""
-    return torch.no_grad()(lambda: attend(*tensors[:3]))
+    return torch.no_grad()(lambda: attend(*tensors[:-1]))
 
 
 def training_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
-    """A call of both passes."""
+    """A call of both passes; the last of the tensors is the output's gradient."""
     *leaves, grad = tensors
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
 
 
-def trouble(error: Exception) -> tuple[Status, str]:
+def trouble(error: Exception) -> tuple[str, str]:
     """What kind of trouble it is, and its first line."""
     words = str(error).strip().split("\n")[0]
-    if is_out_of_memory(error):
-        return "out of memory", words
-    return "failed", f"{type(error).__name__}: {words}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, for which the CPU's allocator has no class of its own."""
-    of_its_own = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return of_its_own or "allocate memory" in str(error)
+    # The CPU's allocator has no class of its own.
+    lost = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
+        error
+    )
+    return ("out of memory", words) if lost else ("failed", f"{type(error).__name__}: {words}")
 
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; wrong arguments end the program."""
-    parser = reader("bench", __doc__)
-    add_problem(parser, several=True)
+    parser = reader("bench", __doc__, "several", seconds=0.5)
     names = ", ".join(map(repr, PEERS))
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=names)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
-    words = "our layer with rotary; compiled rotary, then others"
-    parser.add_argument("--rotary", action="store_true", help=words)
-    words = "(batch, n, heads, d) seen as (batch, heads, n, d)"
-    parser.add_argument("--views", action="store_true", help=words)
-    parser.add_argument("--forward-only", action="store_true", help="without training")
-    add_output(parser, seconds=0.5, plot=True)
+    parser.add_argument("--rotary", action="store_true", help="compiled, before other peers")
+    parser.add_argument("--views", action="store_true", help="tensors as a projection leaves them")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no GPU, got cuda")
@@ -239,40 +160,24 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit status, 1 where something was wrong."""
     options = read(arguments)
-    device, dtype, peers = options.device, dtype_of(options, options.device), options.peers
-    rates = measure_rates(device, dtype, options.seconds)
-    record = machine.record(
-        device,
-        dtype=str(dtype).removeprefix("torch."),
-        rotary=options.rotary,
-        views=options.views,
-        forward_only=options.forward_only,
-        seconds=options.seconds,
-        float32_matmul_precision=torch.get_float32_matmul_precision(),
-    )
-    record |= {"rates": rates, "problems": []}
+    device, dtype = options.device, dtype_of(options, options.device)
+    settings = {"dtype": str(dtype).removeprefix("torch."), "seconds": options.seconds}
+    settings |= {"rotary": options.rotary, "views": options.views}
+    settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    record = machine.record(device, **settings) | {"problems": []}
     wrong = False
-    print(f"{record['device']}, {record['settings']['dtype']}, torch {torch.__version__}")
-    with Bar(len(options.problems) * len(peers)) as bar:
-        for problem in options.problems:
-            train = not options.forward_only
-            task = Task(problem, dtype, device, options.views, train, options.seconds)
-            rows = measure_all(task, peers, bar)
-            wrong |= any(map(bad, rows))
-            entry = {
-                "name": problem.name,
-                "words": problem.words,
-                "shape": problem.shape,
-                "window": asdict(problem.window),
-                "rule": problem.window.words,
-                "floors": {
-                    kind: problem.floors(rates, dtype, kind == "train") for kind in report.KINDS
-                },
-                "rows": rows,
-            }
-            record["problems"].append(entry)
-            print(f"\n{report.text(entry)}", flush=True)
-            machine.write(record, options.json)  # a later one may take the machine with it
+    print(f"{record['device']}, {settings['dtype']}, torch {torch.__version__}")
+    for problem in options.problems:
+        task = Task(problem, dtype, device, options.seconds, options.views)
+        rows = measure_all(task, watched(options.peers, len(options.peers), problem.name))
+        entry = {"name": problem.name, "words": problem.words, "shape": problem.shape}
+        entry |= {"window": asdict(problem.window), "rule": problem.window.words, "rows": rows}
+        record["problems"].append(entry)
+        # Ours must also run.
+        bad = {OURS.name: ("wrong", "out of memory", "failed")}
+        wrong |= any(row["status"] in bad.get(row["peer"], ("wrong",)) for row in rows)
+        print(f"\n{report.text(entry)}", flush=True)
+        machine.write(record, options.json)  # a later one may take the machine with it
     if options.plot:
         report.plot(record, options.plot)
     return int(wrong)

@@ -4,6 +4,7 @@ The truth compares positions as the rule is written and shares no code with ``fl
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,8 @@ def visible(window: Window, query: Tensor, n: int) -> Tensor:
     return seen
 
 
-def truth(problem: Problem, tensors: Sequence[Tensor], train: bool = True) -> list[Tensor]:
-    """The output and, with ``train``, the gradients of q, k and v, in fp64.
-
-    Args:
-        tensors: q, k, v and the output's gradient.
-    """
+def truth(problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``results`` in fp64 of q, k, v and the output's gradient."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         position = torch.arange(problem.n, device=q.device)
@@ -50,25 +47,22 @@ def truth(problem: Problem, tensors: Sequence[Tensor], train: bool = True) -> li
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
     q, k, v, grad = (x.detach().double() for x in tensors)
-    return results(attend, [*(x.requires_grad_() for x in (q, k, v)), grad], train)
+    return results(attend, [*(x.requires_grad_() for x in (q, k, v)), grad])
 
 
 def _turned(x: Tensor, position: Tensor) -> Tensor:
     d = x.shape[-1]
-    pair = torch.arange(d // 2, device=x.device, dtype=x.dtype)
-    angle = position[:, None] * 10000 ** (-2 * pair / d)
-    first, second = x[..., : d // 2], x[..., d // 2 :]
-    turned = (
-        first * angle.cos() - second * angle.sin(),
-        second * angle.cos() + first * angle.sin(),
-    )
-    return torch.cat(turned, dim=-1)
+    angle = position[:, None] * 10000 ** (-torch.arange(0, d, 2, device=x.device).to(x) / d)
+    # A pair of channels is one complex number.
+    pair = torch.complex(x[..., : d // 2], x[..., d // 2 :])
+    turned = pair * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), dim=-1)
 
 
 def results(
     attend: Callable[..., Tensor], tensors: Sequence[Tensor], train: bool = True
 ) -> list[Tensor]:
-    """The output of ``attend`` and, with ``train``, its gradients; ``tensors`` as for ``truth``."""
+    """The output of ``attend`` and, with ``train``, gradients; the last of ``tensors`` is its."""
     *leaves, grad = tensors
     if not train:
         with torch.no_grad():
@@ -110,7 +104,7 @@ def shortened(problem: Problem) -> Problem:
     """The problem on a few windows and heads, as ragged at its end, for the truth to take."""
     # Kernels work in blocks of 128: a length that they divide evenly stays one.
     blocks = -(-(problem.window.most_seen + problem.window.size) // 128)
-    return problem.scaled(min(problem.n, 128 * blocks + problem.n % 128))
+    return replace(problem, n=min(problem.n, 128 * blocks + problem.n % 128), batch=1, heads=2)
 
 
 def _distance(found: Tensor, true: Tensor) -> float:

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,11 @@ def device_name(device: torch.device) -> str:
 
 
 def record(device: torch.device, **settings: Any) -> dict[str, Any]:
-    """What a file of results begins with; ``settings`` are those of the script."""
+    """What a file of results begins with."""
     versions = {}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "device": device_name(device),
         "device_type": device.type,

@@ -6,8 +6,7 @@ All of them take and give ``(batch, heads, n, d)``.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -26,29 +25,18 @@ from .problems import Problem
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k and v to the output, all ``(batch, heads, n, d)``."""
 
-Make = Callable[[Problem, torch.device], Attend]
-
-Obstacle = Callable[[Problem, torch.dtype, torch.device], str | None]
-"""Why a peer cannot compute a problem; None where it can."""
-
-MOST_PAIRS = 2**26
-"""Entries of the largest dense mask."""
-
 
 @dataclass(frozen=True)
 class Peer:
     """An implementation: what tables call it, and what makes it for a problem on a device.
 
-    Attributes:
-        obstacle: why it cannot compute a problem.
-        module, package: what it imports, and the package that brings it; empty for torch itself.
-        no_training_on_cpu: why it cannot train there, None where it can.
-        ours: whether it is flexlocal; then it applies rotary embeddings itself.
+    ``obstacle`` says why it cannot compute a problem, ``module`` is what it imports, of
+    ``package``; empty for torch itself. ``ours`` apply rotary embeddings themselves.
     """
 
     name: str
-    make: Make
-    obstacle: Obstacle = lambda problem, dtype, device: None
+    make: Callable[[Problem, torch.device], Attend]
+    obstacle: Callable[[Problem, torch.dtype, torch.device], str | None] = lambda *_: None
     module: str = ""
     package: str = ""
     no_training_on_cpu: str | None = None
@@ -56,17 +44,11 @@ class Peer:
 
     def missing(self) -> str | None:
         """Which package it lacks here."""
-        if not self.module:
-            return None
         try:
-            found = importlib.util.find_spec(self.module)
+            here = not self.module or importlib.util.find_spec(self.module)
         except ModuleNotFoundError:  # of the package around the module
-            found = None
-        return None if found else f"the package {self.package} is not installed"
-
-    def inference_only(self, device: torch.device) -> str | None:
-        """Why it cannot train on the device."""
-        return self.no_training_on_cpu if device.type == "cpu" else None
+            here = False
+        return None if here else f"the package {self.package} is not installed"
 
     def attend(self, problem: Problem, device: torch.device) -> Attend:
         """The implementation, after compiled rotary embeddings where it has none of its own."""
@@ -81,32 +63,14 @@ class Peer:
 def _rotation(problem: Problem, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """One for all peers of a problem: torch limits how often one function is compiled."""
     inv_freq = Rotary(problem.d).to(device).inv_freq
-    shift = problem.window.after
 
     @torch.compile(fullgraph=True)
     def rotated(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         position = torch.arange(q.shape[-2], device=q.device)
-        q_turned = rotate(q, position + shift, inv_freq)
+        q_turned = rotate(q, position + problem.window.after, inv_freq)
         return q_turned.to(q.dtype), rotate(k, position, inv_freq).to(k.dtype)
 
     return rotated
-
-
-PEERS: dict[str, Peer] = {}
-"""By name, in the order of the tables."""
-
-
-def _peer(name: str, **fields: Any) -> Callable[[Make], Make]:
-    """Registers what makes a peer."""
-
-    def register(make: Make) -> Make:
-        PEERS[name] = Peer(name, make, **fields)
-        return make
-
-    return register
-
-
-# What may be in a peer's way.
 
 
 def windowed_kernels(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -132,81 +96,29 @@ def fused_path(problem: Problem, dtype: torch.dtype, device: torch.device) -> st
     return None
 
 
-def _by_name_only(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return "flexlocal takes this path by itself on a GPU"
-    return fused_path(problem, dtype, device)
-
-
-def _stock_kernels(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type == "cuda" and problem.d < 16:
-        return f"takes heads of 16 or wider on a GPU, not {problem.d}"
-    return fused_path(problem, dtype, device)
-
-
 def _dense_mask(problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
-    if problem.n**2 <= MOST_PAIRS:
-        return None
-    return f"its mask would have {problem.n} x {problem.n} entries"
+    large = problem.n**2 > 2**26
+    return f"its mask would have {problem.n} x {problem.n} entries" if large else None
 
 
-_NO_BACKWARD = "FlexAttention has no backward pass on the CPU"
+def _ours(backend: str, problem: Problem, device: torch.device) -> Attend:
+    dim = problem.d if problem.rotary else None
+    return LocalAttention(**problem.arguments, dim=dim, backend=backend).to(device)
 
 
-# flexlocal.
+def _upstream(
+    wrap: Callable[[torch.nn.Module], Attend], problem: Problem, device: torch.device
+) -> Attend:
+    from local_attention import LocalAttention
 
-
-def _ours(backend: Literal["auto", "flex", "eager"]) -> Make:
-    def make(problem: Problem, device: torch.device) -> Attend:
-        dim = problem.d if problem.rotary else None
-        return LocalAttention(**problem.arguments, dim=dim, backend=backend).to(device)
-
-    return make
-
-
-_peer("flexlocal", ours=True)(_ours("auto"))
-_peer("flexlocal eager", ours=True)(_ours("eager"))
-_peer("flexlocal flex", obstacle=_by_name_only, no_training_on_cpu=_NO_BACKWARD, ours=True)(
-    _ours("flex")
-)
-OURS, REFERENCE = PEERS["flexlocal"], PEERS["flexlocal eager"]
-
-
-# The others.
-
-_UPSTREAM = {"module": "local_attention", "package": "local-attention"}
-
-
-@_peer("local-attention", **_UPSTREAM)
-def _upstream(problem: Problem, device: torch.device) -> Attend:
-    return _with_padding_hidden(_upstream_layer(problem), problem, device)
-
-
-@_peer(
-    "local-attention compiled",
-    # It ends the process, so that it cannot be tried.
-    no_training_on_cpu="torch 2.13's compiled backward pass corrupts memory on several threads",
-    **_UPSTREAM,
-)
-def _upstream_compiled(problem: Problem, device: torch.device) -> Attend:
-    return _with_padding_hidden(torch.compile(_upstream_layer(problem)), problem, device)
-
-
-def _upstream_layer(problem: Problem) -> torch.nn.Module:
-    import local_attention
-
-    return local_attention.LocalAttention(**problem.arguments, use_rotary_pos_emb=False)
-
-
-def _with_padding_hidden(layer: Attend, problem: Problem, device: torch.device) -> Attend:
-    """Queries near the end would see its padding where only a mask hides it."""
+    layer = wrap(LocalAttention(**problem.arguments, use_rotary_pos_emb=False))
     if problem.window.causal or problem.n % problem.window.size == 0:
         return layer
+    # Queries near the end would see its padding where only a mask hides it.
     keep = torch.ones(problem.batch, problem.n, dtype=torch.bool, device=device)
     return lambda q, k, v: layer(q, k, v, mask=keep)
 
 
-@_peer("FlashAttention 2", obstacle=windowed_kernels)
 def _flash_2(problem: Problem, device: torch.device) -> Attend:
     batch, n = problem.batch, problem.n
     starts = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device)
@@ -221,14 +133,10 @@ def _flash_2(problem: Problem, device: torch.device) -> Attend:
     return attend
 
 
-@_peer("cuDNN", obstacle=windowed_kernels, module="cudnn", package="nvidia-cudnn-frontend")
 def _cudnn(problem: Problem, device: torch.device) -> Attend:
     return Cudnn(problem.window.before, problem.window.after)
 
 
-@_peer(
-    "FlashAttention 4", obstacle=windowed_kernels, module="flash_attn.cute", package="flash-attn-4"
-)
 def _flash_4(problem: Problem, device: torch.device) -> Attend:
     from flash_attn.cute import flash_attn_func
 
@@ -241,11 +149,9 @@ def _flash_4(problem: Problem, device: torch.device) -> Attend:
     return attend
 
 
-@_peer("FlexAttention, stock", obstacle=_stock_kernels, no_training_on_cpu=_NO_BACKWARD)
 def _stock(problem: Problem, device: torch.device) -> Attend:
-    blocks = block_mask(
-        problem.window, problem.n, problem.n, device=device, full_width=device.type == "cpu"
-    )
+    wide = device.type == "cpu"
+    blocks = block_mask(problem.window, problem.n, problem.n, device=device, full_width=wide)
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,7 +162,33 @@ def _stock(problem: Problem, device: torch.device) -> Attend:
     return attend
 
 
-@_peer("dense SDPA", obstacle=_dense_mask)
 def _dense(problem: Problem, device: torch.device) -> Attend:
     seen = visible(problem.window, torch.arange(problem.n, device=device), problem.n)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+OURS = Peer("flexlocal", partial(_ours, "auto"), ours=True)
+REFERENCE = Peer("flexlocal eager", partial(_ours, "eager"), ours=True)
+
+_NO_BACKWARD = {"no_training_on_cpu": "FlexAttention has no backward pass on the CPU"}
+_UPSTREAM = {"module": "local_attention", "package": "local-attention"}
+# It ends the process, so that it cannot be tried.
+_CORRUPTS = "torch 2.13's compiled backward pass corrupts memory on several threads"
+_COMPILED = {"no_training_on_cpu": _CORRUPTS, **_UPSTREAM}
+_CUDNN = {"module": "cudnn", "package": "nvidia-cudnn-frontend"}
+_FLASH_4 = {"module": "flash_attn.cute", "package": "flash-attn-4"}
+
+_ALL = (
+    OURS,
+    REFERENCE,
+    Peer("flexlocal flex", partial(_ours, "flex"), fused_path, **_NO_BACKWARD, ours=True),
+    Peer("local-attention", partial(_upstream, lambda layer: layer), **_UPSTREAM),
+    Peer("local-attention compiled", partial(_upstream, torch.compile), **_COMPILED),
+    Peer("FlashAttention 2", _flash_2, windowed_kernels),
+    Peer("cuDNN", _cudnn, windowed_kernels, **_CUDNN),
+    Peer("FlashAttention 4", _flash_4, windowed_kernels, **_FLASH_4),
+    Peer("FlexAttention, stock", _stock, fused_path, **_NO_BACKWARD),
+    Peer("dense SDPA", _dense, _dense_mask),
+)
+PEERS = {peer.name: peer for peer in _ALL}
+"""By name, in the order of the tables."""

@@ -1,15 +1,14 @@
-"""The candidates of a problem, tried one by one in processes that share the GPU.
+"""FlexAttention's kernel options for a problem, tried one by one in processes that share the GPU.
 
-Each compiles beside the others; who checks or times has the GPU to itself.
+Each process compiles beside the others; who checks or times has the GPU to itself.
 """
 
-import argparse
 import multiprocessing
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +18,140 @@ from torch import Tensor
 
 from flexlocal import local_attention
 from flexlocal.flex.tuning import Tuning, overriding
+from flexlocal.masks.block_lists import lists_have_gaps
 
 from .bench import forward_of, training_of, trouble
-from .candidates import (
-    PASSES,
-    Candidate,
-    Layout,
-    Options,
-    Outcome,
-    candidates,
-    flash,
-    layout_words,
-    ranked,
-    stock,
-)
 from .check import complaint, errors, results
-from .options import DTYPES
-from .peers import PEERS, REFERENCE, Attend
-from .problems import Problem
-from .terminal import Bar
-from .timing import first_call, in_turns, median_ms
+from .peers import REFERENCE, Attend
+from .problems import Problem, Task
+from .terminal import watched
+from .timing import in_turns, median_ms
 
-MOST_SECONDS = 240.0
-"""What a job may take, the start of its process and its wait for the GPU included."""
+PASSES = {"forward": ("fwd_", forward_of), "training": ("bwd_", training_of)}
+"""What is timed, with the prefix of the options that are swept for it, and what makes the call."""
 
-CONTEXT_BYTES = 2**30
-"""Of GPU memory, that a process takes for itself."""
+Space = dict[str, Sequence[int]]
+SPACE: Space = {"blocks": (64, 128), "tiles": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
+"""What is combined: sparse blocks, tiles that divide them, warps and pipeline stages."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and what it is tried on.
+    """Options of a pass and what came of them: ``status`` and ``reason`` are as ``bench`` has them.
 
-    Attributes:
-        forward: options of the forward pass, for a candidate of the backward pass.
-        lock: a file; who holds its lock has the GPU to itself.
+    Options for training hold the forward pass's too, and ``ms`` is of both passes then.
     """
 
-    candidate: Candidate
-    problem: Problem
-    dtype: torch.dtype
-    seconds: float
-    lock: Path
-    forward: Options = ()
-    device: torch.device = torch.device("cuda")
+    kind: str
+    block: int
+    one_list: bool
+    options: dict[str, Any]
+    status: str = ""
+    reason: str = ""
+    error: float | None = None
+    ms: float | None = None
+
+    @property
+    def tuning(self) -> Tuning:
+        """For a call."""
+        return Tuning(self.block, tuple(sorted(self.options.items())), self.one_list)
+
+    @property
+    def words(self) -> str:
+        """What is swept, for a table."""
+        prefix, _ = PASSES[self.kind]
+        swept = [name for name in self.options if name.startswith(prefix)]
+        named = (f"{name.removeprefix(prefix)}={self.options[name]}" for name in swept)
+        return f"blocks of {self.block}{' in one list' * self.one_list}: {' '.join(named)}"
 
 
-@dataclass(frozen=True)
-class Final:
-    """Tunings by name that are timed again, in turns in one process."""
+def candidates(kind: str, problem: Problem, space: Space) -> list[Trial]:
+    """All that the kernels of a pass can run; one list of blocks where two would have gaps."""
+    # Narrower heads are loaded without the tensor memory accelerator.
+    tma = ({}, {"USE_TMA": True}) if problem.d >= 128 else ({},)
+    found = []
+    for block in space["blocks"]:
+        gaps = lists_have_gaps(problem.window, (problem.n, problem.n), block)
+        tiles = _tiles(kind, [size for size in space["tiles"] if block % size == 0])
+        lists = (False, True) if gaps else (False,)
+        every = product(lists, tiles, space["warps"], space["stages"], tma)
+        for one_list, tile, warps, stages, more in every:
+            options = {**tile, "num_warps": warps, "num_stages": stages, **more}
+            prefixed = {PASSES[kind][0] + name: value for name, value in options.items()}
+            found.append(Trial(kind, block, one_list, prefixed))
+    return found
 
-    tunings: dict[str, Tuning]
-    trial: Trial  # whose candidate plays no part
+
+def _tiles(kind: str, sizes: Sequence[int]) -> list[dict[str, int]]:
+    """M1 and N1 make the gradients of key and value, M2 and N2 that of the query."""
+    if kind == "forward":
+        return [{"BLOCK_M": m, "BLOCK_N": n} for m, n in product(sizes, repeat=2)]
+    return [
+        {"BLOCK_M1": m1, "BLOCK_N1": n1, "BLOCK_M2": m2, "BLOCK_N2": n2}
+        for m1, n1, m2, n2 in product(sizes, repeat=4)
+        if n1 % m1 == 0 and m2 % n2 == 0
+    ]
 
 
-Rounds = dict[str, dict[str, list[float]]]
-"""Milliseconds of each round, by the pass and the name of the tuning."""
+def fastest(trials: Sequence[Trial], kind: str) -> list[Trial]:
+    """Those of a pass that were right, the fastest first."""
+    right = [trial for trial in trials if trial.kind == kind and trial.status == "measured"]
+    return sorted(right, key=lambda trial: trial.ms)
+
+
+def sweep(
+    problem: Problem, space: Space, workers: int, try_one: Callable[[Trial], Trial]
+) -> Iterator[Trial]:
+    """Every candidate, tried; those of training with the fastest forward options of its blocks."""
+    best: dict[tuple[int, bool], Trial] = {}
+    for kind in PASSES:
+        trials = candidates(kind, problem, space)
+        if kind == "training":
+            of_blocks = [(trial, best.get((trial.block, trial.one_list))) for trial in trials]
+            trials = [replace(t, options=f.options | t.options) for t, f in of_blocks if f]
+        tried, found = [], in_processes(try_one, trials, workers)
+        for trial, result in watched(found, len(trials), f"{problem.name}: {kind}"):
+            lost = isinstance(result, str)
+            tried.append(replace(trial, status="failed", reason=result) if lost else result)
+            yield tried[-1]
+        best = {(t.block, t.one_list): t for t in reversed(fastest(tried, kind))}
+
+
+def attempt(task: Task, lock: Path, trial: Trial) -> Trial:
+    """The trial with what came of it: compiled beside others, checked and timed alone."""
+    try:
+        with _alone(lock):  # what others time would wait for the reference
+            tensors, reference = _given(task)
+        attend = attention(task.problem, trial.tuning)
+        run = PASSES[trial.kind][1](attend, tensors)
+        run()
+        with _alone(lock):
+            off = _errors(attend, tensors, reference, trial.kind == "training")
+            wrong = complaint(off, task.dtype)
+            ms = None if wrong else median_ms(run, task.device, task.seconds)
+        status, reason = ("wrong", wrong) if wrong else ("measured", "")
+        found = {"error": max(off.values()), "ms": ms}
+        return replace(trial, status=status, reason=reason, **found)
+    except Exception as error:  # compilers and drivers raise anything; the others go on
+        status, reason = trouble(error)
+        return replace(trial, status=status, reason=reason)
+
+
+def in_the_end(task: Task, tunings: dict[str, Tuning]) -> dict[str, dict[str, list[float]]]:
+    """By pass and name, milliseconds of each round of the tunings that run and are right."""
+    tensors, reference = _given(task)
+    right, found = {}, {}
+    for name, tuning in tunings.items():
+        attend = attention(task.problem, tuning)
+        try:
+            if complaint(_errors(attend, tensors, reference), task.dtype) is None:
+                right[name] = attend
+        except Exception:  # as FlashAttention 4's kernel, which does not take all heads
+            continue
+    for kind, (_, made) in PASSES.items():
+        runs = {name: made(attend, tensors) for name, attend in right.items()}
+        found[kind] = in_turns(runs, replace(task, seconds=5 * task.seconds), median_ms)
+    return found
 
 
 def attention(problem: Problem, tuning: Tuning) -> Attend:
@@ -87,54 +164,23 @@ def attention(problem: Problem, tuning: Tuning) -> Attend:
     return attend
 
 
-def attempt(trial: Trial) -> Outcome:
-    """Compiles beside other processes; checks and times alone."""
-    candidate, device = trial.candidate, trial.device
-    train = candidate.kind == "training"
-    try:
-        with _alone(trial.lock):  # what others time would wait for the reference
-            tensors, reference = _given(trial.problem, trial.dtype, device)
-        attend = attention(trial.problem, candidate.tuning(trial.forward))
-        run = (training_of if train else forward_of)(attend, tensors)
-        first = first_call(run, device)
-        with _alone(trial.lock):
-            off = errors([corners(x) for x in results(attend, tensors, train)], reference)
-            wrong, error = complaint(off, trial.dtype), max(off.values())
-            if wrong is not None:
-                return Outcome(candidate, "wrong", wrong, error, first_s=first)
-            ms = median_ms(run, device, trial.seconds)
-        return Outcome(candidate, "measured", "", error, ms, first)
-    except Exception as error:  # compilers and drivers raise anything; the others go on
-        return Outcome(candidate, *trouble(error))
-
-
-def in_the_end(final: Final) -> Rounds:
-    """Both passes of each tuning in turns."""
-    trial, found = final.trial, {}
-    tensors, _ = _given(trial.problem, trial.dtype, trial.device)
-    each = {name: attention(trial.problem, tuning) for name, tuning in final.tunings.items()}
-    for kind, made in zip(PASSES, (forward_of, training_of), strict=True):
-        runs = {name: made(attend, tensors) for name, attend in each.items()}
-        found[kind] = in_turns(runs, trial.device, 5 * trial.seconds, median_ms)
-    return found
-
-
 def corners(x: Tensor) -> Tensor:
-    """The first and last head of the first and last batch entry.
-
-    Heads know nothing of each other: these stand for all, and every process can hold them.
-    """
+    """The first and last heads: they stand for all, and every process can hold them in fp32."""
     batch, heads = x.shape[:2]
     return x[:: max(1, batch - 1), :: max(1, heads - 1)]
 
 
-def _given(
-    problem: Problem, dtype: torch.dtype, device: torch.device
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _given(task: Task) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """q, k, v and the output's gradient, and what the eager path makes of their corners."""
-    tensors = problem.tensors(dtype, device)
+    tensors = task.tensors()
     exact = [corners(x).detach().float().requires_grad_() for x in tensors]
-    return tensors, results(REFERENCE.attend(problem, device), exact)
+    return tensors, results(REFERENCE.attend(task.problem, task.device), exact)
+
+
+def _errors(
+    attend: Attend, tensors: Sequence[Tensor], reference: Sequence[Tensor], train: bool = True
+) -> dict[str, float]:
+    return errors([corners(x) for x in results(attend, tensors, train)], reference)
 
 
 @contextmanager
@@ -147,84 +193,23 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def sweep(
-    problem: Problem, options: argparse.Namespace, count: int, lock: Path
-) -> Generator[Outcome, None, None]:
-    """Every candidate's outcome as they come, ``count`` at a time; to be closed if left early."""
-    dtype = DTYPES[options.dtype]
-    forward: dict[Layout, Outcome] = {}
-    for kind in PASSES:
-        trials = []
-        beside = [stock(kind)] + [flash(kind)] * flash_runs(problem, options)
-        for candidate in beside + candidates(kind, problem, options.space, options.limit):
-            trial = Trial(candidate, problem, dtype, options.seconds, lock)
-            if kind == "training" and candidate.swept:
-                if candidate.layout not in forward:
-                    words = f"no forward options run with {layout_words(candidate.layout)}"
-                    yield Outcome(candidate, "failed", words)
-                    continue
-                trial = replace(trial, forward=forward[candidate.layout].candidate.options)
-            trials.append(trial)
-        found = []
-        with Bar(len(trials)) as bar:
-            bar.show(f"{problem.name}: {kind}")
-            for trial, result in in_processes(attempt, trials, count):
-                lost = isinstance(result, str)
-                outcome = Outcome(trial.candidate, "failed", result) if lost else result
-                bar.show(f"{problem.name}: {kind}: {outcome.candidate.words}")
-                bar.advance()
-                found.append(outcome)
-                yield outcome
-        if kind == "forward":
-            forward = {o.candidate.layout: o for o in reversed(ranked(found, kind))}
-
-
-def flash_runs(problem: Problem, options: argparse.Namespace) -> bool:
-    """Whether FlashAttention 4's kernel is here and takes the problem."""
-    if options.dtype == "fp32" or problem.d % 8:
-        return False
-    return PEERS["FlashAttention 4"].missing() is None
-
-
-def most_workers(problems: Sequence[Problem], options: argparse.Namespace) -> int:
-    """As many processes as are asked for and the GPU's memory holds."""
-    memory: int = torch.cuda.get_device_properties("cuda").total_memory
-    tensors = max(p.traffic(DTYPES[options.dtype], train=True) for p in problems)
-    return max(1, min(options.workers, memory // (tensors + CONTEXT_BYTES)))
-
-
 def in_processes(
-    work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = MOST_SECONDS
+    work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = 240.0
 ) -> Iterator[tuple[Any, Any]]:
-    """Each job with its result as they come, ``count`` at a time, each in a fresh process.
-
-    A process may die, hang or lose its GPU: then a text in place of the result says so.
-    """
-    threads = ThreadPoolExecutor(count)
-    try:
-        futures = {threads.submit(_in_a_process, work, job, seconds): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def _in_a_process(work: Callable[[Any], Any], job: Any, seconds: float) -> Any:
+    """Each job with its result, in a process of its own; with a text where that died or hung."""
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    pipe, other = spawn.Pipe()
-    process = spawn.Process(target=_send, args=(other, work, job), daemon=True)
-    process.start()
-    other.close()
-    try:
-        return pipe.recv() if pipe.poll(seconds) else f"no result within {seconds:g} s"
-    except EOFError:
-        process.join()
-        return f"its process ended with status {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
+    with spawn.Pool(count, maxtasksperchild=1) as pool:
+        given = [(job, pool.apply_async(_in_time, (work, seconds, job))) for job in jobs]
+        for job, result in given:
+            try:
+                yield job, result.get(seconds)
+            except multiprocessing.TimeoutError:
+                yield job, f"no result within {seconds:g} s"
 
 
-def _send(pipe: Connection, work: Callable[[Any], Any], job: Any) -> None:
+def _in_time(work: Callable[[Any], Any], seconds: float, job: Any) -> Any:
     torch._inductor.config.compile_threads = 1  # the other processes compile as well
-    pipe.send(work(job))
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends a process that hangs, and with it its lock
+    result = work(job)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return result

@@ -1,8 +1,6 @@
 """Prints the Markdown table of what bench, scale or argument_costs wrote as JSON.
 
-    python -m profiling.tables profiling/results/h100.json
-
-Which of them wrote it is told by the field that holds the figures.
+python -m profiling.tables profiling/results/h100.json
 """
 
 import json
@@ -13,8 +11,8 @@ from pathlib import Path
 from . import argument_costs, report, scale
 from .options import reader
 
+# By the field that holds the figures.
 TABLES = {"problems": report.markdown, "lengths": scale.markdown, "rows": argument_costs.markdown}
-"""By that field: of bench, scale and argument_costs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

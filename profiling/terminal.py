@@ -2,99 +2,39 @@
 
 import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
+from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 from rich.table import Table
 
-_UNLIMITED = 10_000
-"""Columns of a table that goes to a file or a pipe, which wraps nothing."""
+
+def watched(items: Iterable[Any], total: int, words: str) -> Iterator[Any]:
+    """The items, under a bar that counts them; without it where nobody watches."""
+    shown = {"console": Console(file=sys.stderr), "disable": not sys.stderr.isatty()}
+    # By itself the bar is drawn by a thread of its own, which disturbs what is timed.
+    yield from track(items, words, total, **shown, auto_refresh=False, transient=True)
 
 
-class Bar:
-    """A bar at the foot of the terminal, as wide as it; nothing where nobody watches.
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> str:
+    """A table of text, without a line's end behind it; wrapped in a terminal only.
 
-    >>> with Bar(2) as bar:
-    ...     for name in ("one", "two"):
-    ...         bar.show(name)
-    ...         bar.advance()
+    The first column and those with titles in ``words`` are set to the left, and may be wrapped.
     """
-
-    def __init__(self, total: int) -> None:
-        stderr = sys.stderr
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            console=Console(file=stderr),
-            disable=not stderr.isatty(),
-            expand=True,
-            transient=True,
-            auto_refresh=False,  # which is a thread of its own, and disturbs what is timed
-            # Otherwise rich would send what is printed to the terminal, past a file or a pipe.
-            redirect_stdout=sys.stdout.isatty(),
-        )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> "Bar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, words: str) -> None:
-        """Says what is at work now."""
-        self._bar.update(self._task, description=words, refresh=True)
-
-    def advance(self) -> None:
-        """One more is done."""
-        self._bar.update(self._task, advance=1, refresh=True)
-
-
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    words: Sequence[str] = (),
-    width: int | None = None,
-) -> str:
-    """A table of text, without a line's end behind it.
-
-    Args:
-        columns: their titles. The first column and those of ``words`` are set to the left.
-        rows: cells, as many in each as there are columns.
-        words: titles of columns of running text, which may go on in the next line.
-        width: columns to stay within; by default the terminal's, without limit elsewhere.
-    """
-    if width is None:
-        tty = sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if tty else _UNLIMITED
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     for place, title in enumerate(columns):
         left = place == 0 or title in words
-        made.add_column(
-            title,
-            justify="left" if left else "right",
-            no_wrap=not left,
-            overflow="fold",
-            vertical="top",
-        )
+        justify = "left" if left else "right"
+        made.add_column(title, justify=justify, no_wrap=not left, overflow="fold")
     for row in rows:
         made.add_row(*row)
     text = StringIO()
-    console = Console(file=text, width=width, markup=False, highlight=False, color_system=None)
-    console.print(made)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    Console(file=text, width=width, markup=False, highlight=False, color_system=None).print(made)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
-
-
-def paragraph(text: str) -> str:
-    """Lines as long as the terminal is wide, broken between words; as it is elsewhere."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
 def number(value: float | None) -> str:

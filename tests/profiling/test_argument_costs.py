@@ -38,8 +38,8 @@ def test_each_call_is_compared_with_its_base_in_turns(milliseconds, tmp_path, ca
     assert len(milliseconds) == 2 * 3 * len(rounds)
     printed = capsys.readouterr().out
     # 2, 7, 12 over 1, 6, 11, and 3, 8, 13 over those of rotary.
-    assert re.search(r"^rotary +7\.00 +1\.17x \(1\.13-1\.58\) plain$", printed, re.M)
-    assert re.search(r"^xpos +8\.00 +1\.14x \(1\.11-1\.32\) rotary$", printed, re.M)
+    assert re.search(r"^rotary +7\.00 1\.17x \(1\.13-1\.58\) .* plain$", printed, re.M)
+    assert re.search(r"^xpos +8\.00 1\.14x \(1\.11-1\.32\) .* rotary$", printed, re.M)
     assert re.search(r"^shared_qk, q is k .+ q is k$", printed, re.M)
     table = argument_costs.markdown(record).splitlines()
     assert table[0] == "| | forward ms | training step ms | compared with |"
@@ -58,19 +58,13 @@ def test_old_records_have_ratios_of_medians():
 
 
 def test_noise_is_said():
-    """0.04x for added work was printed on a busy machine, as if it were a result."""
-
     def row(*times):
         return {"forward_ms": sorted(times)[1], "rounds": {"forward_ms": list(times)}}
 
     rows = {"plain": row(1.0, 1.0, 1.0), "rotary": row(1.5, 1.51, 1.52)}
     assert "noisy" not in argument_costs.text(rows)
     text = argument_costs.text({**rows, "bias": row(0.5, 1.0, 2.0)})
-    assert text.endswith("this machine was too noisy for these ratios: bias")
-    text = argument_costs.text(
-        {**rows, "bias": row(0.04, 0.04, 0.04), "q is k": row(0.9, 0.9, 0.9)}
-    )
-    assert text.endswith("noisy for these, as added work cannot take less time: bias")
+    assert text.endswith("this machine was too noisy for these ratios: bias (forward)")
 
 
 def test_some_calls_come_with_what_they_are_compared_with(milliseconds, tmp_path):

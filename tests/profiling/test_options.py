@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profiling import argument_costs, bench, compiles, options, scale, trace, tune
+from profiling import argument_costs, bench, compiles, scale, trace, tune
 
 COUNT = "must be 1 or more, got 0"
 
@@ -18,7 +18,7 @@ COUNT = "must be 1 or more, got 0"
             argument_costs, bench, trace, tune
         )),
         *((compiles, [flag, "0"], f"{flag}: {COUNT}") for flag in (
-            "--layers", "--windows", "--lengths", "--heads", "--dim"
+            "--layers", "--windows", "--lengths"
         )),
         (scale, ["--heads", "0"], f"--heads: {COUNT}"),
         *((scale, ["--least", least, "--most", most],
@@ -26,23 +26,23 @@ COUNT = "must be 1 or more, got 0"
             for least, most in (("3", "2"), ("3", "50"))),
         (trace, ["--out", "README.md"], "--out: must be a folder, got the file README.md"),
         (trace, ["--steps", "0"], f"--steps: {COUNT}"),
-        (trace, ["--top", "0"], f"--top: {COUNT}"),
         (argument_costs, ["--shape", "1", "2", "64", "15"], "dim must be even"),
         *((script, ["--causal", "--look-forward", "1"], "look_forward must be 0 or None")
             for script in (argument_costs, bench, scale, trace)),
         *((script, ["--dropout", "1"], "dropout must be at least 0 and below 1")
             for script in (scale, trace)),
-        (compiles, ["--rotary", "--dim", "15"], "dim must be even"),
-        (tune, ["--table", "."], "--table: must be a file, got the folder ."),
+        (tune, ["--json", "."], "--json: must be a file in a folder that exists"),
         (bench, ["--shape", "1", "2", "64", "15", "--rotary"], "dim must be even"),
-        (bench, ["--plot", "x.foo"], "--plot: must end with .png, .pdf or .svg, got x.foo"),
         (bench, ["--problem", "nothing"], "invalid choice: 'nothing'"),
+        (tune, ["--problem", "nothing"], "invalid choice: 'nothing'"),
+        (tune, ["--stages", "2", "0"], COUNT),
+        (tune, ["--blocks", "64", "96"], "--blocks: must divide 128, got 96"),
+        (tune, ["--dtype", "fp32", "--ship"], "16-bit tensors, got fp32"),
         (bench, ["--peer", "nobody"], "invalid choice: 'nobody'"),
         (bench, ["--seconds", "nan"], "--seconds: must be above 0 and finite, got nan"),
         (bench, ["--seconds", "0"], "--seconds: must be above 0 and finite, got 0"),
-        (bench, ["--json", "no/such/folder/x.json"], "--json: must be in a folder that exists"),
-        (bench, ["--plot", "no/such/folder/x.png"], "--plot: must be in a folder that exists"),
-        (bench, ["--json", "."], "--json: must be a file, got the folder ."),
+        (bench, ["--json", "no/such/x.json"], "--json: must be a file in a folder that exists"),
+        (bench, ["--plot", "no/such/x.png"], "--plot: must be a file in a folder that exists"),
         (bench, ["--device", "cuda"], "--device: torch finds no GPU, got cuda"),
     ],
 )  # fmt: skip
@@ -54,10 +54,3 @@ def test_wrong_arguments(script, arguments, words, monkeypatch, capsys):
     *_, said = capsys.readouterr().err.splitlines()
     assert said.startswith(f"python -m {script.__name__}: error: ")
     assert words in said
-
-
-def test_a_plot_needs_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr(options, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        bench.main(["--plot", "x.png"])
-    assert "--plot: matplotlib is not installed: pip install" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The problems that are measured: their truth, their sizes and their floors, by the oracle."""
+"""The problems that are measured: their truth and their sizes, by the oracle."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from strategies import windows
 
 from flexlocal import Window
 from profiling import check
-from profiling.problems import PROBLEMS, Problem
+from profiling.problems import PROBLEMS, Problem, Task
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_visible_keys(window, n):
 @given(windows(), st.integers(1, 60), st.booleans())
 def test_the_truth(window, n, rotary):
     problem = Problem("drawn", 1, 2, n, 6, Window(**vars(window)), rotary=rotary)
-    tensors = [x.detach().requires_grad_() for x in problem.tensors(torch.float64, CPU)]
+    tensors = Task(problem, torch.float64, CPU).tensors()
     *leaves, grad = tensors
     found = check.truth(problem, tensors)
     true = oracle.attend(
@@ -53,31 +53,7 @@ def test_the_shortened_problem_is_of_the_same_kind(name):
     assert check.shortened(replace(problem, n=20)).n == 20
 
 
-@given(windows(), st.integers(1, 60), st.integers(1, 3), st.integers(1, 3))
-def test_pairs_and_operations(window, n, batch, heads):
-    problem = Problem("drawn", batch, heads, n, 7, Window(**vars(window)))
-    pairs = batch * heads * int(window.mask(n).sum())
-    assert problem.pairs == pairs
-    # A product takes a multiplication and an addition for each of a head's 7 numbers.
-    scores_and_output = 2 * (pairs * 7 * 2)
-    assert problem.flops(train=False) == scores_and_output
-    # Backward: scores again, and the gradients of the weights, q, k and v.
-    assert problem.flops(train=True) == scores_and_output + 5 * (pairs * 7 * 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_traffic(dtype):
-    problem = PROBLEMS["tiny"]
-    q, k, v, grad = problem.tensors(dtype, CPU)
-    out = torch.empty_like(v)
-    forward = sum(x.nbytes for x in (q, k, v, out))
-    assert problem.traffic(dtype, train=False) == forward
-    read_again, written = (q, k, v, out, grad), (q, k, v)
-    backward = sum(x.nbytes for x in (*read_again, *written))
-    assert problem.traffic(dtype, train=True) == forward + backward
-
-
 def test_views_hold_the_same_layout_as_a_projection():
-    for x in PROBLEMS["tiny"].tensors(torch.float32, CPU, views=True):
+    for x in Task(PROBLEMS["tiny"], torch.float32, CPU, views=True).tensors():
         assert x.shape == PROBLEMS["tiny"].shape
         assert x.transpose(1, 2).is_contiguous() and not x.is_contiguous()
