@@ -37,6 +37,10 @@ class Intervals:
     first_full: Tensor
     last_full: Tensor
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.first, self.last, self.first_full, self.last_full
+
 
 @dataclass(frozen=True)
 class Side:
@@ -64,13 +68,25 @@ class Grid:
     keys: Side
     entries: tuple[int, int] = (1, 1)
 
-    def of_queries(self, device: torch.device | str) -> Intervals:
-        """The key blocks that each block of queries touches."""
-        return _intervals(self.queries, self.keys, self._entry(self.rule.keys, device), device)
+    def intervals(self, device: torch.device | str) -> tuple[Intervals, Intervals]:
+        """The key blocks that each block of queries touches; the query blocks, for each of keys.
 
-    def of_keys(self, device: torch.device | str) -> Intervals:
-        """The query blocks that touch each block of keys."""
-        return _intervals(self.keys, self.queries, self._entry(self.rule.queries, device), device)
+        All of one leading shape: kernels take the batch entries and heads of one list for those of
+        all, and would read past the end of a list that has fewer.
+        """
+        queries, keys = self.queries, self.keys
+        both = (
+            _intervals(queries, keys, self._entry(self.rule.keys, device), device),
+            _intervals(keys, queries, self._entry(self.rule.queries, device), device),
+        )
+        shapes = [end.shape[:-1] for side in both for end in side.ends]
+        if not any(shapes):
+            return both
+        lead = torch.broadcast_shapes(*shapes)
+        of_queries, of_keys = (
+            Intervals(*(end.expand(*lead, end.shape[-1]) for end in side.ends)) for side in both
+        )
+        return of_queries, of_keys
 
     def widths(self) -> tuple[int, int]:
         """Blocks in the longest interval of a block of queries, and of keys; never too few."""

@@ -103,7 +103,7 @@ def block_lists(
         For queries and for keys, the partial and the full list, each a count ``(batch, heads, r)``
         and indices ``(batch, heads, r, width)``: eight tensors, or four with ``one_list``.
     """
-    both, widths = (grid.of_queries(device), grid.of_keys(device)), grid.widths()
+    both, widths = grid.intervals(device), grid.widths()
     if kept is not None:
         both = trimmed(*both, kept_blocks(kept, grid.keys.block), widths[0])
     blocks = grid.keys.blocks, grid.queries.blocks
@@ -183,8 +183,9 @@ def _exact_lists(
 ) -> tuple[Tensor, ...]:
     """As ``block_lists``, with each block's state exactly as the mask makes it."""
     wide, (some, every) = grid.widths(), kept_blocks(kept, grid.keys.block)
-    across = _band(grid.of_queries(device), grid.keys.blocks, wide[0])
-    down = _band(grid.of_keys(device), grid.queries.blocks, wide[1])
+    of_queries, of_keys = grid.intervals(device)
+    across = _band(of_queries, grid.keys.blocks, wide[0])
+    down = _band(of_keys, grid.queries.blocks, wide[1])
     here = (at_columns(x, across.columns) for x in (some, every))
     across, down = _with_keys(across, *here), _with_keys(down, some[..., None], every[..., None])
     lists = []

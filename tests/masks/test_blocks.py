@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import oracle
 import pytest
+import rules
 import torch
 from block_grids import blocks_that_keep, listed
 from hypothesis import given, settings
@@ -120,6 +121,54 @@ def test_three_states_with_a_key_mask(rule, n, query_block, key_block, batch, he
     cautious &= oracle.block_states(rule.mask(n), query_block, key_block) > 0
     check(found, masks, query_block, key_block, cautious)
     assert torch.equal(tokens_of(found), masks), "its mask_mod must hide the same keys"
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    st.integers(1, 50),
+    block_sizes,
+    block_sizes,
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_three_states_of_a_rule_that_differs_by_entry(back, n, query_block, key_block, hide, seed):
+    """A rule that this folder's package knows nothing of, whose numbers are in a tensor."""
+    back = torch.tensor(back)
+    rule, masks = rules.WindowOfEachEntry(back, 20), rules.visible_of_entries(back, n)
+    key_mask = cautious = None
+    if hide:
+        key_mask = torch.rand(len(back), n, generator=torch.Generator().manual_seed(seed)) < 0.8
+        plain = masks
+        masks = masks & key_mask[:, None, None, :]
+        kept = blocks_that_keep(key_mask[:, None], key_block)
+        touched, empty = (
+            torch.stack(
+                [torch.stack([oracle.block_states(m, query_block, key_block) for m in heads])
+                 for heads in which]
+            )
+            for which in (plain, masks)
+        )  # fmt: skip
+        cautious = (touched > 0) & (empty == 0) & kept[:, :, None, :]
+    found = block_mask(
+        rule,
+        n,
+        n,
+        block_size=(query_block, key_block),
+        key_mask=key_mask,
+        entries=(len(back), 1),
+    )
+    check(found, masks, query_block, key_block, cautious)
+    assert torch.equal(tokens_of(found), masks)
+
+
+@given(st.integers(0, 6), st.integers(1, 4), st.integers(1, 40), block_sizes, block_sizes)
+def test_three_states_of_a_rule_that_differs_by_head(step, heads, n, query_block, key_block):
+    rule, masks = rules.WiderByHead(step, heads), rules.visible_by_head(step, heads, n)
+    sizes = (query_block, key_block)
+    found = block_mask(rule, n, n, block_size=sizes, entries=(1, heads))
+    check(found, masks, *sizes)
+    assert torch.equal(tokens_of(found), masks)
 
 
 @given(windows(), st.integers(1, 60), st.sampled_from([(4, 4), (8, 2), (2, 16), (3, 5)]))
