@@ -47,16 +47,6 @@ class Preset:
         )
 
 
-def _causal(window: int) -> Window:
-    """A sliding window that holds the query: itself and ``window - 1`` keys before it."""
-    return Window(window - 1, causal=True, exact=True)
-
-
-def _around(reach: int) -> Window:
-    """A sliding window of ``reach`` keys on both sides of the query."""
-    return Window(reach, exact=True)
-
-
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -91,7 +81,7 @@ PRESETS = {
         Preset(
             "mistral-7b",
             "Mistral 7B v0.1, sliding_window 4096",
-            _causal(4096),
+            Window.sliding(4096),
             4096,
             "kv > q - 4096: the window holds the query, itself and 4095 before it, in Mistral's "
             "cache and in transformers. The paper's words (positions i - W to i) make it 4097, and "
@@ -107,7 +97,7 @@ PRESETS = {
         Preset(
             "gemma-2",
             "Gemma 2's local layers, sliding_window_size 4096",
-            _causal(4096),
+            Window.sliding(4096),
             4096,
             "kv > q - 4096: the window holds the query, itself and 4095 before it.",
             (
@@ -118,7 +108,7 @@ PRESETS = {
         Preset(
             "gemma-3",
             "Gemma 3's local layers (4B, 12B, 27B), sliding_window_size 1024",
-            _causal(1024),
+            Window.sliding(1024),
             1024,
             "kv > q - 1024: the window holds the query, itself and 1023 before it.",
             (
@@ -129,7 +119,7 @@ PRESETS = {
         Preset(
             "gemma-3-1b",
             "Gemma 3's local layers (270M, 1B), sliding_window_size 512",
-            _causal(512),
+            Window.sliding(512),
             512,
             "kv > q - 512: the window holds the query, itself and 511 before it.",
             (
@@ -140,7 +130,7 @@ PRESETS = {
         Preset(
             "gpt-oss",
             "GPT-OSS's local layers (20B, 120B), sliding_window 128",
-            _causal(128),
+            Window.sliding(128),
             128,
             "tril(diagonal=-128) is hidden: the window holds the query, itself and 127 before it. "
             "The learned sink beside it is no key.",
@@ -149,7 +139,7 @@ PRESETS = {
         Preset(
             "gpt-neo",
             "GPT-Neo's local layers, window_size 256",
-            _causal(256),
+            Window.sliding(256),
             256,
             "tril(-256) is hidden: the window holds the query, itself and 255 before it, though "
             "the code's comment says the previous window_size tokens.",
@@ -161,7 +151,7 @@ PRESETS = {
         Preset(
             "longformer",
             "Longformer base 4096, attention_window 512",
-            _around(256),
+            Window.around(256),
             513,
             "The window counts both sides, 256 each, and the query comes on top: 513 keys, not "
             "512. Tokens with global attention are left out.",
@@ -173,7 +163,7 @@ PRESETS = {
         Preset(
             "longt5",
             "LongT5's local encoder, local_radius 127",
-            _around(127),
+            Window.around(127),
             255,
             "The radius is one side: |kv - q| < 128, the query and 127 on each side.",
             (
@@ -184,7 +174,7 @@ PRESETS = {
         Preset(
             "modernbert",
             "ModernBERT's local layers, local_attention 128",
-            _around(64),
+            Window.around(64),
             129,
             "The window counts both sides, |kv - q| <= 64, and the query comes on top: 129 keys, "
             "not 128.",

@@ -8,6 +8,7 @@ here.
 Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local-attention.
 """
 
+import math
 from dataclasses import dataclass
 
 from ..torch_limits import Index, plain_int
@@ -63,6 +64,59 @@ class Window(Rule):
             raise ValueError(
                 f"look_forward must be 0 or None when causal is True, got {self.ahead}"
             )
+
+    # The windows of others, in their words.
+
+    @classmethod
+    def sliding(cls, keys: int) -> "Window":
+        """A query's own key and the ``keys - 1`` before it, as Mistral's ``sliding_window`` counts.
+
+        Raises:
+            ValueError, TypeError: ``keys`` is below 1, or no int.
+
+        >>> Window.sliding(4096).words
+        'a query sees at most 4096 keys: its own and the 4095 before it'
+        """
+        check_count("keys", keys)
+        return cls._from_reach(keys - 1, 0)
+
+    @classmethod
+    def around(cls, reach: int) -> "Window":
+        """``reach`` keys on each side and the query's own, as Longformer and ModernBERT count.
+
+        Raises:
+            ValueError, TypeError: ``reach`` is below 0, or no int.
+        """
+        check_count("reach", reach, least=0)
+        return cls._from_reach(reach, reach)
+
+    @classmethod
+    def left_right(cls, left: int, right: int) -> "Window":
+        """``left`` keys before the query, ``right`` after it and its own.
+
+        FlashAttention's ``window_size=(left, right)``, for numbers from 0 on.
+
+        Raises:
+            ValueError, TypeError: a number is below 0, or no int.
+        """
+        check_count("left", left, least=0)
+        check_count("right", right, least=0)
+        return cls._from_reach(left, right)
+
+    @classmethod
+    def chunked(cls, size: int) -> "Window":
+        """The query's chunk of ``size`` tokens up to itself, as in Llama 4.
+
+        Raises:
+            ValueError, TypeError: ``size`` is below 1, or no int.
+        """
+        return cls(size, causal=True, look_backward=0)
+
+    @classmethod
+    def _from_reach(cls, before: int, after: int) -> "Window":
+        """A window that slides: its size is the largest of which both numbers are multiples."""
+        size = math.gcd(before, after) or 1
+        return cls(size, after == 0, before // size, after // size, exact=True)
 
     @property
     def ahead(self) -> int:

@@ -144,6 +144,56 @@ def test_the_rule_in_words(rule, words):
     assert rule.words == f"a query sees at most {words}"
 
 
+def seen(window, n):
+    """(n, n) booleans, from the bounds alone."""
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    return (window.first_key(i) <= j) & (j <= window.last_key(i))
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 50))
+def test_windows_in_the_words_of_others(left, right, n):
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    for window, expected in (
+        (Window.left_right(left, right), (j >= i - left) & (j <= i + right)),
+        (Window.around(left), (i - j).abs() <= left),
+        (Window.sliding(left + 1), (j <= i) & (j > i - (left + 1))),  # as Transformers has it
+        (Window.chunked(left + 1), (j <= i) & (j // (left + 1) == i // (left + 1))),
+    ):
+        assert torch.equal(seen(window, n), expected), window
+    assert Window.left_right(left, right).most_seen == left + 1 + right
+    assert Window.sliding(left + 1).most_seen == left + 1
+    assert Window.chunked(left + 1).most_seen == left + 1
+
+
+def test_the_words_of_others_are_counted_in_ours():
+    assert Window.sliding(1).words == "a query sees at most 1 key: its own"
+    both = "a query sees at most 129 keys: its own, the 64 before it and the 64 after it"
+    assert Window.around(64).words == both
+    assert Window.left_right(64, 64) == Window.around(64) == Window(64, exact=True)
+    assert Window.left_right(4095, 0) == Window.sliding(4096)
+    assert Window.sliding(257) == Window(256, causal=True, exact=True)
+    uneven = "a query sees at most 13 keys: its own, the 3 before it and the 9 after it"
+    assert Window.left_right(3, 9).words == uneven
+    assert Window.chunked(8).words == "a query sees at most 8 keys: its window of 8 up to itself"
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "kind", "says"),
+    [
+        (Window.sliding, (0,), ValueError, "keys must be at least 1, got 0"),
+        (Window.sliding, (2.0,), TypeError, "keys must be an int, got 2.0"),
+        (Window.around, (-1,), ValueError, "reach must be at least 0, got -1"),
+        (Window.left_right, (-1, 3), ValueError, "left must be at least 0, got -1"),
+        (Window.left_right, (3, None), TypeError, "right must be an int, got None"),
+        (Window.chunked, (0,), ValueError, "size must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_words_of_others(make, given, kind, says):
+    with pytest.raises(kind, match=f"^{says}"):
+        make(*given)
+
+
 def test_default_look_forward():
     assert Window(4) != Window(4, look_forward=2)
     assert Window(4).last_key(0) == 7
