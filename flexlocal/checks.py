@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .masks import Rule, Window
 from .masks.arguments import check_flag, check_number, kind_of
 from .mods.dropout import MOST_DROPOUT
@@ -125,8 +126,14 @@ def check_qkv(q: object, k: object, v: object) -> None:
         if x.dim() < 2:
             raise ValueError(f"{name} must have the shape (*lead, n, d), got {_shape(x)}")
     assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    # Autocast makes one dtype of all three, and leaves float64 alone.
+    mixed = autocast_dtype(q.device) is not None and torch.float64 not in (
+        q.dtype,
+        k.dtype,
+        v.dtype,
+    )
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not mixed:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
         _check_device(name, x, q)
         if x.shape[-2] != q.shape[-2]:

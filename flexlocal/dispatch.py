@@ -158,7 +158,7 @@ def _kind_of(x: Tensor) -> object:
 
 def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     """Checks the arguments and picks the path."""
-    given = inputs.q.dtype if isinstance(inputs.q, Tensor) else None
+    given = inputs
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
     if choice.backend == "flex":
@@ -168,7 +168,8 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
         if spec.backend == "auto" and on_gpu:
             warn_once(choice.reason)
         run = partial(eager.attend, spec)
-    return run, None if inputs.q.dtype == given else inputs.q.dtype
+    cast = any(x.dtype != inputs.q.dtype for x in given[:3])
+    return run, inputs.q.dtype if cast else None
 
 
 @seen_as_constant
