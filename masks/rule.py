@@ -38,7 +38,7 @@ class Reach:
             may differ in their tensors and in nothing else.
         align: what the bounds are multiples of. A query's first key lies a multiple of ``align``
             from token 0 or from the query. The key after its last lies a multiple of ``align`` from
-            token 0, from the query or from the query after it. 1 promises nothing.
+            token 0 or from the query after this one. 1 promises nothing.
         step: above 0, queries come in steps of that many, the first from token 0, with three
             promises. A query sees its own key. The queries of a step see the same keys, where the
             rule is causal only up to themselves. The next step sees the same keys ``step`` further
