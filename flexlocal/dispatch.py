@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .checks import check_call
 from .eager import attend as eager
 from .flex import compile as flex
 from .flex import support, tuning
+from .masks import Rule
 from .spec import Inputs, Spec, resolved, shaped
 from .torch_limits import seen_as_constant
 
@@ -131,8 +132,12 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
     q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors = inputs
     device = q.device.type
+    reach = None
+    if rule_tensors:  # which what is kept may not hold
+        reach, spec = spec.rule.reach, spec._replace(rule=cast(Rule, type(spec.rule)))
     return (
         spec,
+        reach,
         # 1 == 1.0 == True, but only one of them is a valid argument.
         type(spec.scale),
         type(spec.shared_qk),

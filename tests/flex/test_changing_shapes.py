@@ -200,6 +200,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", WINDOWS.values(), ids=WINDOWS)
 def test_windows_of_the_eager_path(given):
     check_windows("eager", given)

@@ -1,11 +1,13 @@
 """A rule of one's own, on both paths: output, gradients, compiled or not."""
 
+import weakref
+
 import pytest
 import rules
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 
-from flexlocal import Rotary, explain, local_attention
+from flexlocal import Rotary, dispatch, explain, local_attention
 from flexlocal.masks import Reach, Rule
 
 BACK = torch.tensor([7, 0, 40])
@@ -184,3 +186,16 @@ def test_the_smallest_rule_runs():
 
     q, k, v, _ = tensors(kv_heads=4)
     torch.testing.assert_close(local_attention(q, k, v, OwnKeyOnly()), v)
+
+
+def test_nothing_that_is_kept_holds_the_tensors_of_a_rule(monkeypatch):
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
+    q, k, v, _ = tensors()
+    seen = []
+    for seed in range(2):
+        back = torch.randint(41, (3,), generator=torch.Generator().manual_seed(seed))
+        local_attention(q, k, v, rules.WindowOfEachEntry(back, 40))
+        seen.append(weakref.ref(back))
+        del back
+    assert [given() for given in seen] == [None, None]
+    assert len(dispatch._PREPARED) == 1
