@@ -37,8 +37,8 @@ def test_compiled_training_gives_the_same(name):
     [
         ("plain", 64, 256, 48, 32),  # whose keys had a wrong gradient
         ("plain", 8, 64, 16, 24),  # whose gradient was written outside of its memory
-        ("both ways", 16, 205, 8, 24),
-        ("bias over rows", 16, 96, 8, 12),
+        pytest.param("both ways", 16, 205, 8, 24, marks=pytest.mark.slow),
+        pytest.param("bias over rows", 16, 96, 8, 12, marks=pytest.mark.slow),
     ],
 )
 def test_inductor_trains_it(name, size, n, d, d_v):

@@ -26,7 +26,13 @@ print(run(n))
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("plain", 1.5), ("rotary", 2.8), ("dropout", 1.7), ("bias", 1.6)]
+    ("kind", "most"),
+    [
+        pytest.param("plain", 1.5, marks=pytest.mark.slow),
+        ("rotary", 2.8),
+        ("dropout", 1.7),
+        pytest.param("bias", 1.6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_long_sequence_takes_some_times_its_own_size(kind, most):
     """Times the bytes of q, k, v and the output; the scores alone would take 128."""

@@ -46,7 +46,7 @@ def run(case, call):
             "narrow values",
             "views",
         ],
-        kept=("xpos, mask, bias, shared", "grouped queries"),
+        kept=("mask and bias, blocks full", "grouped queries"),
     ),
 )
 def test_features_against_the_oracle(name):

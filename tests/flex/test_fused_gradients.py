@@ -99,7 +99,7 @@ def test_a_mask_may_leave_a_shared_token_nothing_but_itself():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("low", [-1e5, -float("inf")])
+@pytest.mark.parametrize("low", [-1e5, pytest.param(-float("inf"), marks=pytest.mark.slow)])
 def test_a_bias_may_leave_a_shared_token_nothing_but_itself(low, dropout):
     """Others that it pushes below -5e4 count less than the token itself."""
     case = feature("shared", n=301, bias_heads=1)

@@ -81,6 +81,35 @@ def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
         torch.testing.assert_close(fused, eager, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_rotary_and_shared_qk_give_the_same_on_both_paths(name):
+    found = []
+    for backend in ("flex", "eager"):
+        attend = local_attention
+        if backend == "flex":
+            attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        q, k, v, grad = tensors()
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        given = {"shared_qk": True, "rotary": Rotary(16), "backend": backend}
+        out = attend(q, k, v, CASES[name][0]("cpu"), **given)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_qk_over_a_rule_of_ones_own():
+    """Keys of length 1, and a token sees itself only when it sees nothing else."""
+    q, k, v, _ = tensors(kv_heads=4)
+    visible = rules.visible_of_entries(BACK, q.shape[2])
+    others = visible & ~torch.eye(q.shape[2], dtype=torch.bool)
+    seen = torch.where(others.any(-1, keepdim=True), others, visible)
+    found = local_attention(q, k, v, rules.WindowOfEachEntry(BACK, 40), shared_qk=True)
+    unit = k.double() / k.double().norm(dim=-1, keepdim=True)
+    expected = rules.attend(q, unit, v, seen)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
 @needs_compiled_kernels_on_the_cpu
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_of_the_cpu(name):
