@@ -1,8 +1,9 @@
 """What torch's compiler and FlexAttention's kernels cannot do, and the ways around it.
 
-Every workaround of the package stands here, with the versions of torch that need it and what goes
-wrong without it; ``tests/flex/test_torch_limits.py`` fails when one is no longer needed. It is also
-the one file that knows private names of torch. It imports torch only, so that any other may use it.
+A workaround says which versions of torch need it and what goes wrong without it; one that a single
+line of a path needs stands at that line. ``tests/flex/test_torch_limits.py`` makes the faults again
+where that could be done, and fails when torch has mended one. This is also the one file that knows
+private names of torch. It imports torch only, so that any other may use it.
 """
 
 import importlib.util

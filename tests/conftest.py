@@ -4,6 +4,7 @@ The profile is derandomised so that a failure in CI is the same failure at the d
 HYPOTHESIS_PROFILE=search for a longer, random hunt.
 """
 
+import builtins
 import os
 
 import pytest
@@ -59,6 +60,19 @@ def dense_on_the_cpu(monkeypatch):
     """The fused path takes gradients on the CPU: FlexAttention's dense operators have them."""
     monkeypatch.setattr(support, "refusal", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """An environment in which matplotlib is not installed."""
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 @pytest.fixture

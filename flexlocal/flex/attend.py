@@ -90,9 +90,7 @@ def attend(
     if layout is not None and layout.looks_up_length:
         looked_up = [number_in_memory(n, q.device)]
     rule_tensors, scale = len(looked_up), _scale(spec)
-    kernel = Kernel(
-        blocks, rule_tensors, h, grouped, scale, bias_heads, margin, on_gpu, ends
-    )  # fmt: skip
+    kernel = Kernel(blocks, rule_tensors, h, grouped, scale, bias_heads, margin, on_gpu, ends)
     if kept is not None:
         looked_up.append(kept)
     if kernel.last_alone:

@@ -1,6 +1,5 @@
 """``python -m flexlocal mask``: what it prints and writes, and its errors."""
 
-import builtins
 import re
 import shlex
 from pathlib import Path
@@ -146,15 +145,8 @@ def test_what_is_too_large_for_memory_ends_with_one_line(capsys, monkeypatch):
     assert "too large for memory: DefaultCPUAllocator: can't allocate memory" in captured.err
 
 
-def test_a_missing_matplotlib_ends_with_what_to_install(capsys, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_missing_matplotlib_ends_with_what_to_install(capsys):
     with pytest.raises(SystemExit) as end:
         main(["mask", "--window", "5", "--png", "x.png"])
     assert end.value.code == 2

@@ -64,9 +64,8 @@ def test_gradients_of_the_flex_path(name, masked):
     check(name, lambda *of, **more: compiled(*of, backend="flex", **more), keep=keep)
 
 
-@pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
-@pytest.mark.parametrize("name", CASES)
-def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
+def on_both_paths(name, **given):
+    """Output and gradients of the compiled flex path, each beside the eager path's."""
     found = []
     for backend in ("flex", "eager"):
         attend = local_attention
@@ -74,27 +73,22 @@ def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
             attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
         q, k, v, grad = tensors()
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        given = {"dropout": 0.3, "dropout_seed": torch.tensor(3), "backend": backend}
-        out = attend(q, k, v, CASES[name][0]("cpu"), **given)
+        out = attend(q, k, v, CASES[name][0]("cpu"), backend=backend, **given)
         found.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
-    for fused, eager in zip(*found, strict=True):
+    return zip(*found, strict=True)
+
+
+@pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
+    for fused, eager in on_both_paths(name, dropout=0.3, dropout_seed=torch.tensor(3)):
         torch.testing.assert_close(fused, eager, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
 @pytest.mark.parametrize("name", CASES)
 def test_rotary_and_shared_qk_give_the_same_on_both_paths(name):
-    found = []
-    for backend in ("flex", "eager"):
-        attend = local_attention
-        if backend == "flex":
-            attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
-        q, k, v, grad = tensors()
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-        given = {"shared_qk": True, "rotary": Rotary(16), "backend": backend}
-        out = attend(q, k, v, CASES[name][0]("cpu"), **given)
-        found.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
-    for fused, eager in zip(*found, strict=True):
+    for fused, eager in on_both_paths(name, shared_qk=True, rotary=Rotary(16)):
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
 
 

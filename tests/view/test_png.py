@@ -1,6 +1,5 @@
 """PNGs: their pixels read back to the mask that they show, and their text."""
 
-import builtins
 from dataclasses import asdict
 
 import pytest
@@ -137,15 +136,8 @@ def test_a_million_tokens_are_drawn():
     assert "128 x 128 blocks" in drawn(picture.blocks.png).text["Description"]
 
 
-def test_a_missing_matplotlib_says_what_to_install(monkeypatch, tmp_path):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_missing_matplotlib_says_what_to_install(tmp_path):
     picture = inspect(Window(4), 8)
     window, weights = Window(4), torch.zeros(8, 12)
     for draw in (
