@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from .functional import attention_map, explain, local_attention
     from .layer import LocalAttention
     from .masks import Window
+    from .merge import merge_attention
     from .rotary import Rotary
+    from .varlen import local_attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Choice", "LocalAttention", "Rotary", "Window", "attention_map", "explain", "local_attention",
+    "local_attention_varlen", "merge_attention",
 ]  # fmt: skip
 
 _HOMES = {
@@ -30,6 +33,8 @@ _HOMES = {
     "attention_map": "functional",
     "explain": "functional",
     "local_attention": "functional",
+    "local_attention_varlen": "varlen",
+    "merge_attention": "merge",
 }
 
 

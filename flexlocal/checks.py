@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 from .masks import Rule, Window
-from .masks.arguments import check_flag, check_number, kind_of
+from .masks.arguments import check_flag, check_integers, check_number, kind_of
 from .mods.dropout import MOST_DROPOUT
-from .rotary import xpos_products_fit
-from .spec import BackendName, Inputs, Spec, without_values
+from .rotary import check_above_zero, xpos_products_fit
+from .spec import BackendName, Inputs, Spec, without_values, xpos_tokens
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,14 +26,18 @@ def check_call(spec: Spec, inputs: Inputs) -> None:
     """
     check_backend(spec.backend)
     check_scale(spec.scale)
+    check_softcap(spec.softcap)
     check_flag("shared_qk", spec.shared_qk)
+    check_flag("return_lse", spec.return_lse)
     check_dropout(spec.dropout)
     check_kernel_options(spec.kernel_options, spec.backend)
-    q = inputs.q
-    check_qkv(q, inputs.k, inputs.v)
+    q, k = inputs.q, inputs.k
+    check_qkv(q, k, inputs.v, same_length=inputs.q_offset is None)
     check_rule(spec.rule, q)
-    check_mask(inputs.mask, q)
+    check_placed(spec.rule, inputs)
+    check_mask(inputs.mask, q, k.shape[-2])
     check_bias(inputs.bias, q, spec.rule)
+    check_sinks(inputs.sinks, q)
     check_seed(inputs.seed, q)
     check_rotary(spec, inputs)
 
@@ -83,6 +87,12 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
+def check_softcap(softcap: float | None) -> None:
+    """``softcap`` is a finite number above 0, or None."""
+    if softcap is not None:
+        check_above_zero("softcap", softcap, "a number or None")
+
+
 def check_kernel_options(options: object, backend: str) -> None:
     """``kernel_options`` is a dict of values by name, or None; with ``"eager"`` None."""
     if options is None:
@@ -117,8 +127,12 @@ def dim_of(rel_pos_emb_config: object, dim: int | None) -> int:
     return head_size
 
 
-def check_qkv(q: object, k: object, v: object) -> None:
-    """q, k and v fit together: shapes, dtype and device."""
+def check_qkv(q: object, k: object, v: object, same_length: bool = True) -> None:
+    """q, k and v fit together: shapes, dtype and device.
+
+    Args:
+        same_length: there are as many keys as queries.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {kind_of(x)}")
@@ -136,8 +150,11 @@ def check_qkv(q: object, k: object, v: object) -> None:
         if x.dtype != q.dtype and not mixed:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
         _check_device(name, x, q)
-        if x.shape[-2] != q.shape[-2]:
-            raise ValueError(f"{name} must have q's length {q.shape[-2]}, got {_shape(x)}")
+        if same_length and x.shape[-2] != q.shape[-2]:
+            raise ValueError(
+                f"{name} must have q's length {q.shape[-2]} where no q_offset or kv_offset says at "
+                f"which positions tokens stand, got {_shape(x)}"
+            )
     if q.shape[-1] < 1:
         raise ValueError(f"q must have a head size of at least 1, got {_shape(q)}")
     if k.shape[-1] != q.shape[-1]:
@@ -155,21 +172,70 @@ def _check_floating_point(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor, got {kind}")
 
 
-def check_mask(mask: object, q: Tensor, name: str = "mask") -> None:
-    """A key mask is boolean, ``(batch, n)``, and its batch divides q's rows."""
+def check_mask(mask: object, q: Tensor, keys: int, name: str = "mask") -> None:
+    """A key mask is boolean, ``(batch, keys)``, and its batch divides q's rows."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {kind_of(mask)}")
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be boolean (True = keep), got {mask.dtype}")
-    rows, n = math.prod(q.shape[:-2]), q.shape[-2]
-    if mask.dim() != 2 or mask.shape[1] != n or not _divides(mask.shape[0], rows):
+    rows = math.prod(q.shape[:-2])
+    if mask.dim() != 2 or mask.shape[1] != keys or not _divides(mask.shape[0], rows):
         raise ValueError(
-            f"{name} must have the shape (batch, {n}), batch a divisor of q's {rows} rows, "
+            f"{name} must have the shape (batch, {keys}), batch a divisor of q's {rows} rows, "
             f"got {_shape(mask)}"
         )
     _check_device(name, mask, q)
+
+
+def check_placed(rule: Rule, inputs: Inputs) -> None:
+    """Documents and offsets are integers for q's rows, and what they place is a window."""
+    given = {
+        name: x
+        for name in ("documents", "q_offset", "kv_offset")
+        if (x := getattr(inputs, name)) is not None
+    }
+    for name, x in given.items():
+        if not rule.is_window:
+            raise ValueError(
+                f"{name} must be None with {type(rule).__name__}: it places a Window, and other "
+                "rules say themselves what a query sees"
+            )
+        if name == "documents":
+            check_documents(x, inputs.q, inputs.k.shape[-2])
+        else:
+            check_offset(name, x, inputs.q)
+
+
+def check_documents(documents: object, q: Tensor, keys: int) -> None:
+    """Documents are integers, ``(batch, keys)`` or ``(keys,)``."""
+    check_integers("documents", documents)
+    assert isinstance(documents, Tensor)
+    rows = math.prod(q.shape[:-2])
+    right = documents.dim() in (1, 2) and documents.shape[-1] == keys
+    if not right or documents.dim() == 2 and not _divides_or_is_one(documents.shape[0], rows):
+        raise ValueError(
+            f"documents must have the shape ({keys},) or (batch, {keys}), batch a divisor of q's "
+            f"{rows} rows, got {_shape(documents)}"
+        )
+    _check_device("documents", documents, q)
+
+
+def check_offset(name: str, offset: object, q: Tensor) -> None:
+    """An offset is an int, or integers ``(batch,)``."""
+    if isinstance(offset, int) and not isinstance(offset, bool):
+        return
+    if not isinstance(offset, Tensor):
+        raise TypeError(f"{name} must be an int or a tensor, got {offset!r} of {kind_of(offset)}")
+    check_integers(name, offset)
+    rows = math.prod(q.shape[:-2])
+    if offset.dim() != 1 or not _divides_or_is_one(offset.shape[0], rows):
+        raise ValueError(
+            f"{name} must be an int or of shape (batch,), batch a divisor of q's {rows} rows, got "
+            f"{_shape(offset)}"
+        )
+    _check_device(name, offset, q)
 
 
 def check_bias(bias: object, q: Tensor, rule: Rule) -> None:
@@ -188,6 +254,22 @@ def check_bias(bias: object, q: Tensor, rule: Rule) -> None:
             f"divisor of q's {rows} rows, got {_shape(bias)}"
         )
     _check_device("attn_bias", bias, q)
+
+
+def check_sinks(sinks: object, q: Tensor) -> None:
+    """Sinks are ``(heads,)``, and their heads divide q's rows."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a tensor or None, got {kind_of(sinks)}")
+    _check_floating_point("sinks", sinks)
+    rows = math.prod(q.shape[:-2])
+    if sinks.dim() != 1 or not _divides(sinks.shape[0], rows):
+        raise ValueError(
+            f"sinks must have the shape (heads,), heads a divisor of q's {rows} rows, got "
+            f"{_shape(sinks)}"
+        )
+    _check_device("sinks", sinks, q)
 
 
 def check_seed(seed: object, q: Tensor) -> None:
@@ -221,11 +303,12 @@ def check_rotary(spec: Spec, inputs: Inputs) -> None:
     _check_device("rotary", inv_freq, q, remedy)
     if spec.xpos_base is None:
         return
-    window = _window_for("rotary with xpos", spec.rule)
-    if not xpos_products_fit(window, spec.xpos_base, torch.float64):
+    _window_for("rotary with xpos", spec.rule)
+    tokens = xpos_tokens(spec, inputs)
+    if not xpos_products_fit(tokens, spec.xpos_base, torch.float64):
         raise ValueError(
             "rotary's scale_base (xpos_scale_base of a layer) must be larger for windows that "
-            f"reach so far: factors over {window.span} tokens overflow, got {spec.xpos_base}"
+            f"reach so far: factors over {tokens} tokens overflow, got {spec.xpos_base}"
         )
 
 
@@ -268,6 +351,10 @@ def _check_device(name: str, x: Tensor, q: Tensor, remedy: str = "") -> None:
 
 def _divides(part: int, rows: int) -> bool:
     return rows % part == 0 if part else rows == 0
+
+
+def _divides_or_is_one(part: int, rows: int) -> bool:
+    return part == 1 or _divides(part, rows)
 
 
 def _shape(x: Tensor) -> Sequence[int]:

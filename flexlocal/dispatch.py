@@ -71,15 +71,18 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
     )
 
 
-Prepared = tuple[Callable[[Inputs], Tensor], torch.dtype | None]
+Prepared = tuple[Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], torch.dtype | None]
 """What all calls of one kind share: the path, and the dtype that autocast wants for q, k and v."""
 
 _PREPARED: dict[object, Prepared] = {}
 _MOST_PREPARED = 1024
 
 
-def attend(spec: Spec, inputs: Inputs) -> Tensor:
-    """Local attention by the path that suits the call; ``(*lead, n, d_v)``.
+def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+    """Local attention by the path that suits the call.
+
+    Returns:
+        ``(*lead, n, d_v)``, and with ``return_lse`` the log-sum-exps, ``(*lead, n)``.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -94,8 +97,11 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
             inputs = inputs._replace(seed=None)
     elif inputs.seed is None:
         inputs = inputs._replace(seed=torch.randint(2**63 - 1, (), device=q.device))
-    out = run(shaped(inputs, dtype))
-    return out if q.dim() == 4 else out.reshape(*q.shape[:-2], *out.shape[-2:])
+    found = run(shaped(inputs, dtype))
+    if isinstance(found, Tensor):
+        return found if q.dim() == 4 else found.reshape(*q.shape[:-1], found.shape[-1])
+    out, lse = found
+    return out.reshape(*q.shape[:-1], out.shape[-1]), lse.reshape(q.shape[:-1])
 
 
 def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
@@ -130,7 +136,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
     """All that the preparation of a call depends on."""
     if spec.kernel_options is not None:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
-    q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors = inputs
+    q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors, *others = inputs
     device = q.device.type
     reach = None
     if rule_tensors:  # which what is kept may not hold
@@ -142,6 +148,8 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         type(spec.scale),
         type(spec.shared_qk),
         type(spec.dropout),
+        type(spec.softcap),
+        type(spec.return_lse),
         _kind_of(q),
         _kind_of(k),
         _kind_of(v),
@@ -151,13 +159,20 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         None if inv_freq is None else _kind_of(inv_freq),
         zeta is None,
         tuple([_kind_of(x) for x in rule_tensors]) if rule_tensors else None,
+        None if others == _NO_OTHERS else tuple([_kind_of(x) for x in others]),
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         tuning.overridden(),
     )
 
 
-def _kind_of(x: Tensor) -> object:
+_NO_OTHERS = [None] * 4
+"""``Inputs`` from ``sinks`` on, where none is given."""
+
+
+def _kind_of(x: Tensor | int | None) -> object:
+    if not isinstance(x, Tensor):
+        return type(x)
     return type(x), x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous()
 
 

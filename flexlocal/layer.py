@@ -14,13 +14,14 @@ from .checks import (
     check_length,
     check_mask,
     check_scale,
+    check_softcap,
     dim_of,
 )
 from .dispatch import Choice
 from .functional import attention_map, explain, local_attention
 from .masks import Window
 from .masks.arguments import check_count, check_flag
-from .rotary import Rotary, check_scale_base
+from .rotary import Rotary, check_above_zero
 from .spec import BackendName
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class LocalAttention(nn.Module):
         xpos_scale_base: tokens per unit of xpos's exponent, ``window_size // 2`` by default.
         backend: ``"auto"``, ``"flex"`` or ``"eager"``, see ``local_attention``.
         kernel_options: passed to ``flex_attention``; None with ``backend="eager"``.
+        softcap: bound of the scores, see ``local_attention``.
+        theta: base of rotary's frequencies.
 
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
@@ -78,6 +81,8 @@ class LocalAttention(nn.Module):
         *,
         backend: BackendName = "auto",
         kernel_options: dict[str, Any] | None = None,
+        softcap: float | None = None,
+        theta: float = 10000.0,
     ) -> None:
         super().__init__()
         check_count("window_size", window_size)
@@ -94,9 +99,11 @@ class LocalAttention(nn.Module):
         check_dropout(dropout)
         check_scale(scale)
         if xpos_scale_base is not None:
-            check_scale_base("xpos_scale_base", xpos_scale_base)
+            check_above_zero("xpos_scale_base", xpos_scale_base)
         check_backend(backend)
         check_kernel_options(kernel_options, backend)
+        check_softcap(softcap)
+        check_above_zero("theta", theta)
         if rel_pos_emb_config is not None:
             warnings.warn(
                 "rel_pos_emb_config is deprecated: give its first entry, the head size, as dim",
@@ -114,7 +121,7 @@ class LocalAttention(nn.Module):
                 base = window_size // 2
                 if base == 0:
                     raise ValueError("xpos_scale_base must be above 0, got 0 from window_size // 2")
-            self.rel_pos = Rotary(dim, use_xpos, base)
+            self.rel_pos = Rotary(dim, use_xpos, base, theta=theta)
         elif use_xpos:
             raise ValueError(
                 "use_xpos must be False without rotary embeddings, got True with "
@@ -126,6 +133,7 @@ class LocalAttention(nn.Module):
         self.use_xpos = use_xpos
         self.backend: BackendName = backend
         self.kernel_options = kernel_options
+        self.softcap = softcap
         # A module, as in the documented layer, so that its `p` and training mode can be set.
         self.dropout = nn.Dropout(dropout)
 
@@ -139,28 +147,43 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
         *,
+        sinks: Tensor | None = None,
         dropout_seed: Tensor | None = None,
-    ) -> Tensor:
+        documents: Tensor | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_offset: int | Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         """Attention of each token to the keys that the window lets it see.
 
         Args:
-            q: ``(*lead, n, d)``, ``n`` a multiple of the window's size unless ``autopad``.
-            k: as ``q``; in 4 dimensions it may have fewer heads.
+            q: ``(*lead, n, d)``, ``n`` a multiple of the window's size unless ``autopad``, or
+                documents or offsets say where windows begin.
+            k: as ``q``; in 4 dimensions it may have fewer heads, and with an offset another length
+                ``m``.
             v: as ``k``, but of any last size ``d_v``.
-            mask: boolean ``(batch, n)``, True for keys to keep.
+            mask: boolean ``(batch, m)``, True for keys to keep.
             input_mask: another name of ``mask``.
             attn_bias: ``(heads, W, window.span)``, added to the scores.
             window_size: another size for this call, with xpos only.
+            sinks: ``(heads,)``, a logit for each head that takes part in the softmax.
             dropout_seed: 0-d int64 tensor that decides which weights are dropped.
+            documents: integer ``(batch, m)`` or ``(m,)``, the document of each key.
+            q_offset, kv_offset: position of the first query and of the first key, ints or integer
+                ``(batch,)``.
+            return_lse: return the log-sum-exps as well.
 
         Returns:
-            ``(*lead, n, d_v)``; zeros for a query that sees no key.
+            ``(*lead, n, d_v)``; zeros for a query that sees no key. With ``return_lse`` a pair of
+            that and the log-sum-exps ``(*lead, n)``. ``local_attention`` says more of each.
 
         Raises:
             ValueError, TypeError: as ``local_attention``.
         """
-        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        return local_attention(q, k, v, window, dropout_seed=dropout_seed, **arguments)
+        placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
+        window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
+        arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
+        return local_attention(q, k, v, window, **arguments)
 
     def explain(
         self,
@@ -172,7 +195,12 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
         *,
+        sinks: Tensor | None = None,
         dropout_seed: Tensor | None = None,
+        documents: Tensor | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_offset: int | Tensor | None = None,
+        return_lse: bool = False,
     ) -> Choice:
         """Which path a call takes, and why; its arguments are those of ``forward``.
 
@@ -183,9 +211,11 @@ class LocalAttention(nn.Module):
             ValueError, TypeError: as ``forward``, which refuses ``backend="flex"`` where the fused
                 kernel cannot run.
         """
-        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
         k, v = q if k is None else k, q if v is None else v
-        return explain(q, k, v, window, dropout_seed=dropout_seed, **arguments)
+        placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
+        window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
+        arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
+        return explain(q, k, v, window, **arguments)
 
     def mask(
         self,
@@ -194,14 +224,21 @@ class LocalAttention(nn.Module):
         key_mask: Tensor | None = None,
         block_size: int | tuple[int, int] = 128,
         window_size: int | None = None,
+        batch: int = 0,
+        documents: Tensor | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_offset: int | Tensor | None = None,
+        n_keys: int | None = None,
     ) -> "MaskPicture":
         """Which keys each of ``n`` queries sees, as an object to ``print`` and draw.
 
         Args:
-            n: tokens, a multiple of the window's size unless ``autopad``.
-            key_mask: boolean ``(n,)`` or ``(1, n)``, True for keys to keep.
+            n: queries, a multiple of the window's size unless ``autopad``, or documents or offsets
+                say where windows begin.
+            key_mask: boolean ``(n_keys,)`` or ``(1, n_keys)``, True for keys to keep.
             block_size: tokens in a block of the block map, or ``(queries, keys)`` in one.
             window_size: another size for this call, with xpos only.
+            batch, documents, q_offset, kv_offset, n_keys: as for ``masks.inspect``.
 
         Raises:
             ValueError, TypeError: as ``masks.inspect``, and where ``forward`` would refuse.
@@ -214,8 +251,11 @@ class LocalAttention(nn.Module):
 
         window = self._window(window_size)
         head_size = 64 if self.dim is None else self.dim
-        picture = inspect(window, n, key_mask=key_mask, block_size=block_size, head_size=head_size)
-        if not self.autopad:
+        picture = inspect(
+            window, n, n_keys=n_keys, key_mask=key_mask, block_size=block_size, head_size=head_size,
+            batch=batch, documents=documents, q_offset=q_offset, kv_offset=kv_offset,
+        )  # fmt: skip
+        if documents is q_offset is kv_offset is None and not self.autopad:
             check_length("n", n, window.size)
         return picture
 
@@ -228,6 +268,7 @@ class LocalAttention(nn.Module):
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
         *,
+        sinks: Tensor | None = None,
         dense: bool = False,
     ) -> Tensor:
         """The weights that ``forward`` mixes values with, before dropout.
@@ -243,14 +284,14 @@ class LocalAttention(nn.Module):
         Raises:
             ValueError, TypeError: as ``forward``, and for a dense map that is too large.
         """
-        window, arguments = self._call(q, mask, input_mask, attn_bias, window_size)
-        shared = ("mask", "attn_bias", "scale", "shared_qk", "rotary")
+        window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, {})
+        shared = ("mask", "attn_bias", "scale", "softcap", "shared_qk", "rotary")
         return attention_map(
-            q, k, window, dense=dense, **{name: arguments[name] for name in shared}
+            q, k, window, dense=dense, sinks=sinks, **{name: arguments[name] for name in shared}
         )
 
     def extra_repr(self) -> str:
-        names = ("autopad", "shared_qk", "scale", "backend", "kernel_options")
+        names = ("autopad", "shared_qk", "scale", "softcap", "backend", "kernel_options")
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.window!r}\n{settings}"
 
@@ -295,29 +336,38 @@ class LocalAttention(nn.Module):
     def _call(
         self,
         q: Tensor,
+        k: Tensor,
         mask: Tensor | None,
         input_mask: Tensor | None,
         attn_bias: Tensor | None,
         window_size: int | None,
+        placed: dict[str, Any],
     ) -> tuple[Window, dict[str, Any]]:
-        """The window of a call, and arguments of ``local_attention`` by name."""
+        """The window of a call, and arguments of ``local_attention`` by name.
+
+        Args:
+            placed: the arguments that say where tokens stand.
+        """
         window = self._window(window_size)
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else local_attention refuses q
-        if has_length and not self.autopad:
+        counts_from_0 = all(x is None for x in placed.values())
+        if has_length and counts_from_0 and not self.autopad:
             check_length("q's length", q.shape[-2], window.size)
         if has_length and self.dim is not None:
             check_dim("dim", self.dim, q)
         if mask is not None and input_mask is not None:
             raise ValueError("mask must be None where input_mask is given, got both")
-        if has_length and input_mask is not None:
-            check_mask(input_mask, q, "input_mask")
+        if has_length and input_mask is not None and isinstance(k, Tensor) and k.dim() >= 2:
+            check_mask(input_mask, q, k.shape[-2], "input_mask")
         return window, {
             "mask": input_mask if mask is None else mask,
             "attn_bias": attn_bias,
             "scale": self.scale,
+            "softcap": self.softcap,
             "shared_qk": self.shared_qk,
             "dropout": self.dropout.p if self.dropout.training else 0.0,
             "rotary": self.rel_pos,
             "backend": self.backend,
             "kernel_options": self.kernel_options,
+            **placed,
         }

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masks import Window
+from .masks import Rule
 from .masks.arguments import check_count, check_flag, check_number
 from .masks.key_layout import KeyLayout
 from .torch_limits import written_out
-
-_THETA = 10000
 
 # xpos's factors lie between 2**-bits and 2**bits. Within _RANGE_BITS of a dtype, scaled queries and
 # keys are finite. Within _PRODUCT_BITS, so are the products of queries and keys that they do not
@@ -71,26 +69,27 @@ class Xpos:
         return written_out((self.zeta.to(torch.float64) ** exponent).to(dtype))
 
 
-def most_windows(window: Window, base: float, dtype: torch.dtype) -> int:
+def most_windows(rule: Rule, base: float, dtype: torch.dtype) -> int:
     """Most windows that may share an origin of xpos at ``dtype`` without overflow, at least 1."""
+    size: int = rule.window.size
     bits = _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
-    windows = int(2 * bits * base / (_STEEPEST * window.size))
-    return max(1, windows - window.look_backward - window.ahead)
+    around = sum(-(-keys // size) for keys in rule.reach.around(size))
+    return max(1, int(2 * bits * base / (_STEEPEST * size)) - around)
 
 
-def xpos_fits(window: Window, base: float, dtype: torch.dtype) -> bool:
-    """Whether a window and those that it looks at may share an origin at ``dtype``, finite."""
-    return _bits(window, base) <= _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
+def xpos_fits(tokens: int, base: float, dtype: torch.dtype) -> bool:
+    """Whether so many consecutive tokens may share an origin at ``dtype``, finite."""
+    return _bits(tokens, base) <= _RANGE_BITS.get(dtype, _WIDE_RANGE_BITS)
 
 
-def xpos_products_fit(window: Window, base: float, dtype: torch.dtype) -> bool:
-    """Whether hidden scores in these windows are finite as well; ``dtype`` is fp32 or fp64."""
-    return _bits(window, base) <= _PRODUCT_BITS[dtype]
+def xpos_products_fit(tokens: int, base: float, dtype: torch.dtype) -> bool:
+    """Whether hidden scores among them are finite as well; ``dtype`` is fp32 or fp64."""
+    return _bits(tokens, base) <= _PRODUCT_BITS[dtype]
 
 
-def _bits(window: Window, base: float) -> float:
-    """The largest factor over a window and those that it looks at, as an exponent of two."""
-    return _STEEPEST * window.span / (2 * base)
+def _bits(tokens: int, base: float) -> float:
+    """The largest factor over consecutive tokens, as an exponent of two."""
+    return _STEEPEST * tokens / (2 * base)
 
 
 def rotate(
@@ -110,12 +109,17 @@ def rotate(
         layout: lays ``x`` out in slots first; ``n`` of position, factor and result are then slots.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    angle = position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
+    angle = _angles(position, inv_freq)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
     turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), layout)  # type: ignore[no-untyped-call]
     return turned
+
+
+def _angles(position: Tensor, inv_freq: Tensor) -> Tensor:
+    """fp64 ``(..., d / 2)``."""
+    return position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
 
 
 class _Turned(torch.autograd.Function):
@@ -154,11 +158,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Te
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
-def check_scale_base(name: str, base: float) -> None:
-    """``base`` is a finite number above 0; ``name`` is what the caller's argument is called."""
-    check_number(name, base)
-    if not 0 < base <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and above 0, got {base}")
+def check_above_zero(name: str, value: float, wanted: str = "a number") -> None:
+    """``value`` is a finite number above 0; ``name`` is what the caller's argument is called."""
+    check_number(name, value, wanted)
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
 class Rotary(nn.Module):
@@ -168,6 +172,7 @@ class Rotary(nn.Module):
         dim: head size, an even int.
         use_xpos: scale queries and keys by their distance as well.
         scale_base: tokens per unit of xpos's exponent; needed with ``use_xpos``.
+        theta: base of the frequencies, ``theta ** (-2c / dim)`` for the pair ``c`` of channels.
 
     Buffers, always fp32, whatever the default dtype is and whatever the module is cast to:
         inv_freq: ``(dim / 2,)``, saved in checkpoints. Loading one that was rounded to 16 bits
@@ -175,25 +180,33 @@ class Rotary(nn.Module):
         scale: ``(dim / 2,)``, xpos's decay per channel, not saved.
 
     Raises:
-        ValueError: ``dim`` is odd or below 2, or ``scale_base`` is missing with ``use_xpos``, not
-            above 0 or not finite.
-        TypeError: ``dim`` is no int, ``use_xpos`` no flag or ``scale_base`` no number.
+        ValueError: ``dim`` is odd or below 2, or ``scale_base`` is missing with ``use_xpos``; or
+            that or ``theta`` is not above 0 or not finite.
+        TypeError: ``dim`` is no int, ``use_xpos`` no flag, or one of the others no number.
     """
 
     inv_freq: Tensor
     scale: Tensor
 
-    def __init__(self, dim: int, use_xpos: bool = False, scale_base: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        use_xpos: bool = False,
+        scale_base: float | None = None,
+        *,
+        theta: float = 10000.0,
+    ) -> None:
         super().__init__()
         check_count("dim", dim, least=2)
         if dim % 2:
             raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
         check_flag("use_xpos", use_xpos)
         if scale_base is not None:
-            check_scale_base("scale_base", scale_base)
+            check_above_zero("scale_base", scale_base)
         elif use_xpos:
             raise ValueError("scale_base must be given with use_xpos, got None")
-        self.dim, self.use_xpos, self.scale_base = dim, use_xpos, scale_base
+        check_above_zero("theta", theta)
+        self.dim, self.use_xpos, self.scale_base, self.theta = dim, use_xpos, scale_base, theta
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)
         self.reset_parameters()
@@ -201,12 +214,38 @@ class Rotary(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fills the buffers: at construction, and after ``to_empty`` from the meta device."""
-        for buffer, exact in zip((self.inv_freq, self.scale), _tables(self.dim), strict=True):
+        for buffer, exact in zip(
+            (self.inv_freq, self.scale), _tables(self.dim, self.theta), strict=True
+        ):
             buffer.copy_(exact)
+
+    def forward(self, keys: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Angles and xpos's factors of keys, as the documented module's ``rel_pos`` gives them.
+
+        Args:
+            keys: ``(..., n, d)``; its length and device count, not its values.
+            positions: integer ``(..., n)``, 0 to ``n - 1`` by default.
+
+        Returns:
+            fp32 ``(..., n, dim)`` angles, the same in both halves, and the factors of queries, of
+            the same shape: those of keys are their inverses. ``torch.ones(1)`` without xpos.
+        """
+        n = keys.shape[-2]
+        if positions is None:
+            positions = torch.arange(n, device=keys.device)
+        angles = _angles(positions, self.inv_freq)
+        angles = torch.cat((angles, angles), dim=-1).float()
+        if not self.use_xpos:
+            return angles, torch.ones(1, device=keys.device)
+        assert self.scale_base is not None
+        power = (positions - n // 2).to(torch.float64) / self.scale_base
+        factors = self.scale.to(torch.float64) ** power[..., None]
+        return angles, torch.cat((factors, factors), dim=-1).float()
 
     def extra_repr(self) -> str:
         xpos = f", xpos base {self.scale_base}" if self.use_xpos else ""
-        return f"dim={self.dim}{xpos}"
+        theta = f", theta={self.theta}" if self.theta != 10000 else ""
+        return f"dim={self.dim}{theta}{xpos}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         # `.to(torch.bfloat16)` would round the frequencies: follow the device, keep the dtype.
@@ -219,10 +258,10 @@ class Rotary(nn.Module):
         return self
 
 
-def _tables(dim: int) -> tuple[Tensor, Tensor]:
+def _tables(dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """The frequencies and xpos's decay, fp32 on the CPU."""
     pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
-    return (_THETA ** -(pair / dim)).float(), ((pair + 0.4 * dim) / (1.4 * dim)).float()
+    return (theta ** -(pair / dim)).float(), ((pair + 0.4 * dim) / (1.4 * dim)).float()
 
 
 def _exact_again(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -235,7 +274,7 @@ def _exact_again(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: obje
     found = saved.get(name)
     if not isinstance(found, Tensor) or found.is_meta:
         return  # load_state_dict says what is wrong
-    exact, decay = (table.to(found.device) for table in _tables(rotary.dim))
+    exact, decay = (table.to(found.device) for table in _tables(rotary.dim, rotary.theta))
     if found.dtype != torch.float32:
         saved[name] = exact if torch.equal(exact.to(found.dtype), found) else found.float()
     if rotary.scale.is_meta:

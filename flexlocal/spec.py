@@ -5,8 +5,8 @@ and ``shaped`` brings ``Inputs`` to the shapes that the paths take. A new argume
 a check in ``checks`` and a line on each path.
 
 Shapes, here and on the paths: ``b`` batch entries, ``h`` query heads, ``kv`` key heads, a divisor
-of ``h``; ``n`` tokens, ``d`` the head size, ``d_v`` that of values; ``W`` tokens in a window,
-``span`` keys in a query's windows.
+of ``h``; ``n`` queries, and keys, where these are not ``m``; ``d`` the head size, ``d_v`` that of
+values; ``W`` tokens in a window, ``span`` keys in a query's windows.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .masks.arguments import kind_of
 from .masks.keys import for_each_head, mask_of_rows
+from .masks.placed import place
 from .masks.rule import Rule
 from .rotary import Rotary, Xpos
 from .torch_limits import plain_int
@@ -37,6 +38,8 @@ class Spec(NamedTuple):
         xpos_base: tokens per unit of xpos's exponent; None without xpos.
         backend: the path that the user asked for.
         kernel_options: a dict for ``flex_attention``; once resolved, sorted pairs, to be hashable.
+        softcap: bound of the products times ``scale``, approached by a tanh; None without one.
+        return_lse: return the log-sum-exp of each query's scores as well.
     """
 
     rule: Rule
@@ -46,6 +49,8 @@ class Spec(NamedTuple):
     xpos_base: float | None = None
     backend: BackendName = "auto"
     kernel_options: Any = None
+    softcap: float | None = None
+    return_lse: bool = False
 
 
 class Inputs(NamedTuple):
@@ -53,15 +58,19 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: ``(*lead, n, d)`` [``(b, h, n, d)``].
-        k, v: as ``q``, ``v`` with ``d_v``; in 4 dimensions they may have fewer heads
-            [``(b, kv, n, d or d_v)``].
-        mask: boolean ``(batch, n)``, True = keep, ``batch`` a divisor of ``q``'s rows
-            [``(b, h or 1, n)``].
+        k, v: as ``q``, ``v`` with ``d_v``; in 4 dimensions they may have fewer heads. ``m`` keys,
+            as many as queries where no offset is given [``(b, kv, m, d or d_v)``].
+        mask: boolean ``(batch, m)``, True = keep, ``batch`` a divisor of ``q``'s rows
+            [``(b, h or 1, m)``].
         bias: ``(heads, W, span)``; ``heads`` divides ``b * h``.
         seed: 0-d int64, which weights are dropped.
         inv_freq: ``(d / 2,)``, rotary's frequencies.
         zeta: ``(d / 2,)``, xpos's decay.
         rule_tensors: ``spec.rule.tensors``.
+        sinks: ``(heads,)``; ``heads`` divides ``b * h``.
+        documents: integer ``(batch, m)`` or ``(m,)`` [``(b or 1, h or 1, m)``].
+        q_offset, kv_offset: position of the first query and of the first key, an int or integer
+            ``(batch,)`` [an int or ``(b or 1, h or 1, 1)``]; None for both unless one was given.
     """
 
     q: Tensor
@@ -73,6 +82,38 @@ class Inputs(NamedTuple):
     inv_freq: Tensor | None = None
     zeta: Tensor | None = None
     rule_tensors: tuple[Tensor, ...] = ()
+    sinks: Tensor | None = None
+    documents: Tensor | None = None
+    q_offset: int | Tensor | None = None
+    kv_offset: int | Tensor | None = None
+
+
+def offsets_of(
+    q: Tensor, k: Tensor, q_offset: int | Tensor | None, kv_offset: int | Tensor | None
+) -> tuple[int | Tensor | None, int | Tensor | None]:
+    """``Inputs.q_offset`` and ``Inputs.kv_offset``: None for both where they change nothing."""
+    if q_offset is None and kv_offset is None:
+        return None, None
+    q_offset, kv_offset = (0 if x is None else x for x in (q_offset, kv_offset))
+    numbers = type(q_offset) is int and type(kv_offset) is int
+    tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() > 1 < k.dim()
+    if numbers and q_offset == kv_offset == 0 and tensors and q.shape[-2] == k.shape[-2]:
+        return None, None
+    return q_offset, kv_offset
+
+
+def is_placed(inputs: Inputs) -> bool:
+    """Whether positions count from documents or offsets, and not from the first token."""
+    return inputs.documents is not None or inputs.q_offset is not None
+
+
+def xpos_tokens(spec: Spec, inputs: Inputs) -> int:
+    """Consecutive tokens that share an origin of xpos at least: a window and all that it sees."""
+    window = spec.rule.window
+    # Windows that count from documents begin anywhere among the tokens that share an origin.
+    loose = 0 if window.exact or not is_placed(inputs) else window.size - 1
+    tokens: int = window.span + loose * (1 if window.causal else 2)
+    return tokens
 
 
 def rotation_of(rotary: Rotary | None) -> tuple[float | None, Tensor | None, Tensor | None]:
@@ -101,11 +142,14 @@ def resolved(spec: Spec, inputs: Inputs) -> Spec:
         scale = plain_int(inputs.q.shape[-1]) ** -0.5
     elif isinstance(scale, int):
         scale = float(plain_int(scale))
+    softcap = spec.softcap
+    if isinstance(softcap, int):
+        softcap = float(plain_int(softcap))
     if options is not None:
         options = tuple(sorted(options.items()))
     if rule.tensors and not torch.compiler.is_compiling():
         rule = without_values(rule)
-    return spec._replace(rule=rule, scale=scale, kernel_options=options)
+    return spec._replace(rule=rule, scale=scale, kernel_options=options, softcap=softcap)
 
 
 def without_values(rule: Rule) -> Rule:
@@ -114,8 +158,44 @@ def without_values(rule: Rule) -> Rule:
 
 
 def rule_of(spec: Spec, inputs: Inputs) -> Rule:
-    """The rule of a call, over the call's own tensors."""
-    return spec.rule.with_tensors(inputs.rule_tensors) if inputs.rule_tensors else spec.rule
+    """The rule of a call whose inputs are shaped, over the call's own tensors and positions."""
+    if inputs.rule_tensors:
+        return spec.rule.with_tensors(inputs.rule_tensors)
+    if not is_placed(inputs):
+        return spec.rule
+    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
+    q_offset, kv_offset = (0 if x is None else x for x in (inputs.q_offset, inputs.kv_offset))
+    return place(spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset)
+
+
+def positions(rule: Rule, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """Positions of queries and keys, integer ``(n,)`` and ``(keys,)``, or ``(b, h or 1, ...)``.
+
+    Args:
+        rule: the call's, over so many keys or key slots.
+        q: ``(b, h, n, d)``.
+    """
+    batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
+    head = torch.arange(q.shape[1], device=q.device)[:, None]
+    query, key = (torch.arange(length, device=q.device) for length in (q.shape[2], keys))
+    return rule.query_position(batch, head, query), rule.key_position(batch, head, key)
+
+
+def first_positions(inputs: Inputs, rule: Rule) -> tuple[int | Tensor, int | Tensor]:
+    """Position in the whole sequence of the first query and of the first key.
+
+    Args:
+        inputs: shaped.
+        rule: the call's, over the keys in question.
+
+    Returns:
+        Numbers, or integer ``(b * h, 1)``.
+    """
+    first = 0 if inputs.q_offset is None else inputs.q_offset
+    b, h = inputs.q.shape[:2]
+    numbers = first, first - rule.lead
+    query, key = (x if isinstance(x, int) else x.expand(b, h, 1).reshape(-1, 1) for x in numbers)
+    return query, key
 
 
 def xpos_of(spec: Spec, inputs: Inputs) -> Xpos | None:
@@ -128,23 +208,64 @@ def xpos_of(spec: Spec, inputs: Inputs) -> Xpos | None:
 def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     """``inputs`` in the shapes that the paths take; q, k and v cast to ``dtype``, unless None."""
     q, k, v, mask = inputs[:4]
-    if dtype is None and mask is None and q.dim() == 4:
+    placed = is_placed(inputs)
+    if dtype is None and mask is None and q.dim() == 4 and not placed:
         return inputs
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    q, k, v = (_four_dimensional(x, mask) for x in (q, k, v))
+    batch = _batch_of(inputs) if q.dim() < 4 else None
+    q, k, v = (_four_dimensional(x, batch) for x in (q, k, v))
+    b, h = q.shape[:2]
     if mask is not None:
-        mask = mask_of_rows(mask, q.shape[0], q.shape[1])
+        mask = mask_of_rows(mask, b, h)
         if mask.shape[1] > 1:
-            k, v = for_each_head(k, q.shape[1]), for_each_head(v, q.shape[1])
-    return Inputs(q, k, v, mask, *inputs[4:])
+            k, v = for_each_head(k, h), for_each_head(v, h)
+    if not placed:
+        return Inputs(q, k, v, mask, *inputs[4:])
+    documents, q_offset, kv_offset = inputs.documents, inputs.q_offset, inputs.kv_offset
+    if documents is not None:
+        documents = _by_row(documents if documents.dim() == 2 else documents[None], b, h)
+    same = q_offset is kv_offset
+    q_offset = _offset_by_row(q_offset, b, h)
+    kv_offset = q_offset if same else _offset_by_row(kv_offset, b, h)
+    if any(isinstance(x, Tensor) and x.shape[1] > 1 for x in (documents, q_offset, kv_offset)):
+        k, v = for_each_head(k, h), for_each_head(v, h)
+    return Inputs(
+        q, k, v, mask, *inputs[4:-3], documents=documents, q_offset=q_offset, kv_offset=kv_offset
+    )
 
 
-def _four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
+def _batch_of(inputs: Inputs) -> int | None:
+    """Batch entries among the rows, by the first of a call's tensors that tells some apart."""
+    if inputs.mask is not None:
+        return inputs.mask.shape[0]
+    documents, *offsets = inputs.documents, inputs.q_offset, inputs.kv_offset
+    if documents is not None and documents.dim() == 2 and documents.shape[0] > 1:
+        return documents.shape[0]
+    several = [x.shape[0] for x in offsets if isinstance(x, Tensor) and x.shape[0] > 1]
+    return several[0] if several else None
+
+
+def _by_row(x: Tensor, b: int, h: int) -> Tensor:
+    """``(batch, n)`` as ``(b or 1, h or 1, n)``; 1 where all rows are alike."""
+    return x[:, None] if x.shape[0] == 1 else mask_of_rows(x, b, h)
+
+
+def _offset_by_row(offset: int | Tensor | None, b: int, h: int) -> int | Tensor | None:
+    """``(batch,)`` as int32 ``(b or 1, h or 1, 1)``."""
+    if not isinstance(offset, Tensor):
+        return offset
+    return _by_row(offset[:, None], b, h).to(torch.int32)
+
+
+def _four_dimensional(x: Tensor, batch: int | None) -> Tensor:
     """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order.
 
     A view, except that five dimensions that are transposed are copied. A kernel is compiled for one
     ``h`` and serves any ``b``.
+
+    Args:
+        batch: batch entries among the rows, where some tensor tells them apart.
     """
     if x.dim() == 4:
         return x
@@ -152,7 +273,7 @@ def _four_dimensional(x: Tensor, mask: Tensor | None) -> Tensor:
         return x.flatten(0, -4)
     rows = math.prod(x.shape[:-2])
     # Rows that share a mask become heads of one batch entry, so that the mask needs no heads.
-    batch = max(1, rows if mask is None else mask.shape[0])
+    batch = max(1, rows if batch is None else batch)
     heads = plain_int(rows // batch)
     # `expand` states the number of heads: Dynamo would else know a quotient of symbolic sizes.
     return x.reshape(batch, heads, *x.shape[-2:]).expand(-1, heads, -1, -1)

@@ -1,15 +1,17 @@
 """Rules of local attention: which keys a query sees, and FlexAttention's block masks of it.
 
 They import torch and nothing of the layer. ``window`` holds the rule of the layer and ``rule`` what
-every rule is; ``block_lists`` makes a BlockMask by formula; ``key_layout`` copies keys for xpos;
-``keys`` hides padding; ``presets`` holds the windows of real models. The pictures and numbers of a
-mask are in ``view``, which loads when a name of it is first used.
+every rule is; ``placed`` holds a window over ``documents`` and offsets; ``block_lists`` makes a
+BlockMask by formula; ``key_layout`` copies keys for xpos; ``keys`` hides padding; ``presets`` holds
+the windows of real models. The pictures and numbers of a mask are in ``view``, which loads when a
+name of it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .block_lists import EMPTY, FULL, PARTIAL, block_mask
+from .documents import documents_from_cu_seqlens, documents_from_positions
 from .key_layout import KeyLayout
 from .keys import padding_mod
 from .presets import PRESETS, Preset, preset
@@ -37,6 +39,8 @@ __all__ = [
     "Window",
     "bias_map",
     "block_mask",
+    "documents_from_cu_seqlens",
+    "documents_from_positions",
     "heat_map",
     "inspect",
     "mask_mod",

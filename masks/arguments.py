@@ -1,5 +1,10 @@
 """What single arguments must be; an error names the argument, what came and what would do."""
 
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """``value`` is an int of ``least`` or more.
@@ -32,6 +37,21 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of {kind_of(value)}")
+
+
+def check_integers(name: str, value: object) -> None:
+    """``value`` is a dense tensor of integers.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: its dtype is no integer's, or it is nested or sparse.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind_of(value)}")
+    if value.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be of an integer dtype, got {value.dtype}")
+    if value.is_nested or value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout}")
 
 
 def check_block_size(block_size: object) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Keys copied segment by segment, for xpos: the one layout in which slots are not positions.
+"""Keys copied segment by segment, for xpos: the one layout in which slots are not keys' indices.
 
 xpos scales a key by its distance from an origin, and far from the origin the factor overflows. So
 the sequence is cut into segments of some windows, each with an origin of its own. A segment gets
@@ -40,16 +40,16 @@ class LayoutReach(Reach):
 
 @dataclass(frozen=True)
 class KeyLayout(Rule):
-    """The window ``layout_of`` over key slots, in segments of ``windows`` windows.
+    """The rule ``layout_of`` over key slots, in segments of ``windows`` windows.
 
     Args:
-        layout_of: the window.
+        layout_of: a window, or one over positions whose queries have the indices of their keys.
         windows: windows in a segment, at least 1.
         length: tokens in the sequence.
         length_tensor: ``length`` in a 0-d tensor, where kernels are to look it up.
     """
 
-    layout_of: Window
+    layout_of: Rule
     windows: int
     length: int
     length_tensor: Tensor | None = field(default=None, compare=False, repr=False)
@@ -58,6 +58,16 @@ class KeyLayout(Rule):
     def segment(self) -> int:
         """Queries in a segment."""
         return self.windows * self.window.size
+
+    @property
+    def before(self) -> int:
+        """Keys before a segment that its queries may see."""
+        return self.layout_of.reach.around(self.segment)[0]
+
+    @property
+    def after(self) -> int:
+        """Keys after a segment that its queries may see."""
+        return self.layout_of.reach.around(self.segment)[1]
 
     @property
     def slots(self) -> int:
@@ -79,14 +89,14 @@ class KeyLayout(Rule):
         laid_out: Tensor = _InSlots.apply(keys, self)  # type: ignore[no-untyped-call]
         return laid_out
 
-    def slot_positions(self, device: torch.device | str) -> Tensor:
-        """Position of each slot's key, ``(count * slots,)``; outside the sequence without a key."""
+    def slot_keys(self, device: torch.device | str) -> Tensor:
+        """Index of each slot's key, ``(count * slots,)``; outside the sequence without a key."""
         slot = torch.arange(self.all_slots, device=device)
         return slot - self._shift(slot // self.slots)
 
     def from_slots(self, copies: Tensor) -> Tensor:
         """``(..., count * slots, d)`` summed over the slots of each key, ``(..., length, d)``."""
-        before, after = self.window.before, self.window.after
+        before, after = self.before, self.after
         parts = copies.unflatten(-2, (self.count, self.slots))
         found = []
         # A segment's slots hold keys of the segments `step` before it, for these values of `step`.
@@ -108,7 +118,7 @@ class KeyLayout(Rule):
 
     def keys(self, batch: Entry, head: Entry, query: Index) -> tuple[Index, Index]:
         """First and last slot that ``query`` sees."""
-        first, last = self.window.keys(batch, head, query)
+        first, last = self.layout_of.keys(batch, head, query)
         if self.looks_up_length:
             length: Any = self.length if self.length_tensor is None else self.length_tensor
             last = at_most(last, length - 1)
@@ -122,21 +132,21 @@ class KeyLayout(Rule):
         segment's end; for slots before the first key, the last query lies before the segment.
         """
         number = slot // self.slots
-        position = slot - self._shift(number)
+        key = slot - self._shift(number)
         start, end = number * self.segment, (number + 1) * self.segment
-        first, last = self.window.queries(batch, head, position)
+        first, last = self.layout_of.queries(batch, head, self._existing(key))
         first = at_most(at_least(first, start), end)
         last = at_least(at_most(last, end - 1), start - 1)
-        first = first + _where_above(position, self.length - 1, end - first)
-        return first, last - _where_above(-position, 0, last - (start - 1))
+        first = first + _where_above(key, self.length - 1, end - first)
+        return first, last - _where_above(-key, 0, last - (start - 1))
 
     @property
     def reach(self) -> LayoutReach:
-        """The window's, over slots."""
-        window = self.window.reach
+        """The laid out rule's, over slots."""
+        reach = self.layout_of.reach
         return LayoutReach(
-            **{name: getattr(window, name) for name in ("keys", "back", "ahead", "align", "step")},
-            label=f"{window.label}_segments_of_{self.windows}",
+            **{name: getattr(reach, name) for name in ("keys", "back", "ahead", "align", "step")},
+            label=f"{reach.label}_segments_of_{self.windows}",
             segment=self.segment,
             halo=self._halo,
         )
@@ -148,29 +158,54 @@ class KeyLayout(Rule):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The length, where it is given as a tensor."""
-        return () if self.length_tensor is None else (self.length_tensor,)
+        """Those of the laid out rule, and the length, where it is given as a tensor."""
+        length = () if self.length_tensor is None else (self.length_tensor,)
+        return (*self.layout_of.tensors, *length)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "KeyLayout":
-        """With the length in a 0-d tensor, or in none."""
-        return replace(self, length_tensor=tensors[0] if tensors else None)
+        """Over other tensors; with the length in the last one, if there is one more."""
+        laid_out = len(self.layout_of.tensors)
+        layout_of = self.layout_of.with_tensors(tensors[:laid_out])
+        length = tensors[laid_out] if len(tensors) > laid_out else None
+        return replace(self, layout_of=layout_of, length_tensor=length)
+
+    def for_scores(self) -> "KeyLayout":
+        """Over the laid out rule for scores."""
+        return replace(self, layout_of=self.layout_of.for_scores())
 
     @property
     def window(self) -> Window:
         """The window that is laid out."""
-        return self.layout_of
+        window: Window = self.layout_of.window
+        return window
 
-    def key_position(self, batch: Entry, query: Index, key: Index) -> Index:
-        """Position of the key that ``query`` finds in the slot ``key``."""
-        return key - self._shift(query // self.segment)
+    def query_position(self, batch: Entry, head: Entry, query: Index) -> Index:
+        """Position of ``query``."""
+        return self.layout_of.query_position(batch, head, query)
+
+    def key_position(self, batch: Entry, head: Entry, slot: Index) -> Index:
+        """Position of the key in ``slot``, any number for a slot without a key."""
+        key = slot - self._shift(slot // self.slots)
+        return self.layout_of.key_position(batch, head, self._existing(key))
+
+    def seen_position(self, batch: Entry, head: Entry, query: Index, slot: Index) -> Index:
+        """Position of the key that ``query`` finds in ``slot``."""
+        key = slot - self._shift(query // self.segment)
+        return self.layout_of.seen_position(batch, head, query, key)
 
     @property
     def _halo(self) -> int:
-        return self.window.before + self.window.after
+        return self.before + self.after
 
     def _shift(self, number: Index) -> Index:
-        """Slot less position of a key in segment ``number``."""
-        return number * self._halo + self.window.before
+        """Slot less index of a key in segment ``number``."""
+        return number * self._halo + self.before
+
+    def _existing(self, key: Index) -> Index:
+        """``key``, where a rule looks up its tensors the nearest one that exists."""
+        if not self.layout_of.tensors:
+            return key
+        return at_most(at_least(key, 0), self.length - 1)
 
 
 def _where_above(value: Index, limit: int, then: Index) -> Index:
@@ -189,9 +224,9 @@ class _InSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(keys: Tensor, layout: KeyLayout) -> Tensor:
-        position = layout.slot_positions(keys.device)
-        inside = (position >= 0) & (position < layout.length)
-        source = written_out(torch.where(inside, position, -1))
+        key = layout.slot_keys(keys.device)
+        inside = (key >= 0) & (key < layout.length)
+        source = written_out(torch.where(inside, key, -1))
         return keys.index_select(-2, at_least(source, 0)).masked_fill((source < 0)[:, None], 0)
 
     @staticmethod

@@ -12,7 +12,7 @@ from .rule import MaskMod
 
 
 def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
-    """A key mask ``(m, n)`` as ``(b, h or 1, n)``, for ``batch * heads`` rows.
+    """A key mask ``(m, n)`` as ``(b, h or 1, n)``, for ``batch * heads`` rows; or other numbers.
 
     ``m`` divides the number of rows, and row ``r`` takes the mask ``r // (rows / m)``.
     """

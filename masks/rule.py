@@ -76,7 +76,7 @@ class Reach:
 
 
 class Rule(ABC):
-    """Which keys each query sees: one interval, whose ends never decrease along the sequence.
+    """Which keys each query sees: one interval. Clipped to the keys, its ends never decrease.
 
     That holds for queries that see nothing as well, whose last key lies before the first. Queries
     and keys are counted from 0, and bounds need not be clipped to the sequence. Batch entry and
@@ -118,6 +118,20 @@ class Rule(ABC):
         return None
 
     @property
+    def lead(self) -> int | Tensor:
+        """Index of the key at the position of a query, less the index of the query."""
+        return 0
+
+    def for_scores(self) -> "Rule":
+        """The rule with those tensors alone that ``keys`` and positions look up for a query."""
+        return self
+
+    @property
+    def by_head(self) -> bool:
+        """Whether the bounds may differ by head; else the eager path asks once for all heads."""
+        return True
+
+    @property
     def is_window(self) -> bool:
         """Whether the rule is a ``Window`` and no more."""
         return self.window is self
@@ -127,13 +141,23 @@ class Rule(ABC):
         """What a query sees, in words."""
         return self.reach.label
 
-    def query_position(self, batch: Entry, query: Index) -> Index:
-        """Position of ``query``, by which a bias and ``shared_qk`` go."""
+    # Positions, which a bias, ``shared_qk`` and rotary go by; by default a token's own index.
+
+    def query_position(self, batch: Entry, head: Entry, query: Index) -> Index:
+        """Position of ``query``."""
         return query
 
-    def key_position(self, batch: Entry, query: Index, key: Index) -> Index:
-        """Position of the key that ``query`` finds at the index ``key``."""
+    def key_position(self, batch: Entry, head: Entry, key: Index) -> Index:
+        """Position of the key at the index ``key``."""
         return key
+
+    def seen_position(self, batch: Entry, head: Entry, query: Index, key: Index) -> Index:
+        """``key_position`` of a key that ``query`` sees, any number for other keys.
+
+        Kernels ask for it score by score. What follows from the query alone they compute once for
+        all its keys.
+        """
+        return self.key_position(batch, head, key)
 
     # Tensors are not compared, so that calls that differ in these alone share a kernel.
 

@@ -185,6 +185,11 @@ class Window(Rule):
         """Itself."""
         return self
 
+    @property
+    def by_head(self) -> bool:
+        """No."""
+        return False
+
     def block_margin(self, block: int) -> int:
         """Upper bound of how far outside its query's ``span`` a key may lie that kernels score.
 

@@ -51,6 +51,7 @@ def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> Rows:
     few[:, n - n // 20 :] = False
     half[:, n // 2 :] = False
     scattered = keep & (torch.rand(keep.shape, device=q.device) > 0.3)
+    begins = torch.rand(keep.shape, device=q.device) < 1 / 2048
     rotary = Rotary(d).to(q.device)
     bias = torch.randn(problem.heads, window.size, window.span, device=q.device)
     every: Rows = {
@@ -69,6 +70,10 @@ def calls(problem: Problem, q: Tensor, only: Sequence[str] = ()) -> Rows:
         "bias, learned": {"attn_bias": bias.to(q.dtype, copy=True).requires_grad_()},
         "bias, learned in fp32": {"attn_bias": bias.clone().requires_grad_()},
         "dropout": {"dropout": 0.1, "dropout_seed": torch.tensor(0, device=q.device)},
+        "documents of 2048 on average": {"documents": begins.cumsum(1)},
+        "softcap": {"softcap": 50.0},
+        "sinks": {"sinks": torch.randn(problem.heads, device=q.device).requires_grad_()},
+        "log-sum-exp": {"return_lse": True},
     }
     wanted = [name for name in every if name.startswith(tuple(only) or "")]
     bases = {"plain", *(BASE[name] for name in wanted if name in BASE)}
@@ -91,7 +96,8 @@ def measure(task: Task, only: Sequence[str] = ()) -> Rows:
         learned = {key: x for key, x in tensors.items() if x.requires_grad}
 
         def attend(*_: Tensor, given: dict[str, Any] = given, backend: str = "auto") -> Tensor:
-            return local_attention(**given, backend=backend)  # which holds what is learned
+            found = local_attention(**given, backend=backend)  # which holds what is learned
+            return found if isinstance(found, Tensor) else found[0]
 
         names = ("the output", *(f"the gradient of {key}" for key in learned))
         passed = (*learned.values(), grad)

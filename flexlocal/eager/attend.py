@@ -6,8 +6,10 @@ the compiler fuses what it can. Shapes are those of ``spec`` and of ``tiles``.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
@@ -17,17 +19,17 @@ from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
 from ..regions import region
 from ..rotary import rotate
-from ..spec import Inputs, Spec, rule_of
+from ..spec import Inputs, Spec, first_positions, is_placed, positions, rule_of
 from ..torch_limits import is_symbolic
 from .autograd import attend_in_portions, portions
-from .formula import Formula, formula_of
+from .formula import Formula, Operands, formula_of
 from .tiles import Sizes, every_tile
 
 _LEAST_TILE = 64
 """Fewest queries in a tile: a processor spends most of smaller matrix products on overhead."""
 
 
-def attend(spec: Spec, inputs: Inputs) -> Tensor:
+def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     """Local attention.
 
     Args:
@@ -35,29 +37,38 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
         inputs: its tensors, shaped.
 
     Returns:
-        ``(b, h, n, d_v)`` in ``q``'s dtype.
+        ``(b, h, n, d_v)`` in ``q``'s dtype, and with ``return_lse`` the log-sum-exps ``(b, h, n)``.
     """
-    q, k, v, mask, bias, seed, *_ = inputs
+    if inputs.k.shape[2] == 0 < inputs.q.shape[2]:
+        inputs = _with_a_hidden_key(inputs)
     rule = rule_of(spec, inputs)
+    if is_placed(inputs):
+        rule, inputs = _beside_queries(spec, rule, inputs)
+    q, k, v, mask, bias, seed, *_ = inputs
     if mask is not None:
         with region("key mask"):
             k, v = without_padding(k, mask), without_padding(v, mask)
-    q, k = _placed(spec, rule, inputs._replace(k=k))
+    q, k = _turned(spec, rule, inputs._replace(k=k))
     b, h, n, _ = q.shape
     draws = None
     if spec.dropout > 0:
         assert seed is not None
+        query, key = first_positions(inputs, rule)
         with region("dropout"):
-            draws = query_draws(seed, b * h, n), key_draws(seed, b * h, n)
-    sizes = _sizes(q, k, rule, one_window=bias is not None or spec.xpos_base is not None)
+            draws = query_draws(seed, b * h, n, query), key_draws(seed, b * h, k.shape[2], key)
+    xpos = spec.xpos_base is not None
+    one_window = rule.is_window and (bias is not None or xpos)
+    sizes = _sizes(q, k, rule, one_window=one_window, slides=rule.is_window or xpos)
     if not is_symbolic(n):
-        sizes, bias = _cropped(sizes, bias)
+        sizes, bias = _cropped(sizes, bias, rule)
     formula = formula_of(spec, rule, inputs, sizes, draws)
-    bias = _cleared(bias, formula)
+    operands = Operands(q, k, v, _cleared(bias, formula), inputs.sinks, mask)
     with without_autocast(q.device), region("attention"):
         if torch.compiler.is_compiling():
-            return formula.output(every_tile(sizes), q, k, v, bias, mask)
-        return attend_in_portions(q, k, v, bias, mask, formula, sizes)
+            out, lse = formula.output(every_tile(sizes), operands)
+        else:
+            out, lse = attend_in_portions(operands, formula, sizes)
+    return out if lse is None else (out, lse)
 
 
 def weights(spec: Spec, inputs: Inputs) -> Tensor:
@@ -72,38 +83,66 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
     window = rule.window
     if mask is not None:
         k = without_padding(k, mask)
-    q, k = _placed(spec, rule, inputs._replace(k=k))
-    sizes, bias = _cropped(_sizes(q, k, rule, one_window=True), bias)
+    q, k = _turned(spec, rule, inputs._replace(k=k))
+    sizes, bias = _cropped(_sizes(q, k, rule, one_window=True, slides=True), bias, rule)
     formula = formula_of(spec, rule, inputs, sizes)
-    bias = _cleared(bias, formula)
+    operands = Operands(q, k, k, _cleared(bias, formula), inputs.sinks, mask)
     out = q.new_zeros((*q.shape[:-1], window.span), dtype=formula.compute)
     first = window.before - sizes.before
     columns = slice(first, first + sizes.span)
     with without_autocast(q.device):
         for tiles in portions(sizes, q.device):
-            part, _ = formula.weights(tiles, *formula.scaled(tiles, q, k), bias, mask)
-            part = part.flatten(2, 3)
+            found = formula.weigh(tiles, *formula.scaled(tiles, q, k), operands)
+            part = found.seeing(found.weights).flatten(2, 3)
             start = tiles.first * sizes.tile
             target = out[tiles.batch, tiles.heads, start : start + part.shape[2], columns]
             target.copy_(part[:, :, : target.shape[2]])
     return out
 
 
-def _placed(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _with_a_hidden_key(inputs: Inputs) -> Inputs:
+    """A call without keys as one with a key that no query sees."""
+    k, v = (F.pad(x, (0, 0, 0, 1)) for x in (inputs.k, inputs.v))
+    mask = k.new_zeros((k.shape[0], 1, 1), dtype=torch.bool)
+    documents = None if inputs.documents is None else F.pad(inputs.documents, (0, 1), value=-1)
+    return inputs._replace(k=k, v=v, mask=mask, documents=documents)
+
+
+def _beside_queries(spec: Spec, rule: Any, inputs: Inputs) -> tuple[Rule, Inputs]:
+    """The rule and the call's keys without those that no query may see, if offsets tell.
+
+    Keys are copied where offsets differ by row, so that all queries stand at keys of their own
+    index. Not where windows are wider than all keys, one tile of which is then less work.
+    """
+    n, m = inputs.q.shape[2], inputs.k.shape[2]
+    if isinstance(rule.lead, int):
+        stays = rule.lead == 0 and n == m
+    else:
+        stays = rule.reach.back + rule.reach.ahead >= m and spec.xpos_base is None
+    if stays:
+        return rule, inputs
+    rule, near = rule.beside(n, m)
+    mask = near.kept(inputs.mask)
+    if mask is not None:
+        mask = mask.expand(inputs.q.shape[0], -1, -1)
+    return rule, inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
+
+
+def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Queries and keys before their product: keys of length 1 and both rotated, where asked."""
     q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
     if spec.shared_qk:
         k = unit_keys(k)
     if inv_freq is not None:
         with region("rotary"):
-            position = torch.arange(q.shape[2], device=q.device)
+            query, key = positions(rule, q, k.shape[2])
             shift = 0 if rule.window is None else rule.window.after
-            q = rotate(q, position + shift, inv_freq).to(q.dtype)
-            k = rotate(k, position, inv_freq).to(k.dtype)
+            q = rotate(q, query + shift, inv_freq).to(q.dtype)
+            k = rotate(k, key, inv_freq).to(k.dtype)
     return q, k
 
 
-def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool) -> Sizes:
+def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> Sizes:
     """The shape of tiles: some of the rule's steps, or one window.
 
     Shorter tiles compute fewer scores that are hidden. Inside a compiler a tile is at least as long
@@ -111,9 +150,12 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool) -> Sizes:
 
     Args:
         one_window: a tile is to be one window, because a bias or xpos's factors are laid out so.
+        slides: a tile's keys are to slide with its queries. They may else be all keys there are.
     """
     b, h, n, _ = q.shape
-    reach = rule.reach
+    reach, m = rule.reach, k.shape[2]
+    if not isinstance(rule.lead, int) or not slides and not is_symbolic(m) and m <= _LEAST_TILE:
+        return Sizes(b, h, k.shape[1], n, m, tile=n, before=0, after=m - n)
     if one_window:
         tile = rule.window.size
         before, after = rule.window.before, rule.window.after
@@ -126,15 +168,16 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool) -> Sizes:
             least = _LEAST_TILE
         tile = -(-least // step) * step
         before, after = reach.around(tile)
-    return Sizes(b, h, k.shape[1], n, tile=tile, before=before, after=after)
+    return Sizes(b, h, k.shape[1], n, m, tile=tile, before=before, after=after, lead=rule.lead)
 
 
-def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
+def _cropped(sizes: Sizes, bias: Tensor | None, rule: Rule) -> tuple[Sizes, Tensor | None]:
     """``sizes`` without keys that lie outside the sequence for every tile; the bias accordingly."""
     tile = sizes.n if 0 < sizes.n <= sizes.tile else sizes.tile
-    furthest = max(0, sizes.tiles - 1) * sizes.tile
-    before, after = min(sizes.before, furthest), min(sizes.after, furthest)
-    if bias is not None:
+    last = max(0, sizes.tiles - 1) * sizes.tile
+    before = min(sizes.before, max(0, last + sizes.lead))
+    after = min(sizes.after, max(last, sizes.m - sizes.lead - tile))
+    if bias is not None and rule.is_window:
         first = sizes.before - before
         bias = bias[:, :tile, first : first + before + tile + after]
     return replace(sizes, tile=tile, before=before, after=after), bias
@@ -142,6 +185,6 @@ def _cropped(sizes: Sizes, bias: Tensor | None) -> tuple[Sizes, Tensor | None]:
 
 def _cleared(bias: Tensor | None, formula: Formula) -> Tensor | None:
     """``bias`` with zeros where the window hides a key: a NaN there would spread."""
-    if bias is None or formula.hiding is None:
+    if bias is None or formula.same is None:
         return bias
-    return bias.masked_fill(formula.hiding < 0, 0.0)
+    return bias.masked_fill(~formula.same, 0.0)

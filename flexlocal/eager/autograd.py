@@ -11,26 +11,24 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..mods.sinks import gradient_of_sinks
 from ..regions import region
-from .formula import Formula, times
+from .formula import Formula, Operands, times
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
 _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 """Scores in a portion: few enough for the cache, many enough to outweigh an operator's overhead."""
 
+_Gradients = list[Tensor | None]
+"""Of an ``Operands``' tensors up to the mask."""
+
 
 def attend_in_portions(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    formula: Formula,
-    sizes: Sizes,
-) -> Tensor:
-    """All tiles' output, ``(b, h, n, d_v)``, and its gradients."""
-    out: Tensor = _Tiled.apply(q, k, v, bias, mask, formula, sizes)  # type: ignore[no-untyped-call]
-    return out
+    operands: Operands, formula: Formula, sizes: Sizes
+) -> tuple[Tensor, Tensor | None]:
+    """All tiles' output ``(b, h, n, d_v)`` and log-sum-exps ``(b, h, n)``, with gradients."""
+    out, lse = _Tiled.apply(formula, sizes, *operands)  # type: ignore[no-untyped-call]
+    return out, lse
 
 
 class _Tiled(torch.autograd.Function):
@@ -38,89 +36,88 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        formula: Formula,
-        sizes: Sizes,
-    ) -> Tensor:
+        formula: Formula, sizes: Sizes, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        operands = Operands(*tensors)  # type: ignore[arg-type]
+        q, v = operands.q, operands.v
         out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else _empty(q, v.shape[-1])
+        lse = None
+        if formula.spec.return_lse:
+            lse = q.new_empty(q.shape[:-1], dtype=formula.compute)
         for tiles in portions(sizes, q.device):
-            part = formula.output(tiles, q, k, v, bias, mask)
+            part, part_lse = formula.output(tiles, operands)
             start = tiles.first * sizes.tile
-            out[tiles.batch, tiles.heads, start : start + part.shape[2]] = part
-        return out
+            place = tiles.batch, tiles.heads, slice(start, start + part.shape[2])
+            out[place] = part
+            if lse is not None and part_lse is not None:
+                lse[place] = part_lse
+        return out, lse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.formula, ctx.sizes = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.formula, ctx.sizes, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = Operands(*ctx.saved_tensors)
+        found = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         with without_autocast(grad.device), region("attention backward"):
-            if torch.is_grad_enabled():
-                grads = _differentiable_gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
-            else:
-                grads = _gradients(ctx.formula, ctx.sizes, q, k, v, bias, mask, grad)
-        return (*grads, None, None, None)
+            grads = found(ctx.formula, ctx.sizes, operands, grad, grad_lse)
+        return (None, None, *grads, None)
 
 
 def _gradients(
-    formula: Formula,
-    sizes: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    grad: Tensor,
-) -> list[Tensor | None]:
-    """Gradients of q, k, v and bias, as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
+    formula: Formula, sizes: Sizes, operands: Operands, grad: Tensor, grad_lse: Tensor | None
+) -> _Gradients:
+    """Gradients as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
+    q, k, v, bias, sinks, _ = operands
     compute = formula.compute
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
-    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute)
+    learned = q, k, v, bias, sinks
+    totals = [None if x is None else torch.zeros_like(x, dtype=compute) for x in learned]
+    grad_q, grad_k, grad_v, grad_bias, grad_sinks = totals
+    assert grad_q is not None and grad_k is not None and grad_v is not None
     for tiles in portions(sizes, q.device):
         q_factor, k_factor = formula.factors(tiles)
         q_tiles, k_tiles = formula.scaled(tiles, q, k)
-        grad_out = tiles.queries(grad).to(compute)
-        weights, backward = formula.weights(tiles, q_tiles, k_tiles, bias, mask)
-        keep = formula.keep(tiles)
+        found = formula.weigh(tiles, q_tiles, k_tiles, operands)
+        weights, keep = found.weights, formula.keep(tiles)
+        grad_out = found.seeing(tiles.queries(grad).to(compute))
         tiles.add_keys(grad_v, times(weights, keep).transpose(-1, -2) @ grad_out)
         grad_weights = times(grad_out @ tiles.keys(v).to(compute).transpose(-1, -2), keep)
         # FlashAttention sums over the output instead. Its rounding would show where most of the
         # weight is on one key.
         grad_scores = grad_weights.mul_(weights)
-        grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
-        grad_scores = backward(grad_scores, grad_bias)
+        along = grad_scores.sum(-1, keepdim=True)
+        if grad_lse is not None:
+            along -= found.seeing(tiles.queries(grad_lse[..., None]))
+        grad_scores.addcmul_(weights, along, value=-1)
+        if sinks is not None and grad_sinks is not None:
+            assert found.lse is not None
+            weight = (formula.sinks(tiles, sinks) - found.lse).exp()
+            of_rows = -(weight * along).sum((2, 3, 4))
+            grad_sinks += gradient_of_sinks(sinks, tiles.rows(q.device), of_rows)
+        grad_scores = found.backward(grad_scores, grad_bias)
         tiles.add_queries(grad_q, grad_scores @ k_tiles * q_factor)
         tiles.add_keys(grad_k, times(grad_scores.transpose(-1, -2) @ q_tiles, k_factor))
-    grads = [grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)]
-    return [*grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)]
+    return [
+        None if x is None or total is None else total.to(x.dtype)
+        for x, total in zip(learned, totals, strict=True)
+    ]
 
 
 def _differentiable_gradients(
-    formula: Formula,
-    sizes: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    grad: Tensor,
-) -> list[Tensor | None]:
+    formula: Formula, sizes: Sizes, operands: Operands, grad: Tensor, grad_lse: Tensor | None
+) -> _Gradients:
     """The same gradients with a graph of their own, for gradients of gradients."""
     # Fresh views cut the graph between q, k and v, so that aliased inputs do not receive each
     # other's gradients.
-    q, k, v = (x.view_as(x) for x in (q, k, v))
-    bias = None if bias is None else bias.view_as(bias)
-    wanted = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
-    output = formula.output(every_tile(sizes), q, k, v, bias, mask)
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in (q, k, v, bias)]
+    fresh = Operands(*(None if x is None else x.view_as(x) for x in operands))  # type: ignore[arg-type]
+    wanted = [x for x in fresh if x is not None and x.requires_grad]
+    out, lse = formula.output(every_tile(sizes), fresh)
+    outputs, grads = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in fresh[:-1]]
 
 
 def portions(sizes: Sizes, device: torch.device) -> Iterator[Tiles]:

@@ -4,15 +4,18 @@ Shapes are those of ``tiles``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..masks.rule import Rule, sees
-from ..mods.bias import add_gradient_of_tiles, add_to_tiles
+from ..mods.bias import add_gradient_of_tiles, add_to_tiles, bias_place
 from ..mods.dropout import keeps
-from ..mods.shared_qk import clear_own_gradients, set_own_scores
+from ..mods.shared_qk import clear_own_gradients, own_key, set_own_scores
+from ..mods.sinks import sinks_of_rows, with_sink
+from ..mods.softcap import cap_tiles, pull_back_tiles
 from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
 from .tiles import Sizes, Tiles
@@ -24,6 +27,46 @@ Adds the bias's gradient to its second argument, if there is one.
 """
 
 
+class Operands(NamedTuple):
+    """The tensors of a call within tiles; the first five may require gradients.
+
+    Attributes:
+        q: ``(batch, heads, n, d)``.
+        k, v: ``(batch, kv_heads, m, d or d_v)``.
+        bias: ``(bias heads, W, span)``.
+        sinks: ``(sink heads,)``.
+        mask: boolean ``(batch, heads or 1, m)``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+    mask: Tensor | None
+
+
+class Weighed(NamedTuple):
+    """The weights of tiles.
+
+    Attributes:
+        weights: softmax over the visible keys, ``(b, h, g, t, s)``.
+        blind: True for a query that sees no key, whose weights mean nothing, ``(b or 1, h or 1, g,
+            t, 1)``; None where every query sees one.
+        lse: log-sum-exp of the scores and the sink, ``(b, h, g, t, 1)``; None where not asked for.
+        backward: see ``Backward``.
+    """
+
+    weights: Tensor
+    blind: Tensor | None
+    lse: Tensor | None
+    backward: Backward
+
+    def seeing(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """``x``, but ``value`` for queries that see no key."""
+        return x if self.blind is None else x.masked_fill(self.blind, value)
+
+
 @dataclass(frozen=True)
 class Formula:
     """Attention within tiles.
@@ -31,8 +74,8 @@ class Formula:
     Attributes:
         draws: dropout's numbers of queries and of keys, both ``(b * h, n)``; None without dropout.
         compute: the dtype of scores and weights.
-        hiding: 0 where a tile's query sees the tile's key, -inf elsewhere, ``(h or 1, 1, t, s)``;
-            the same for all tiles, as ``Reach.step`` promises. None where each tile asks the rule.
+        same: which of a tile's keys each of its queries sees, ``(t, s)`` or ``(h, 1, t, s)``; the
+            same for all tiles, as ``Reach.step`` promises. None where each tile asks the rule.
     """
 
     spec: Spec
@@ -40,21 +83,22 @@ class Formula:
     draws: tuple[Tensor, Tensor] | None
     xpos: Xpos | None
     compute: torch.dtype
-    hiding: Tensor | None
+    same: Tensor | None
+    _hidden: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+    """The last portion's ``_hiding``."""
 
-    def output(
-        self,
-        tiles: Tiles,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """The tiles' output, ``(b, h, queries, d_v)``."""
-        weights, _ = self.weights(tiles, *self.scaled(tiles, q, k), bias, mask)
-        out = times(weights, self.keep(tiles)) @ tiles.keys(v).to(self.compute)
-        return out.flatten(2, 3)[:, :, : tiles.sizes.n - tiles.first * tiles.sizes.tile].to(q.dtype)
+    def output(self, tiles: Tiles, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        """The tiles' output, ``(b, h, queries, d_v)``, and log-sum-exps ``(b, h, queries)``."""
+        q, v = operands.q, operands.v
+        found = self.weigh(tiles, *self.scaled(tiles, q, operands.k), operands)
+        weights = times(found.weights, self.keep(tiles))
+        out = found.seeing(weights @ tiles.keys(v).to(self.compute))
+        queries = tiles.sizes.n - tiles.first * tiles.sizes.tile
+        lse = None
+        if self.spec.return_lse:
+            assert found.lse is not None
+            lse = found.seeing(found.lse, -torch.inf).flatten(2)[:, :, :queries]
+        return out.flatten(2, 3)[:, :, :queries].to(q.dtype), lse
 
     def scaled(self, tiles: Tiles, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The tiles' queries and keys times ``factors``: scores begin as their products."""
@@ -73,37 +117,45 @@ class Formula:
         q_factor, k_factor = (half.repeat(1, 2) for half in scales)
         return q_factor * scale, k_factor
 
-    def weights(
-        self, tiles: Tiles, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Backward]:
-        """Softmax over the visible keys, ``(b, h, g, t, s)``; zeros for a query that sees none.
-
-        Args:
-            q, k: the tiles' queries and keys, ``scaled``.
-
-        Returns:
-            The weights, and the function that turns the gradient of their scores back.
-        """
+    def weigh(self, tiles: Tiles, q: Tensor, k: Tensor, operands: Operands) -> Weighed:
+        """The tiles' weights; ``q`` and ``k`` are their queries and keys, ``scaled``."""
+        spec, bias, device = self.spec, operands.bias, q.device
+        ratio = own = None
 
         def backward(grad_scores: Tensor, grad_bias: Tensor | None) -> Tensor:
-            if self.spec.shared_qk:
-                clear_own_gradients(grad_scores, tiles.sizes.before)
+            if spec.shared_qk:
+                clear_own_gradients(grad_scores, tiles.sizes.before, own)
             if grad_bias is not None:
-                add_gradient_of_tiles(grad_bias, grad_scores, tiles.rows(q.device))
+                self._add_bias_gradient(tiles, grad_bias, grad_scores)
+            if ratio is not None:
+                pull_back_tiles(grad_scores, ratio)
             return grad_scores
 
         scores = q @ k.transpose(-1, -2)
+        if spec.softcap is not None:
+            scores, ratio = cap_tiles(scores, spec.softcap)
         if bias is not None:
-            add_to_tiles(scores, bias, tiles.rows(q.device))
-        if self.spec.shared_qk:
-            set_own_scores(scores, tiles.sizes.before)
-        scores += self._hiding(tiles, q.device) if self.hiding is None else self.hiding
-        if mask is not None or not tiles.inside:
-            scores += hiding(tiles.kept_keys(mask, q.device), self.compute)
-        if bias is None and mask is None and self.hiding is not None and not tiles.ragged:
-            return scores.softmax(-1), backward  # every query sees its own key
-        blind = (scores == -torch.inf).all(-1, keepdim=True)
-        return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0), backward
+            scores = self._biased(tiles, scores, bias)
+        if spec.shared_qk:
+            own = None if self.rule.is_window else own_key(self.rule, *tiles.indices(device))
+            set_own_scores(scores, tiles.sizes.before, own)
+        hiding, blind = self._hiding(tiles, operands.mask, device)
+        scores += hiding
+        if bias is not None:  # which may hide keys as well
+            hidden = (scores == -torch.inf).all(-1, keepdim=True)
+            scores = scores.masked_fill(hidden, 0.0)
+            blind = hidden if blind is None else hidden | blind
+        if not spec.return_lse and operands.sinks is None:
+            return Weighed(scores.softmax(-1), blind, None, backward)
+        lse = scores.logsumexp(-1, keepdim=True)
+        if operands.sinks is not None:
+            lse = with_sink(lse, self.sinks(tiles, operands.sinks))
+        return Weighed((scores - lse).exp(), blind, lse, backward)
+
+    def sinks(self, tiles: Tiles, sinks: Tensor) -> Tensor:
+        """The sink of each head, ``(b, h, 1, 1, 1)``."""
+        rows = tiles.rows(sinks.device)[..., None, None, None]
+        return sinks_of_rows(sinks, rows, self.compute)
 
     def keep(self, tiles: Tiles) -> Tensor | None:
         """What dropout multiplies the weights by."""
@@ -117,10 +169,49 @@ class Formula:
         keep = keeps(by_query, by_key.transpose(-1, -2), self.spec.dropout)
         return keep.to(self.compute) / (1 - self.spec.dropout)
 
-    def _hiding(self, tiles: Tiles, device: torch.device) -> Tensor:
-        """As ``hiding``, of these tiles: ``(b or 1, h or 1, g, t, s)``."""
-        batch, head, query, key = tiles.indices(device)
-        return hiding(sees(self.rule, batch, head, query, key), self.compute)
+    def _biased(self, tiles: Tiles, scores: Tensor, bias: Tensor) -> Tensor:
+        if self.rule.is_window:
+            return add_to_tiles(scores, bias, tiles.rows(scores.device))
+        place = bias_place(self.rule, tiles.sizes.heads, bias.shape[0])
+        seen = sees(self.rule, *tiles.indices(scores.device))
+        # A bias may hold anything for keys that the window hides.
+        return scores + torch.where(seen, bias[place(*tiles.indices(scores.device))], 0.0)
+
+    def _add_bias_gradient(self, tiles: Tiles, total: Tensor, grad_scores: Tensor) -> None:
+        if self.rule.is_window:
+            add_gradient_of_tiles(total, grad_scores, tiles.rows(grad_scores.device))
+            return
+        place = bias_place(self.rule, tiles.sizes.heads, total.shape[0])
+        where = torch.broadcast_tensors(*place(*tiles.indices(grad_scores.device)), grad_scores)
+        total.index_put_(where[:3], grad_scores, accumulate=True)
+
+    def _hiding(
+        self, tiles: Tiles, mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to hide scores, ``(b or 1, h or 1, g or 1, t, s)``, and ``Weighed.blind``.
+
+        0 where a query sees a key, -inf elsewhere, and 0 throughout for a query that sees none.
+        """
+        portion = None  # not hashable in a compiler, where all tiles are one
+        if not tiles.whole:
+            portion = tiles.batch.start, tiles.batch.stop, tiles.first, tiles.count
+            if portion in self._hidden:
+                return self._hidden[portion]
+        seen = self.same
+        if seen is None:
+            seen = sees(self.rule, *tiles.indices(device))
+        elif seen.dim() == 4 and seen.shape[0] > 1:
+            seen = seen[tiles.heads]
+        sees_itself = self.same is not None and mask is None and not tiles.ragged
+        if mask is not None or not tiles.inside:
+            seen = seen & tiles.kept_keys(mask, device)
+        blind = None if sees_itself else ~seen.any(-1, keepdim=True)
+        shown = seen if blind is None else seen | blind
+        hiding = torch.where(shown, 0.0, -torch.inf).to(self.compute)
+        if portion and not self.rule.by_head and (mask is None or mask.shape[1] == 1):
+            self._hidden.clear()
+            self._hidden[portion] = hiding, blind  # for the heads that come next
+        return hiding, blind
 
 
 def formula_of(
@@ -133,21 +224,16 @@ def formula_of(
     """The formula for tiles of these sizes; arguments as ``Formula``'s."""
     q, xpos = inputs.q, xpos_of(spec, inputs)
     compute = torch.promote_types(q.dtype, torch.float32)
-    if xpos is not None and not xpos_products_fit(rule.window, xpos.base, compute):
+    if xpos is not None and not xpos_products_fit(sizes.span, xpos.base, compute):
         compute = torch.float64
-    same_hiding = None
+    same = None
     step = rule.reach.step
     if step and not rule.tensors and (sizes.tile % step == 0 or sizes.tiles == 1):
         head = torch.arange(sizes.heads, device=q.device)[:, None, None, None]
         query = torch.arange(sizes.tile, device=q.device)[:, None]
         key = torch.arange(sizes.span, device=q.device) - sizes.before
-        same_hiding = hiding(sees(rule, 0, head, query, key), compute)
-    return Formula(spec, rule, draws, xpos, compute, same_hiding)
-
-
-def hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``seen``, -inf elsewhere, to be added to scores."""
-    return torch.where(seen, 0.0, -torch.inf).to(dtype)
+        same = sees(rule, 0, head, query, key)
+    return Formula(spec, rule, draws, xpos, compute, same)
 
 
 def times(x: Tensor, factor: Tensor | None) -> Tensor:

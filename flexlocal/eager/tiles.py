@@ -1,9 +1,9 @@
 """Cutting queries and keys into tiles, a portion at a time, and adding gradients back.
 
 A tile is some consecutive queries and the one interval of keys that they may see. Keys before the
-first token and after the last one are zeros. Shapes: ``batch``, ``heads`` and ``kv_heads`` are
-those of a call; ``b`` batch entries and ``h`` query heads of a portion, ``g`` tiles, ``t`` queries
-in a tile, ``s`` keys of a tile, ``n`` tokens, ``d`` any last dimension.
+first one and after the last one are zeros. Shapes: ``batch``, ``heads`` and ``kv_heads`` are those
+of a call; ``b`` batch entries and ``h`` query heads of a portion, ``g`` tiles, ``t`` queries in a
+tile, ``s`` keys of a tile, ``n`` queries, ``m`` keys, ``d`` any last dimension.
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_limits import at_most
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch entries, query heads, key heads and tokens of a call, and the shape of its tiles."""
+    """Batch entries, query heads, key heads, queries and keys of a call; the shape of its tiles."""
 
     batch: int
     heads: int
     kv_heads: int
     n: int
+    m: int
     tile: int
     before: int
-    """Keys of a tile before its first query."""
+    """Keys of a tile before that at its first query."""
     after: int
-    """Keys of a tile after its last query."""
+    """Keys of a tile after that at its last query."""
+    lead: int = 0
+    """Index of the key at a query, less the index of the query."""
 
     @property
     def span(self) -> int:
@@ -40,7 +45,7 @@ class Sizes:
 
     @property
     def tiles(self) -> int:
-        """Tiles that cover the sequence."""
+        """Tiles that cover the queries."""
         return (self.n + self.tile - 1) // self.tile  # torch.export fails on -(-n // tile)
 
 
@@ -60,9 +65,9 @@ class Tiles:
 
     @property
     def inside(self) -> bool:
-        """Whether all the tiles' queries and keys are known to lie in the sequence."""
+        """Whether all the tiles' keys are known to exist."""
         start, stop = self._key_range
-        return not self.whole and start >= 0 and stop <= self.sizes.n
+        return not self.whole and start >= 0 and stop <= self.sizes.m
 
     @property
     def ragged(self) -> bool:
@@ -76,7 +81,7 @@ class Tiles:
         return tiles
 
     def keys(self, x: Tensor) -> Tensor:
-        """``(batch, kv_heads or heads, n, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
+        """``(batch, kv_heads or heads, m, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
         shared = x.shape[1] != self.sizes.heads
         heads = self.kv_heads if shared else self.heads
         tiles = self._overlapping(self._cut(x[self.batch, heads], *self._key_range))
@@ -90,12 +95,17 @@ class Tiles:
         return batch[:, None] * self.sizes.heads + heads
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Batch entry, head, query and key of each score; they broadcast to ``(b, h, g, t, s)``."""
+        """Batch entry, head, query and key of each score; they broadcast to ``(b, h, g, t, s)``.
+
+        A query past the last one is taken for that one, and a key may not exist.
+        """
         batch = torch.arange(self.batch.start, self.batch.stop, device=device)
         head = torch.arange(self.heads.start, self.heads.stop, device=device)
         tile = torch.arange(self.first, self.first + self.count, device=device) * self.sizes.tile
         query = tile[:, None] + torch.arange(self.sizes.tile, device=device)
-        key = tile[:, None] + torch.arange(self.sizes.span, device=device) - self.sizes.before
+        key = tile[:, None] + torch.arange(self.sizes.span, device=device)
+        key = key + (self.sizes.lead - self.sizes.before)
+        query = at_most(query, self.sizes.n - 1)
         return (
             batch[:, None, None, None, None],
             head[:, None, None, None],
@@ -107,11 +117,11 @@ class Tiles:
         """Which keys exist and are kept by a mask: ``(b or 1, h or 1, g, 1, s)``.
 
         Args:
-            key_mask: ``(batch, heads or 1, n)``.
+            key_mask: ``(batch, heads or 1, m)``.
         """
         if key_mask is None:
             key = torch.arange(*self._key_range, device=device)
-            kept = ((key >= 0) & (key < self.sizes.n))[None, None]
+            kept = ((key >= 0) & (key < self.sizes.m))[None, None]
         else:
             heads = self.heads if key_mask.shape[1] > 1 else slice(None)
             kept = self._cut(key_mask[self.batch, heads, :, None], *self._key_range)[..., 0]
@@ -123,8 +133,11 @@ class Tiles:
         total[self.batch, self.heads, start:stop] += tiles.flatten(2, 3)[:, :, : stop - start]
 
     def add_keys(self, total: Tensor, tiles: Tensor) -> None:
-        """Adds ``(b, h, g, s, d)`` to the keys in ``total`` ``(batch, kv_heads, n, d)``."""
+        """Adds ``(b, h, g, s, d)`` to the keys in ``total`` ``(batch, kv_heads, m, d)``."""
         sizes, (start, stop) = self.sizes, self._key_range
+        low, high = max(start, 0), min(stop, sizes.m)
+        if low >= high:
+            return
         if total.shape[1] != sizes.heads:
             tiles = tiles.unflatten(1, (self.kv_heads.stop - self.kv_heads.start, -1)).sum(2)
         # Neighbouring tiles share keys, but first pieces overlap no first pieces, and so on.
@@ -134,7 +147,6 @@ class Tiles:
         for piece in range(pieces):
             part = tiles[..., piece * sizes.tile : (piece + 1) * sizes.tile, :]
             by_piece[:, :, piece : piece + count, : part.shape[-2]] += part
-        low, high = max(start, 0), min(stop, sizes.n)
         heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
         shared = by_piece.flatten(2, 3)[:, :, low - start : high - start]
         total[self.batch, heads, low:high] += shared
@@ -155,6 +167,8 @@ class Tiles:
         if self.whole:  # `x` is inside; to compare a symbolic length would guard on it
             return F.pad(x, (0, 0, -start, stop - x.shape[2]))
         low, high = max(start, 0), min(stop, x.shape[2])
+        if low >= high:
+            return x.new_zeros((*x.shape[:2], stop - start, x.shape[3]))
         x = x[:, :, low:high]
         return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))
 
@@ -168,7 +182,8 @@ class Tiles:
     def _key_range(self) -> tuple[int, int]:
         """First key of the tiles, and the one after their last."""
         start, stop = self._query_range
-        return start - self.sizes.before, stop + self.sizes.after
+        lead = self.sizes.lead
+        return start + lead - self.sizes.before, stop + lead + self.sizes.after
 
 
 def every_tile(sizes: Sizes) -> Tiles:
@@ -189,9 +204,10 @@ def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
             yield replace(everything, batch=slice(entry, min(entry + entries, sizes.batch)))
             continue
         count = max(1, scores // tile_scores)
-        for head in range(sizes.heads):
-            kv_head = head * sizes.kv_heads // sizes.heads
-            for first in range(0, sizes.tiles, count):
+        # Heads come last, since what hides keys is mostly the same for all heads.
+        for first in range(0, sizes.tiles, count):
+            for head in range(sizes.heads):
+                kv_head = head * sizes.kv_heads // sizes.heads
                 yield Tiles(
                     sizes,
                     slice(entry, entry + 1),

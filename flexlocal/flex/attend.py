@@ -6,7 +6,8 @@ fewer where it can fuse them with a user's operators. FlexAttention: arXiv:2412.
 those of ``spec``.
 """
 
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from ..masks.keys import without_padding
 from ..masks.rule import Rule
 from ..mods.bias import with_margin
 from ..mods.dropout import key_draws, query_draws
-from ..mods.shared_qk import ends_alone, unit_keys
+from ..mods.shared_qk import ends_alone, own_score_mended, unit_keys
 from ..rotary import Xpos, most_windows, rotate
-from ..spec import Inputs, Spec, rule_of, xpos_of
+from ..spec import Inputs, Spec, first_positions, is_placed, positions, rule_of, xpos_of
 from ..torch_limits import (
     LEAST_HEAD,
     LEAST_HEAD_ON_CPU,
@@ -32,14 +33,14 @@ from ..torch_limits import (
     plain_int,
     written_out,
 )
-from .dropout import attend_dropped
 from .kernel import Blocks, Kernel
+from .renormalised import attend_renormalised, attend_with_lse
 from .tuning import STOCK_BLOCK, Tuning
 
 
 def attend(
     spec: Spec, inputs: Inputs, tuning: Tuning, lists: tuple[Tensor, ...] | None = None
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Local attention.
 
     Args:
@@ -50,17 +51,38 @@ def attend(
             no part of a user's. None where the graph is to compute them.
 
     Returns:
-        ``(b, h, n, d_v)`` in ``q``'s dtype.
+        ``(b, h, n, d_v)`` in ``q``'s dtype, and with ``return_lse`` the log-sum-exps ``(b, h, n)``.
     """
+    if not is_placed(inputs):
+        return _attend(spec, rule_of(spec, inputs), inputs, tuning, lists)
+    inputs = with_offsets_in_memory(inputs)
+    rule, inputs, padding = _beside_queries(spec, rule_of(spec, inputs), inputs)
+    found = _attend(spec, rule, inputs, tuning, None)
+    if padding is None:
+        return found
+    before, after = padding
+    queries = slice(before, inputs.q.shape[2] - after)
+    if isinstance(found, Tensor):
+        return found[:, :, queries]
+    return found[0][:, :, queries], found[1][:, :, queries]
+
+
+def _attend(
+    spec: Spec,
+    call_rule: Rule,
+    inputs: Inputs,
+    tuning: Tuning,
+    lists: tuple[Tensor, ...] | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``attend``, over the keys and by the rule that are given."""
     q, k, v, mask, bias, seed, *_ = inputs
-    call_rule = rule_of(spec, inputs)
+    sinks, own_graph = inputs.sinks, lists is not None
     b, h, n, _ = q.shape
     h = plain_int(h)  # score_mods capture it, and cannot capture a symbolic int
     blocks = blocks_of(spec, call_rule, inputs, tuning)
-    rule = blocks.rule
     if mask is not None:
         # `expand` tells Dynamo that the mask's sizes are q's, however they were computed.
-        mask = mask.expand(-1, 1 if mask.shape[1] == 1 else h, n)
+        mask = mask.expand(-1, 1 if mask.shape[1] == 1 else h, k.shape[2])
         v = without_padding(v, mask)
         # Forward, kernels hide a score before they use it, so that hidden keys may hold NaN. Their
         # backward pass multiplies by hidden keys.
@@ -68,15 +90,20 @@ def attend(
             k = without_padding(k, mask)
     if spec.shared_qk:
         k = unit_keys(k)
-    layout = cast(KeyLayout, rule) if blocks.laid_out else None
+    layout = cast(KeyLayout, blocks.rule) if blocks.laid_out else None
     if layout is not None:
         v = layout.in_slots(v)
     if inputs.inv_freq is not None:
-        q, k = _positioned(call_rule, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
+        q, k = _turned(call_rule, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
+    draws = None
+    if spec.dropout > 0:
+        assert seed is not None
+        query, key = first_positions(inputs, call_rule)
+        of_keys = key_draws(seed, b * h, inputs.k.shape[2], key)
+        draws = query_draws(seed, b * h, n, query), _by_slot(layout, of_keys)
 
     kept = None if mask is None else _by_slot(layout, mask)
     on_gpu, d_v, grouped = q.device.type == "cuda", v.shape[-1], k.shape[1] != h
-    own_graph = lists is not None
     q, k, v = _as_kernels_read(q, k, v, tuning.decodes(n), own_graph)
     if lists is None:
         lists = blocks.lists(q.device, kept)
@@ -84,25 +111,85 @@ def attend(
     if bias is not None:
         bias_heads = plain_int(bias.shape[0])
         bias, margin = _bias_table(bias, bias_heads, blocks, on_gpu)
-    own_by_mask = spec.shared_qk and kept is None and bias is None and call_rule.is_window
-    ends = ends_alone(call_rule.window, n) if own_by_mask else None
-    looked_up = list(rule.tensors)
+    wants_lse = spec.return_lse or sinks is not None
+    # A log-sum-exp counts a token's own score, which the mask would hide.
+    own_by_mask = spec.shared_qk and kept is None and bias is None and not wants_lse
+    ends = ends_alone(call_rule.window, n) if own_by_mask and call_rule.is_window else None
+    looked_up = list(call_rule.for_scores().tensors)
+    if is_placed(inputs):
+        looked_up = [written_out(x) for x in looked_up]
     if layout is not None and layout.looks_up_length:
-        looked_up = [number_in_memory(n, q.device)]
-    rule_tensors, scale = len(looked_up), _scale(spec)
-    kernel = Kernel(blocks, rule_tensors, h, grouped, scale, bias_heads, margin, on_gpu, ends)
+        looked_up.append(number_in_memory(n, q.device))
+    fast_tanh = on_gpu and q.dtype in (torch.bfloat16, torch.float16)
+    scored = replace(blocks, rule=blocks.rule.for_scores())
+    kernel = Kernel(
+        scored, len(looked_up), h, grouped, _scale(spec), spec.softcap, fast_tanh, bias_heads,
+        margin, on_gpu, ends,
+    )  # fmt: skip
     if kept is not None:
         looked_up.append(kept)
     if kernel.last_alone:
         looked_up.append(number_in_memory(n, q.device))
-    if spec.dropout == 0:
-        arguments = kernel.arguments(lists, looked_up)
-        out: Tensor = flex_attention(q, k, v, score_mod=kernel.score_mod(bias), **arguments)
-        return _narrowed(out, d_v) if on_gpu or own_graph else copied(out)
-    assert seed is not None
-    draws = query_draws(seed, b * h, n), _by_slot(layout, key_draws(seed, b * h, n))
-    out = attend_dropped(kernel, spec.dropout, q, k, v, bias, draws, lists, tuple(looked_up))
-    return _narrowed(out, d_v)
+    if draws is not None or sinks is not None:
+        out, lse = attend_renormalised(
+            kernel, spec.dropout, q, k, v, bias, sinks, draws, lists, tuple(looked_up)
+        )
+        out = _narrowed(out, d_v)
+        return (out, own_score_mended(lse, spec.shared_qk)) if spec.return_lse else out
+    arguments = kernel.arguments(lists, looked_up)
+    score_mod = kernel.score_mod(bias, looked_up)
+    if spec.return_lse:
+        out, lse = attend_with_lse(q, k, v, score_mod=score_mod, **arguments)
+        return _narrowed(out, d_v), own_score_mended(lse, spec.shared_qk)
+    plain: Tensor = flex_attention(q, k, v, score_mod=score_mod, **arguments)
+    return _narrowed(plain, d_v) if on_gpu or own_graph else copied(plain)
+
+
+def with_offsets_in_memory(inputs: Inputs) -> Inputs:
+    """``inputs``, shaped, with offsets in tensors: a kernel would be compiled for each number."""
+    q_offset, kv_offset = inputs.q_offset, inputs.kv_offset
+    if not isinstance(q_offset, int) and not isinstance(kv_offset, int):
+        return inputs
+
+    def in_memory(offset: int | Tensor | None) -> Tensor | None:
+        if not isinstance(offset, int):
+            return offset
+        return number_in_memory(offset, inputs.q.device).view(1, 1, 1)
+
+    same = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset
+    first = in_memory(q_offset)
+    return inputs._replace(q_offset=first, kv_offset=first if same else in_memory(kv_offset))
+
+
+def _beside_queries(
+    spec: Spec, rule: Any, inputs: Inputs
+) -> tuple[Rule, Inputs, tuple[int, int] | None]:
+    """The rule and the call's keys, without those that no query may see where they are many.
+
+    xpos's layout wants as many queries as keys, each at the index of the key at its position.
+
+    Returns:
+        The rule, the inputs, and how many queries were added before and after the call's own.
+    """
+    n, m = inputs.q.shape[2], inputs.k.shape[2]
+    apart = not isinstance(rule.lead, int) or n != m
+    few = 2 * (n + rule.reach.back + rule.reach.ahead) <= m
+    aligned = apart and spec.xpos_base is not None
+    if not aligned and not (apart and few):
+        return rule, inputs, None
+    if aligned and isinstance(rule.lead, int):
+        rule = replace(rule, lead=number_in_memory(rule.lead, inputs.q.device).view(1, 1, 1))
+    rule, near = rule.beside(n, m)
+    mask = near.kept(inputs.mask)
+    if mask is not None:
+        mask = mask.expand(inputs.q.shape[0], -1, -1)
+    inputs = inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
+    if not aligned:
+        return rule, inputs, None
+    before, after = rule.reach.back, rule.reach.ahead
+    q = F.pad(inputs.q, (0, 0, before, after))
+    q_offset = inputs.q_offset - before
+    return rule.for_every_key(n), inputs._replace(q=q, q_offset=q_offset), (before, after)
 
 
 def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
@@ -113,12 +200,12 @@ def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
             for one origin.
     """
     b, h, n, _ = inputs.q.shape
-    slots, masked = n, inputs.mask is not None
+    slots, masked = inputs.k.shape[2], inputs.mask is not None
     laid_out = False
     if spec.xpos_base is not None:
-        windows = most_windows(rule.window, spec.xpos_base, inputs.q.dtype)
+        windows = most_windows(rule, spec.xpos_base, inputs.q.dtype)
         if n > windows * rule.window.size:
-            layout = KeyLayout(rule.window, windows, n)
+            layout = KeyLayout(rule, windows, n)
             rule, slots, laid_out = layout, layout.all_slots, True
     entries = b if rule.tensors else 1, plain_int(h)
     return Blocks(rule, n, slots, entries, masked, spec.shared_qk, tuning, laid_out)
@@ -126,26 +213,27 @@ def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
 
 def _scale(spec: Spec) -> float:
     assert spec.scale is not None
-    return spec.scale
+    return spec.scale if spec.softcap is None else spec.scale / spec.softcap
 
 
-def _positioned(
+def _turned(
     rule: Rule, layout: KeyLayout | None, inputs: Inputs, xpos: Xpos | None
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys, rotated, in their own dtypes; keys in their slots, if there is a layout."""
     q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
     assert inv_freq is not None
-    n, shift = q.shape[-2], 0 if rule.window is None else rule.window.after
+    shift = 0 if rule.window is None else rule.window.after
     q_factor = k_factor = None
     if xpos is not None:
-        q_factor, k_factor = _xpos_factors(xpos, rule, layout, n)
-    position = torch.arange(n, device=q.device)
-    # No `position + 0`: from the same expression Inductor makes one table for q and k.
-    turned_q = _rotated(q, position + shift if shift else position, inv_freq, q_factor)
+        q_factor, k_factor = _xpos_factors(xpos, rule, layout, q.shape[-2])
+    slots = k.shape[2] if layout is None else layout.all_slots
+    query, key = positions(rule if layout is None else layout, q, slots)
+    # No `query + 0`: from the same expression Inductor makes one table for q and k.
+    turned_q = _rotated(q, query + shift if shift else query, inv_freq, q_factor)
     if layout is None:
-        turned_k = _rotated(k, position, inv_freq, k_factor)
+        turned_k = _rotated(k, key, inv_freq, k_factor)
     else:
-        turned_k = rotate(k, layout.slot_positions(k.device), inv_freq, k_factor, layout)
+        turned_k = rotate(k, key, inv_freq, k_factor, layout)
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
@@ -153,10 +241,10 @@ def _xpos_factors(
     xpos: Xpos, rule: Rule, layout: KeyLayout | None, n: int
 ) -> tuple[Tensor, Tensor]:
     """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
-    window, dtype = rule.window, torch.float32
+    shift, dtype = rule.window.after, torch.float32
     if layout is None:
-        return xpos.scales(n, 0, 0, window.after, dtype)
-    query, slot = xpos.scales(layout.segment, window.before, window.after, window.after, dtype)
+        return xpos.scales(n, 0, 0, shift, dtype)
+    query, slot = xpos.scales(layout.segment, layout.before, layout.after, shift, dtype)
     return query.repeat(layout.count, 1)[:n], slot.repeat(layout.count, 1)
 
 
@@ -168,7 +256,8 @@ def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | Non
     """
     if x.stride(1) >= x.stride(2):
         return rotate(x, position, inv_freq, factor)
-    by_token, position = x.transpose(1, 2), position[:, None]
+    by_token = x.transpose(1, 2)
+    position = position[:, None] if position.dim() == 1 else position.transpose(1, 2)
     factor = None if factor is None else factor[:, None]
     return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
 

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, rule_of
+from ..spec import Inputs, Spec, is_placed
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
-from .attend import attend, blocks_of
+from .attend import attend, blocks_of, with_offsets_in_memory
 from .kernel import Blocks
 from .tuning import Tuning, tuning_of
 
 _Lists = tuple[Tensor, ...]
 """The index tensors of a block mask."""
 
+_Result = Tensor | tuple[Tensor, Tensor]
+"""The output, and the log-sum-exps where these are asked for."""
 
-def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], Tensor]:
+
+def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Result]:
     """Local attention in one fused kernel, for calls like this one.
 
     Args:
@@ -32,32 +35,44 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], Tens
     tuning = tuning_of(spec, inputs, flash)
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)
-    blocks = blocks_of(spec, rule_of(spec, inputs), inputs, tuning)
     q, k, v, mask, bias, _, inv_freq, *_ = inputs
     # Each kernel has a callable of its own, so that torch's recompile limit counts for it alone.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
-    optional = mask is not None, None if bias is None else bias.shape[0], inv_freq is not None
+    optional = (
+        mask is not None,
+        None if bias is None else bias.shape[0],
+        inv_freq is not None,
+        *(x is not None for x in inputs[_FIRST_OPTIONAL:]),
+    )
     compiled = _compiled(
         spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *optional,
         torch.is_grad_enabled(),
     )  # fmt: skip
-    device, lists_vary = q.device, mask is not None or bool(inputs.rule_tensors)
+    device, placed = q.device, is_placed(inputs)
+    blocks = None  # where the graph makes the lists of each call
+    if mask is None and not inputs.rule_tensors and not placed:
+        blocks = blocks_of(spec, spec.rule, inputs, tuning)
 
-    def run(inputs: Inputs) -> Tensor:
+    def run(inputs: Inputs) -> _Result:
+        if placed:
+            inputs = with_offsets_in_memory(inputs)
         if device.type == "cpu":  # its kernels refuse what requires a gradient, if under no_grad
             inputs = Inputs(*map(_detached, inputs))
-        return compiled(None if lists_vary else _lists(blocks, device), *inputs)
+        return compiled(None if blocks is None else _lists(blocks, device), *inputs)
 
     return run
 
 
-def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> Tensor:
+_FIRST_OPTIONAL = Inputs._fields.index("sinks")
+
+
+def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> _Result:
     return attend(spec, inputs, tuning)
 
 
 @lru_cache(maxsize=256)
-def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., Tensor]:
-    def call(lists: _Lists | None, *inputs: Any) -> Tensor:
+def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., _Result]:
+    def call(lists: _Lists | None, *inputs: Any) -> _Result:
         if not torch.compiler.is_compiling():  # FlexAttention would hold every score
             raise RuntimeError(
                 "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
@@ -71,7 +86,7 @@ def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., Tensor
     own = types.FunctionType(
         call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
     )
-    compiled: Callable[..., Tensor] = torch.compile(
+    compiled: Callable[..., _Result] = torch.compile(
         own,
         fullgraph=True,
         backend=inductor,

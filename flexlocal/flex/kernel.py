@@ -13,8 +13,9 @@ from ..masks.block_lists import block_lists, from_lists, lists_have_gaps
 from ..masks.keys import padding_mod
 from ..masks.rule import MaskMod, Rule, mask_mod
 from ..mods.bias import Place, added, bias_place
-from ..mods.score import Mod, ScoreMod, in_turn
+from ..mods.score import ScoreMod, in_turn
 from ..mods.shared_qk import but_itself_mod, itself_last
+from ..mods.softcap import capped
 from .tuning import STOCK_BLOCK, Tuning
 
 _MANY_BLOCKS = 4
@@ -28,7 +29,7 @@ class Blocks:
     Attributes:
         rule: the rule, over key slots where xpos lays keys out. Its tensors are meta tensors where
             the blocks are kept.
-        n: tokens.
+        n: queries.
         slots: keys, or slots of their layout.
         entries: batch entries and heads that the rule tells apart; 1 batch entry without tensors.
         masked: a key mask hides keys.
@@ -58,17 +59,18 @@ class Blocks:
         if self.shared_qk and (window is None or not window.causal):
             return True  # kernels apply no mask to full blocks, which may hold the query's own key
         few_blocks = self.rule.reach.keys < _MANY_BLOCKS * self.tuning.block
-        return self.tuning.one_list and (self.masked and few_blocks or self._windows_leave_gaps)
+        # Documents are listed as their windows are: a packed row has the bits of calls of its own.
+        gaps = self._leave_gaps(self.rule if window is None else window)
+        return self.tuning.one_list and (self.masked and few_blocks or gaps)
 
     @property
     def have_gaps(self) -> bool:
         """Whether a list may leave blocks out between others."""
         # A key mask leaves gaps wherever it hides all keys of a block.
-        return not self.one_list and (self.masked or self._windows_leave_gaps)
+        return not self.one_list and (self.masked or self._leave_gaps(self.rule))
 
-    @property
-    def _windows_leave_gaps(self) -> bool:
-        return lists_have_gaps(self.rule, self.lengths, self.tuning.block)
+    def _leave_gaps(self, rule: Rule) -> bool:
+        return lists_have_gaps(rule, self.lengths, self.tuning.block)
 
     def lists(self, device: torch.device, kept: Tensor | None = None) -> tuple[Tensor, ...]:
         """The index tensors of the block mask.
@@ -100,11 +102,13 @@ class Kernel:
     """A kernel's mask, score function and options. It holds no tensors: its methods are given them.
 
     Attributes:
-        blocks: the sparse blocks.
+        blocks: the sparse blocks, with ``Rule.for_scores``.
         rule_tensors: how many tensors the rule looks up.
         heads: query heads.
         grouped: there are fewer key heads than query heads.
-        scale: factor on the query-key products.
+        scale: factor on the query-key products, divided by ``softcap`` where there is one.
+        softcap: bound of scores, None without one.
+        fast_tanh: how they are capped, see ``mods.softcap``.
         bias_heads: heads of the bias, which rows take in turn; None without a bias.
         margin: columns of the bias on either side beyond the window's; None where columns are
             clipped instead.
@@ -119,6 +123,8 @@ class Kernel:
     heads: int
     grouped: bool
     scale: float
+    softcap: float | None
+    fast_tanh: bool
     bias_heads: int | None
     margin: int | None
     on_gpu: bool
@@ -139,38 +145,53 @@ class Kernel:
         """Whether the mask needs the length, to know the last token."""
         return self.ends_alone is not None and self.ends_alone[1]
 
+    def rule_over(self, looked_up: Sequence[Tensor]) -> Rule:
+        """The rule over tensors of its own; ``looked_up`` as for ``mask_mod``."""
+        if not self.rule_tensors:
+            return self.rule
+        return self.rule.with_tensors(tuple(looked_up[: self.rule_tensors]))
+
     def mask_mod(self, looked_up: Sequence[Tensor]) -> MaskMod:
         """Which key slots a query sees.
 
         Args:
-            looked_up: what the mask looks up: the rule's tensors, then the key mask ``(batch, heads
-                or 1, slots)`` where there is one, then the length, 0-d, where ``last_alone``.
+            looked_up: what kernels look up beside a bias: the rule's tensors, then the key mask
+                ``(batch, heads or 1, slots)`` where there is one, then the length, 0-d, where
+                ``last_alone``.
         """
-        rule, rest = self.rule, looked_up[self.rule_tensors :]
-        if self.rule_tensors:
-            rule = rule.with_tensors(tuple(looked_up[: self.rule_tensors]))
+        rule, rest = self.rule_over(looked_up), looked_up[self.rule_tensors :]
         if self.ends_alone is not None:  # there is no key mask then
             return but_itself_mod(rule, rest[0] if rest else self.blocks.n, self.ends_alone)
         visible = mask_mod(rule)
         return and_masks(visible, padding_mod(rest[0])) if rest else visible
 
-    @property
-    def own_score(self) -> Mod | None:
-        """What sets the score of a token with itself, where that is set."""
-        return itself_last(self.rule) if self.sets_own_score else None
-
-    def score_mod(self, bias: Tensor | None) -> ScoreMod | None:
-        """What is done to a score: the bias is added, then a token's own score is set."""
-        mods = [] if bias is None else [added(bias, self.bias_place)]
-        if self.own_score is not None:
-            mods.append(self.own_score)
+    def score_mod(self, bias: Tensor | None, looked_up: Sequence[Tensor]) -> ScoreMod | None:
+        """What is done to a score: it is capped, the bias added, a token's own score set."""
+        mods = [] if self.softcap is None else [capped(self.softcap, self.fast_tanh)]
+        if bias is not None:
+            mods.append(added(bias, self.bias_place(looked_up)))
+        if self.sets_own_score:
+            mods.append(itself_last(self.rule_over(looked_up)))
         return in_turn(*[mod.value for mod in mods])
 
-    @property
-    def bias_place(self) -> Place:
+    def pulled_back(
+        self, grad: Tensor, score: Tensor, place: Sequence[Tensor], looked_up: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of a score with its bias, and without, from that of ``score_mod``."""
+        if self.sets_own_score:
+            own = itself_last(self.rule_over(looked_up)).gradient
+            assert own is not None
+            grad = own(grad, score, *place)
+        if self.softcap is None:
+            return grad, grad
+        slope = capped(self.softcap, self.fast_tanh).gradient
+        assert slope is not None
+        return grad, slope(grad, score, *place)
+
+    def bias_place(self, looked_up: Sequence[Tensor]) -> Place:
         """The indices into the bias for a score."""
         assert self.bias_heads is not None
-        return bias_place(self.rule, self.heads, self.bias_heads, self.margin)
+        return bias_place(self.rule_over(looked_up), self.heads, self.bias_heads, self.margin)
 
     def arguments(self, lists: tuple[Tensor, ...], looked_up: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of ``flex_attention``: all but the tensors and the score_mod."""

@@ -3,7 +3,7 @@
 import torch
 
 from ..rotary import xpos_fits
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Spec, xpos_tokens
 from ..torch_limits import MOST_HEAD, is_exporting, unavailable
 
 
@@ -15,16 +15,22 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
         return reason
     if is_exporting():
         return "torch.export cannot hold FlexAttention's kernel"
-    if q.numel() == 0 or v.numel() == 0:
+    if 0 in (q.numel(), k.numel(), v.numel()):
         return "there is nothing to compute: a tensor is empty"
-    if spec.xpos_base is not None and not xpos_fits(spec.rule.window, spec.xpos_base, q.dtype):
+    base = spec.xpos_base
+    if base is not None and not xpos_fits(xpos_tokens(spec, inputs), base, q.dtype):
         return f"xpos's factors of windows that reach so far overflow {q.dtype}"
     if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
         return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":
-        tensors = [x for x in (q, k, v, inputs.bias) if x is not None]
+        tensors = [x for x in (q, k, v, inputs.bias, inputs.sinks) if x is not None]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return "FlexAttention has no backward pass on the CPU; torch.no_grad() would do"
-        if spec.dropout > 0:
-            return "FlexAttention gives no log-sum-exp on the CPU, which dropout needs"
+        needing = {
+            "dropout": spec.dropout > 0,
+            "sinks": inputs.sinks is not None,
+            "return_lse": spec.return_lse,
+        }
+        for name in (name for name, needs in needing.items() if needs):
+            return f"FlexAttention gives no log-sum-exp on the CPU, which {name} needs"
     return None

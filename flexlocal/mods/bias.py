@@ -33,8 +33,8 @@ def bias_place(rule: Rule, heads: int, bias_heads: int, margin: int | None = Non
     def place(
         batch: Tensor, head: Tensor, query: Tensor, key: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        position = rule.query_position(batch, query)
-        column = rule.key_position(batch, query, key) - window.span_start(position)
+        position = rule.query_position(batch, head, query)
+        column = rule.seen_position(batch, head, query, key) - window.span_start(position)
         if margin is None:
             column = at_most(at_least(column, 0), window.span - 1)
         else:

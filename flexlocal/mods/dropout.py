@@ -1,10 +1,10 @@
 """Which attention weights dropout keeps: a counter-based draw, the same on every path.
 
 Every query and every key of a row (one head of one batch entry) gets a random odd 32-bit number,
-hashed from the seed, the row and its index. The product of two, modulo 2**32, is compared with a
-threshold and decides whether the weight between them is kept. That is one multiplication for each
-weight, and there is no state: the backward pass, a recomputation or the other path drops the same
-weights.
+hashed from the seed, the row and its position in the whole sequence. The product of two, modulo
+2**32, is compared with a threshold and decides whether the weight between them is kept. That is one
+multiplication for each weight, and there is no state: the backward pass, a recomputation, the other
+path or a call over a part of the sequence drops the same weights.
 """
 
 import torch
@@ -20,14 +20,18 @@ MOST_DROPOUT = 1 - 2**-32
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 
-def query_draws(seed: Tensor, rows: int, length: int) -> Tensor:
-    """One number for each query: int32 ``(rows, length)`` on ``seed``'s device."""
-    return _draws(seed, rows, length, stream=1)
+def query_draws(seed: Tensor, rows: int, length: int, first: int | Tensor = 0) -> Tensor:
+    """One number for each query: int32 ``(rows, length)`` on ``seed``'s device.
+
+    Args:
+        first: position of the first query, a number or integer ``(rows, 1)``.
+    """
+    return _draws(seed, rows, length, first, stream=1)
 
 
-def key_draws(seed: Tensor, rows: int, length: int) -> Tensor:
-    """One number for each key: int32 ``(rows, length)`` on ``seed``'s device."""
-    return _draws(seed, rows, length, stream=0)
+def key_draws(seed: Tensor, rows: int, length: int, first: int | Tensor = 0) -> Tensor:
+    """One number for each key, as ``query_draws``."""
+    return _draws(seed, rows, length, first, stream=0)
 
 
 def keeps(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
@@ -36,10 +40,10 @@ def keeps(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
     return query_draw * key_draw >= round((dropout - 0.5) * 2**32)
 
 
-def _draws(seed: Tensor, rows: int, length: int, stream: int) -> Tensor:
+def _draws(seed: Tensor, rows: int, length: int, first: int | Tensor, stream: int) -> Tensor:
     row = torch.arange(rows, device=seed.device)[:, None]
-    index = torch.arange(length, device=seed.device)
-    mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + index)
+    position = torch.arange(length, device=seed.device) + first
+    mixed = _mix(_mix(_mix(seed) + 2 * row + stream) + position)
     return written_out((mixed >> 32).to(torch.int32) | 1)
 
 

@@ -41,14 +41,22 @@ def itself_last(rule: Rule) -> Mod:
     """Sets the score of a token with itself to a constant, whose gradient is 0."""
 
     def value(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.where(_own(rule, batch, query, key), SELF_SCORE_OF_KERNELS, score)
+        return torch.where(own_key(rule, batch, head, query, key), SELF_SCORE_OF_KERNELS, score)
 
     def gradient(
         grad: Tensor, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
     ) -> Tensor:
-        return torch.where(_own(rule, batch, query, key), 0.0, grad)
+        return torch.where(own_key(rule, batch, head, query, key), 0.0, grad)
 
     return Mod(value, gradient)
+
+
+def own_score_mended(lse: Tensor, shared_qk: bool) -> Tensor:
+    """Log-sum-exps of kernels, as the true ``SELF_SCORE`` would make them."""
+    if not shared_qk:
+        return lse
+    alone = (lse - SELF_SCORE_OF_KERNELS).abs() < 1
+    return torch.where(alone, lse + (SELF_SCORE - SELF_SCORE_OF_KERNELS), lse)
 
 
 def ends_alone(window: Window, n: int) -> tuple[bool, bool]:
@@ -94,7 +102,7 @@ def _beside_itself(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> Mask
     visible = mask_mod(rule)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        others = ~_own(rule, batch, query, key)
+        others = ~own_key(rule, batch, head, query, key)
         if first_alone:
             others = others | (query == 0)
         if last_alone:
@@ -104,9 +112,10 @@ def _beside_itself(rule: Rule, n: int | Tensor, ends: tuple[bool, bool]) -> Mask
     return sees
 
 
-def _own(rule: Rule, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the key is the query's own, by position."""
-    own: Tensor = rule.key_position(batch, query, key) == rule.query_position(batch, query)
+def own_key(rule: Rule, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the key is the query's own, by position; of keys that the query does not see, any."""
+    itself = rule.query_position(batch, head, query)
+    own: Tensor = rule.seen_position(batch, head, query, key) == itself
     return own
 
 
@@ -114,14 +123,21 @@ def _alone(window: Window, n: int, token: int) -> bool:
     return at_least(window.first_key(token), 0) == at_most(window.last_key(token), n - 1)
 
 
-# For the eager path: scores ``(..., t, s)`` of tiles, whose query ``i`` is key ``before + i``.
+# For the eager path: scores ``(..., t, s)`` of tiles. ``own`` tells a query's own key, and is None
+# where query ``i`` is key ``before + i``.
 
 
-def set_own_scores(scores: Tensor, before: int) -> None:
+def set_own_scores(scores: Tensor, before: int, own: Tensor | None = None) -> None:
     """Sets the scores of tokens with themselves, in place."""
-    scores.diagonal(before, -2, -1).fill_(SELF_SCORE)
+    if own is None:
+        scores.diagonal(before, -2, -1).fill_(SELF_SCORE)
+    else:
+        scores.masked_fill_(own, SELF_SCORE)
 
 
-def clear_own_gradients(grad_scores: Tensor, before: int) -> None:
+def clear_own_gradients(grad_scores: Tensor, before: int, own: Tensor | None = None) -> None:
     """Sets the gradients of the scores of tokens with themselves to 0, in place."""
-    grad_scores.diagonal(before, -2, -1).zero_()
+    if own is None:
+        grad_scores.diagonal(before, -2, -1).zero_()
+    else:
+        grad_scores.masked_fill_(own, 0.0)

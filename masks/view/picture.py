@@ -11,7 +11,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ..arguments import check_block_size, check_count, kind_of
+from ..arguments import check_block_size, check_count, check_integers, kind_of
+from ..placed import place
 from ..rule import Rule
 from ..spans import MOST_DENSE
 from ..window import as_rule
@@ -36,6 +37,9 @@ def inspect(
     head_size: int = 64,
     batch: int = 0,
     head: int = 0,
+    documents: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_offset: int | Tensor | None = None,
 ) -> "MaskPicture":
     """A picture of which keys the queries of ``rule`` see.
 
@@ -49,6 +53,10 @@ def inspect(
         head_size: channels of a head, for the floating-point operations.
         batch, head: the batch entry and the head to show, for rules that differ by them; at
             least 0.
+        documents: integer ``(batch, n_keys)`` or ``(n_keys,)``, see ``local_attention``; with a
+            ``Window`` only, as the offsets.
+        q_offset, kv_offset: position of the first query and of the first key, ints or integer
+            ``(batch,)``.
 
     Raises:
         ValueError: a number out of range, or a key mask of another shape or dtype.
@@ -67,6 +75,8 @@ def inspect(
     check_count("head_size", head_size)
     check_count("batch", batch, least=0)
     check_count("head", head, least=0)
+    if not documents is q_offset is kv_offset is None:
+        rule = _placed(rule, n, keys, batch, documents, q_offset, kv_offset)
     sizes, kept = check_block_size(block_size), _checked_mask(key_mask, keys)
     return MaskPicture(rule, n, keys, kept, sizes, head_size, batch, head)
 
@@ -193,8 +203,10 @@ class MaskPicture:
         slot = torch.arange(self.n_keys, device="cpu")
         first, last = (end[:, None] for end in self._bounds(query))
         kinds = torch.where((first <= slot) & (slot <= last), SEEN, HIDDEN)
-        position = self.rule.key_position(self.batch, query[:, None], slot)
-        kinds = kinds.masked_fill((kinds == SEEN) & (position == query[:, None]).cpu(), OWN)
+        entry = self.batch, self.head
+        own = self.rule.query_position(*entry, query)[:, None]
+        own = self.rule.seen_position(*entry, query[:, None], slot) == own
+        kinds = kinds.masked_fill((kinds == SEEN) & own, OWN)
         if self.key_mask is not None:
             kinds = kinds.masked_fill((kinds >= SEEN) & ~self.key_mask, STRUCK)
         return kinds
@@ -243,6 +255,52 @@ class MaskPicture:
         if step == 1:
             return self.query(row)
         return f"queries {row * step} to {min((row + 1) * step, self.n) - 1}"
+
+
+def _placed(
+    rule: Rule,
+    n: int,
+    n_keys: int,
+    batch: int,
+    documents: Tensor | None,
+    q_offset: int | Tensor | None,
+    kv_offset: int | Tensor | None,
+) -> Rule:
+    """``rule`` over the positions of one batch entry."""
+    if not rule.is_window:
+        raise ValueError(
+            "documents, q_offset and kv_offset must be None but with a Window, got "
+            f"{type(rule).__name__}"
+        )
+    if documents is not None:
+        check_integers("documents", documents)
+        rows = documents[None] if documents.dim() == 1 else documents
+        if rows.dim() != 2 or rows.shape[1] != n_keys:
+            raise ValueError(
+                f"documents must have the shape (batch, {n_keys}) or ({n_keys},), "
+                f"got {tuple(documents.shape)}"
+            )
+        documents = _entry("documents", rows, batch).cpu()[None, None]
+    offsets = []
+    for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
+        if isinstance(offset, Tensor):
+            check_integers(name, offset)
+            if offset.dim() != 1:
+                raise ValueError(f"{name} must have the shape (batch,), got {tuple(offset.shape)}")
+            offset = int(_entry(name, offset, batch))
+        elif offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
+            raise TypeError(f"{name} must be an int or a tensor, got {kind_of(offset)}")
+        offsets.append(offset or 0)
+    return place(rule.window, n, n_keys, documents, *offsets)
+
+
+def _entry(name: str, x: Tensor, batch: int) -> Tensor:
+    """What ``x`` says of a batch entry."""
+    if len(x) == 1:
+        return x[0]
+    if batch >= len(x):
+        raise ValueError(f"batch must be below the {len(x)} entries of {name}, got {batch}")
+    return x[batch]
 
 
 def _checked_mask(key_mask: object, n_keys: int) -> Tensor | None:

@@ -41,6 +41,7 @@ def query_words(
     if i >= n:
         raise ValueError(f"query must be at least 0 and below {n}, got {i}")
     first, last = (int(end) for end in rule.keys(batch, head, i))
+    position = int(rule.query_position(batch, head, i))
     start = max(first, 0)
     slots = torch.arange(start, max(min(last + 1, n_keys), start), device="cpu")
     struck = slots[:0]
@@ -48,8 +49,9 @@ def query_words(
         kept = key_mask[slots]
         slots, struck = slots[kept], slots[~kept]
     if len(slots):
-        position = rule.key_position(batch, torch.tensor(i, device="cpu"), slots)
-        included = "included" if bool((position == i).any()) else "not among them"
+        query = torch.tensor(i, device="cpu")
+        own = rule.seen_position(batch, head, query, slots) == position
+        included = "included" if bool(own.any()) else "not among them"
         count = "1 key" if len(slots) == 1 else f"{len(slots):,} keys"
         lines = [f"query {i} sees {count}: {_listed(slots)}, the query's own {included}"]
     else:
@@ -57,19 +59,24 @@ def query_words(
     if len(struck):
         lines.append(f"hidden by the key mask: {_listed(struck)}")
     if rule.is_window:
-        if not rule.window.exact:
-            lines.append(_place(rule.window, i))
+        lines += _place(rule.window, i, "tokens")
         lines += _cut(first, last, n_keys)
+    elif rule.window is not None and position != i:
+        lines.append(f"its position is {position}")
+        lines += _place(rule.window, position, "positions")
     return QueryWords("\n".join(lines))
 
 
-def _place(window: Window, i: int) -> str:
-    number, place = divmod(i, window.size)
+def _place(window: Window, position: int, counted: str) -> list[str]:
+    """The window that a query stands in, unless the window slides with it."""
+    if window.exact or position < 0:
+        return []
+    number, place = divmod(position, window.size)
     start = number * window.size
-    return (
-        f"it stands in window {number}, tokens {start} to {start + window.size - 1}, "
+    return [
+        f"it stands in window {number}, {counted} {start} to {start + window.size - 1}, "
         f"as token {place} of it"
-    )
+    ]
 
 
 def _cut(first: int, last: int, n_keys: int) -> list[str]:

@@ -34,7 +34,7 @@ def test_by_the_window_alone(rule, n, windows_each):
     # Kernels leave keys out that are not there, and slots of other segments.
     visible &= mask_mod(layout)(0, 0, query, slot)
     seen = torch.zeros(n, n, dtype=torch.bool)
-    key = layout.key_position(0, query, slot).expand_as(visible)
+    key = layout.seen_position(0, 0, query, slot).expand_as(visible)
     seen[query.expand_as(visible)[visible], key[visible]] = True
     assert visible.sum() == seen.sum()
     assert torch.equal(seen, expected(rule.mask(n)))

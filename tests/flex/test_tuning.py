@@ -59,6 +59,8 @@ def kernel_of(blocks):
         heads=2,
         grouped=False,
         scale=1.0,
+        softcap=None,
+        fast_tanh=False,
         bias_heads=None,
         margin=None,
         on_gpu=True,

@@ -50,6 +50,12 @@ def mask(*shape):
 
 
 CONSTRUCTOR = [
+    Wrong("no softcap", ValueError, ("softcap", "above 0", "got 0"), {"softcap": 0}),
+    Wrong("softcap below 0", ValueError, ("softcap", "above 0", "got -2.0"), {"softcap": -2.0}),
+    Wrong("endless softcap", ValueError, ("softcap", "finite", "inf"), {"softcap": float("inf")}),
+    Wrong("softcap of text", TypeError, ("softcap", "a number or None", "'5'"), {"softcap": "5"}),
+    Wrong("no theta", ValueError, ("theta", "above 0", "got 0.0"), {"theta": 0.0}),
+    Wrong("theta of None", TypeError, ("theta", "a number", "None"), {"theta": None}),
     Wrong("zero window", ValueError, ("window_size", "0", POSITIVE), {"window_size": 0}),
     Wrong("negative window", ValueError, ("window_size", "-3", POSITIVE), {"window_size": -3}),
     Wrong("float window", TypeError, ("window_size", "2.5", INTEGER), {"window_size": 2.5}),
@@ -384,6 +390,114 @@ CALL = [
         ValueError,
         ("attn_bias", "4", "6"),
         call=lambda: tensors(attn_bias=torch.randn(4, W, 15)),
+    ),
+    Wrong(
+        "documents of another length",
+        ValueError,
+        ("documents", "(20,) or (batch, 20)", "6 rows", "got (2, 19)"),
+        call=lambda: tensors(documents=torch.zeros(B, 19).long()),
+    ),
+    Wrong(
+        "documents of another batch",
+        ValueError,
+        ("documents", "a divisor of q's 6 rows", "got (4, 20)"),
+        call=lambda: tensors(documents=torch.zeros(4, N).long()),
+    ),
+    Wrong(
+        "documents of floats",
+        ValueError,
+        ("documents", "an integer dtype", "float32"),
+        call=lambda: tensors(documents=torch.zeros(B, N)),
+    ),
+    Wrong(
+        "documents of booleans",
+        ValueError,
+        ("documents", "an integer dtype", "bool"),
+        call=lambda: tensors(documents=mask(B, N)),
+    ),
+    Wrong(
+        "documents as a list",
+        TypeError,
+        ("documents", "a tensor", "list"),
+        call=lambda: tensors(documents=[0] * N),
+    ),
+    Wrong(
+        "documents elsewhere",
+        ValueError,
+        ("documents", "meta", "cpu"),
+        call=lambda: tensors(documents=torch.zeros(N, device="meta").long()),
+    ),
+    Wrong(
+        "an offset of a float",
+        TypeError,
+        ("q_offset", "an int or a tensor", "got 2.0 of type float"),
+        call=lambda: tensors(q_offset=2.0),
+    ),
+    Wrong(
+        "an offset of a flag",
+        TypeError,
+        ("kv_offset", "an int or a tensor", "got True of type bool"),
+        call=lambda: tensors(kv_offset=True),
+    ),
+    Wrong(
+        "offsets of floats",
+        ValueError,
+        ("q_offset", "an integer dtype", "float32"),
+        call=lambda: tensors(q_offset=torch.zeros(B)),
+    ),
+    Wrong(
+        "offsets of another batch",
+        ValueError,
+        ("kv_offset", "of shape (batch,), batch a divisor of q's 6 rows", "got (4,)"),
+        call=lambda: tensors(kv_offset=torch.zeros(4).long()),
+    ),
+    Wrong(
+        "an offset without a batch",
+        ValueError,
+        ("q_offset", "of shape (batch,)", "got ()"),
+        call=lambda: tensors(q_offset=torch.tensor(3)),
+    ),
+    Wrong(
+        "offsets elsewhere",
+        ValueError,
+        ("q_offset", "meta", "cpu"),
+        call=lambda: tensors(q_offset=torch.zeros(B, device="meta").long()),
+    ),
+    Wrong(
+        "sinks as a number",
+        TypeError,
+        ("sinks", "a tensor or None", "float"),
+        call=lambda: tensors(sinks=0.5),
+    ),
+    Wrong(
+        "sinks of heads that do not divide the rows",
+        ValueError,
+        ("sinks", "(heads,), heads a divisor of q's 6 rows", "got (4,)"),
+        call=lambda: tensors(sinks=torch.zeros(4)),
+    ),
+    Wrong(
+        "sinks of integers",
+        ValueError,
+        ("sinks", "floating-point", "int64"),
+        call=lambda: tensors(sinks=torch.zeros(H).long()),
+    ),
+    Wrong(
+        "sinks elsewhere",
+        ValueError,
+        ("sinks", "meta", "cpu"),
+        call=lambda: tensors(sinks=torch.zeros(H, device="meta")),
+    ),
+    Wrong(
+        "return_lse of a number",
+        TypeError,
+        ("return_lse", "True or False", "got 1 of type int"),
+        call=lambda: tensors(return_lse=1),
+    ),
+    Wrong(
+        "v of another length than k",
+        ValueError,
+        ("v", "agree with k (2, 3, 15, 6)", "got (2, 3, 16, 7)"),
+        call=lambda: tensors(k=torch.randn(B, H, 15, D), v=torch.randn(B, H, 16, D_V), q_offset=3),
     ),
 ]
 BACKENDS = ["auto", "eager", "flex"]

@@ -84,6 +84,37 @@ def test_what_cannot_rotate_is_refused(arguments, says):
         Rotary(*arguments)
 
 
+def test_theta_is_the_base_of_the_frequencies():
+    c = torch.arange(4, dtype=torch.float64)
+    torch.testing.assert_close(Rotary(8, theta=500.0).inv_freq.double(), 500.0 ** (-2 * c / 8))
+    with pytest.raises(ValueError, match="^theta must be finite and above 0, got -1$"):
+        Rotary(8, theta=-1)
+    layer = LocalAttention(4, dim=8, theta=500.0)
+    rounded = {name: x.bfloat16() for name, x in layer.state_dict().items()}
+    layer.load_state_dict(rounded)
+    assert torch.equal(layer.rel_pos.inv_freq, Rotary(8, theta=500.0).inv_freq)
+
+
+@pytest.mark.parametrize("xpos", [False, True])
+def test_a_call_gives_what_the_documented_module_gives(xpos):
+    upstream = pytest.importorskip(
+        "local_attention.rotary", reason="local-attention is not installed"
+    )
+    theirs = upstream.SinusoidalEmbeddings(8, scale_base=6.0, use_xpos=xpos)
+    keys = torch.randn(2, 3, 19, 8)
+    for ours, expected in zip(Rotary(8, xpos, 6.0)(keys), theirs(keys), strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_call_with_positions():
+    rotary, keys = Rotary(8, True, 6.0), torch.randn(2, 19, 8)
+    angles, factors = rotary(keys)
+    shuffled = torch.randperm(19).expand(2, 19)
+    found = rotary(keys, shuffled)
+    assert torch.equal(found[0], angles[shuffled]) and torch.equal(found[1], factors[shuffled])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("assign", [False, True])
 def test_frequencies_are_exact_whatever_they_were_saved_in(dtype, assign):

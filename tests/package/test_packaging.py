@@ -232,12 +232,12 @@ def imports(name, path):
 FLOORS = (
     {"torch_limits"},
     {"masks"},
-    {"masks.view", "rotary", "autocast", "regions", "mods"},
+    {"masks.view", "rotary", "autocast", "regions", "mods", "merge"},
     {"spec"},
     {"checks", "eager", "flex"},  # which know nothing of each other
     {"dispatch"},
     {"functional"},
-    {"layer"},
+    {"layer", "varlen"},
     {"cli"},
     {"__main__"},
 )
