@@ -144,18 +144,18 @@ class Placed(Rule):
         )
 
     def beside(self, queries: int, keys: int) -> tuple["Placed", "Nearby"]:
-        """The rule over those keys alone that some query may see.
+        """The rule over those keys alone that some query may see, and over one at least.
 
         Args:
-            queries, keys: how many there are.
+            queries, keys: how many there are, at least 1.
 
         Returns:
             The rule, whose ``lead`` is a number, and which keys these are.
         """
         back, ahead = self.reach.back, self.reach.ahead
         if isinstance(self.lead, int):
-            start = min(max(0, self.lead - back), keys)
-            stop = min(max(start, self.lead + queries + ahead), keys)
+            start = min(max(0, self.lead - back), keys - 1)
+            stop = min(max(start + 1, self.lead + queries + ahead), keys)
             return self._from(start, Nearby(start, stop)), Nearby(start, stop)
         index = torch.arange(queries + back + ahead, device=self.lead.device) - back + self.lead
         exists = (index >= 0) & (index < keys)

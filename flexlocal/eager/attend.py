@@ -29,6 +29,10 @@ _LEAST_TILE = 64
 """Fewest queries in a tile: a processor spends most of smaller matrix products on overhead."""
 
 
+_VECTOR = 16
+"""Numbers in a vector of the processor."""
+
+
 def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     """Local attention.
 
@@ -167,7 +171,8 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> 
         if step > 1:
             least = _LEAST_TILE
         tile = -(-least // step) * step
-        before, after = reach.around(tile)
+        # Rows of scores that are whole vectors long make matrix products faster.
+        before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
     return Sizes(b, h, k.shape[1], n, m, tile=tile, before=before, after=after, lead=rule.lead)
 
 

@@ -145,12 +145,15 @@ class Formula:
             hidden = (scores == -torch.inf).all(-1, keepdim=True)
             scores = scores.masked_fill(hidden, 0.0)
             blind = hidden if blind is None else hidden | blind
+        weights = scores.softmax(-1)
         if not spec.return_lse and operands.sinks is None:
-            return Weighed(scores.softmax(-1), blind, None, backward)
-        lse = scores.logsumexp(-1, keepdim=True)
+            return Weighed(weights, blind, None, backward)
+        # From the highest score and its weight: logsumexp would take the exponentials once more.
+        lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
         if operands.sinks is not None:
-            lse = with_sink(lse, self.sinks(tiles, operands.sinks))
-        return Weighed((scores - lse).exp(), blind, lse, backward)
+            total = with_sink(lse, self.sinks(tiles, operands.sinks))
+            weights, lse = weights * (lse - total).exp(), total
+        return Weighed(weights, blind, lse, backward)
 
     def sinks(self, tiles: Tiles, sinks: Tensor) -> Tensor:
         """The sink of each head, ``(b, h, 1, 1, 1)``."""
