@@ -46,7 +46,8 @@ def local_attention_varlen(
     arguments["documents"] = documents_from_cu_seqlens(cu_seqlens, k.shape[0])
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     found = local_attention(q, k, v, window, **arguments)
+    # Not found[0], whose gradient would be copied into zeros.
     if isinstance(found, Tensor):
-        return found[0].transpose(0, 1)
+        return found.squeeze(0).transpose(0, 1)
     out, lse = found
-    return out[0].transpose(0, 1), lse[0]
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
