@@ -130,7 +130,7 @@ class Placed:
             "softcap": self.softcap,
             "sinks": call.sinks,
             "shared_qk": self.case.shared_qk,
-            "rotary": self.rotary(call.q.device),
+            "rotary": more["rotary"] if "rotary" in more else self.rotary(call.q.device),
             "documents": call.documents,
             "q_offset": call.q_offset,
             "kv_offset": call.kv_offset,
