@@ -18,7 +18,7 @@ from .autocast import autocast_dtype
 from .checks import check_call
 from .eager import attend as eager
 from .flex import compile as flex
-from .flex import support, tuning
+from .flex import flash, support, tuning
 from .masks import Rule
 from .spec import Inputs, Spec, resolved, shaped
 from .torch_limits import seen_as_constant
@@ -59,9 +59,10 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
     else:
         refusal = support.refusal(spec, inputs)
     if refusal is None:
-        flash = tuning.prefers_flash(spec, inputs)
+        by_flash, fault = flash.preferred(spec, inputs)
         reason = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
-        return Choice("flex", reason + _KERNEL[flash], flash)
+        note = "" if fault is None else f"; FlashAttention 4's would be faster, but {fault}"
+        return Choice("flex", reason + _KERNEL[by_flash] + note, by_flash)
     if spec.backend == "auto":
         unused = spec.kernel_options is not None
         note = "; kernel_options have no kernel to go to" if unused else ""
@@ -182,24 +183,26 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
     if choice.backend == "flex":
+        _, fault = flash.preferred(spec, inputs)
+        if fault is not None:
+            warn_once(f"local attention goes on without FlashAttention 4's kernel: {fault}")
         run = flex.prepared(spec, shaped(inputs), choice.flash)
     else:
         on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()
         if spec.backend == "auto" and on_gpu:
-            warn_once(choice.reason)
+            words = "local attention takes its eager path, which is slower"
+            warn_once(f"{words}: {choice.reason}. backend='eager' asks for it by name")
         run = partial(eager.attend, spec)
     cast = any(x.dtype != inputs.q.dtype for x in given[:3])
     return run, inputs.q.dtype if cast else None
 
 
 @seen_as_constant
-def warn_once(reason: str) -> None:
-    """Warns once for each reason that a call on the GPU takes the eager path."""
-    if reason not in _SAID:
-        _SAID.add(reason)
-        words = "local attention takes its eager path, which is slower"
-        level = _level_outside()
-        warnings.warn(f"{words}: {reason}. backend='eager' asks for it by name", stacklevel=level)
+def warn_once(message: str) -> None:
+    """Warns of what ``auto`` goes without on a GPU, once for each message."""
+    if message not in _SAID:
+        _SAID.add(message)
+        warnings.warn(message, stacklevel=_level_outside())
 
 
 _SAID: set[str] = set()

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import (
@@ -20,7 +21,7 @@ from .checks import (
 from .dispatch import Choice
 from .functional import attention_map, explain, local_attention
 from .masks import Window
-from .masks.arguments import check_count, check_flag
+from .masks.arguments import check_count, check_flag, kind_of
 from .rotary import Rotary, check_above_zero
 from .spec import BackendName
 
@@ -135,7 +136,7 @@ class LocalAttention(nn.Module):
         self.kernel_options = kernel_options
         self.softcap = softcap
         # A module, as in the documented layer, so that its `p` and training mode can be set.
-        self.dropout = nn.Dropout(dropout)
+        self.dropout: nn.Module = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -183,6 +184,8 @@ class LocalAttention(nn.Module):
         placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
+        if self._rate() == 1 and isinstance(v, Tensor):  # no weight is kept
+            v = v.masked_fill(v.new_ones((), dtype=torch.bool), 0.0)
         return local_attention(q, k, v, window, **arguments)
 
     def explain(
@@ -333,6 +336,19 @@ class LocalAttention(nn.Module):
         check_count("window_size", window_size)
         return replace(self.window, size=window_size)
 
+    def _rate(self) -> float:
+        """Of dropout in a call; users put other modules in its place, or set ``p``."""
+        module = self.dropout
+        if not module.training or isinstance(module, nn.Identity):
+            return 0.0
+        rate: float | None = getattr(module, "p", None)
+        if rate is None:
+            raise TypeError(
+                "dropout must be a module with a rate p, as nn.Dropout, or nn.Identity, "
+                f"got {kind_of(module)}"
+            )
+        return rate
+
     def _call(
         self,
         q: Tensor,
@@ -348,7 +364,7 @@ class LocalAttention(nn.Module):
         Args:
             placed: the arguments that say where tokens stand.
         """
-        window = self._window(window_size)
+        window, rate = self._window(window_size), self._rate()
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else local_attention refuses q
         counts_from_0 = all(x is None for x in placed.values())
         if has_length and counts_from_0 and not self.autopad:
@@ -365,7 +381,7 @@ class LocalAttention(nn.Module):
             "scale": self.scale,
             "softcap": self.softcap,
             "shared_qk": self.shared_qk,
-            "dropout": self.dropout.p if self.dropout.training else 0.0,
+            "dropout": 0.0 if rate == 1 else rate,
             "rotary": self.rel_pos,
             "backend": self.backend,
             "kernel_options": self.kernel_options,

@@ -12,6 +12,7 @@ import time
 import torch
 
 from .. import LocalAttention, __version__, torch_limits
+from ..flex import flash
 from ..spec import BackendName
 
 Row = tuple[str, str]
@@ -43,6 +44,9 @@ def report() -> list[Row]:
         found = _version(distribution)
         missing = f"not installed (optional, {purpose}): {command}"
         rows.append((distribution, f"{found}, {purpose}" if found else missing))
+    fault = flash.broken() if flash.installed() else None
+    if fault is not None:
+        rows.append(("FlashAttention 4", f"not taken: {fault}"))
     return rows
 
 

@@ -6,7 +6,6 @@ is nearest in ratio; where the table knows nothing of the GPU or the dtype, Flex
 options stand.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from ..masks.rule import Rule
-from ..spec import Inputs, Spec, is_placed
+from ..spec import Inputs, Spec
 from ..torch_limits import seen_as_constant
 
 STOCK_BLOCK = 128
@@ -163,38 +162,6 @@ def overriding(tuning: Tuning) -> Iterator[None]:
 def overridden() -> Tuning | None:
     """What ``overriding`` has calls take; a part of the key of prepared calls."""
     return _override
-
-
-def prefers_flash(spec: Spec, inputs: Inputs) -> bool:
-    """Whether FlashAttention 4's kernel is installed, faster, and known to run a call right.
-
-    That kernel is young, so that it gets only calls like those it was tested on: bf16, heads of
-    128, contiguous tensors, as many key heads as query heads, a length of whole blocks, and scores
-    that nothing but the window and rotary decides. Callers' ``kernel_options`` are left alone.
-    """
-    q, k, v, mask, bias, *_ = inputs
-    plain = mask is None and bias is None and not spec.shared_qk and spec.dropout == 0
-    plain = plain and spec.xpos_base is None and spec.rule.is_window and not is_placed(inputs)
-    plain = plain and spec.softcap is None and not spec.return_lse and inputs.sinks is None
-    if not plain or spec.kernel_options is not None or q.device.type != "cuda":
-        return False
-    if q.dtype != torch.bfloat16 or q.shape[-1] != 128 or not flash_installed():
-        return False
-    entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
-    if entry is None or not entry.flash:
-        return False
-    # Asked last, because it guards on the length: one graph for whole blocks, one for the others.
-    fits = q.shape == k.shape == v.shape and q.shape[-2] % STOCK_BLOCK == 0
-    return fits and all(x.is_contiguous() for x in (q, k, v))
-
-
-@seen_as_constant
-def flash_installed() -> bool:
-    """Whether flash-attn-4 can be imported."""
-    try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        return False
 
 
 @seen_as_constant

@@ -5,11 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlocal import Rotary, Window
-from flexlocal.flex import tuning
+from flexlocal import Window
 from flexlocal.flex.kernel import Blocks, Kernel
 from flexlocal.flex.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
-from flexlocal.spec import Inputs, Spec
 
 H100 = (9, 0)
 
@@ -105,54 +103,3 @@ def test_kernels_step_through_lists_without_gaps_alone(window, n, masked, one_li
     blocks = Blocks(window, n, n, (1, 2), masked=masked, shared_qk=False, tuning=given)
     kernel = kernel_of(blocks)
     assert ("BLOCKS_ARE_CONTIGUOUS" in kernel.options) == without_gaps
-
-
-class OnGPU(torch.Tensor):
-    """Says that it is on a GPU."""
-
-    device = torch.device("cuda", 0)
-
-
-def on_gpu(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype).as_subclass(OnGPU)
-
-
-def prefers_flash(**arguments):
-    """Of a call over a sliding window; arguments are fields of ``Spec`` and ``Inputs``."""
-    known = {name: arguments.pop(name) for name in Spec._fields if name in arguments}
-    return tuning.prefers_flash(Spec(SLIDES, **known), Inputs(**arguments))
-
-
-SLIDES = Window(1024, causal=True, exact=True)
-Q = on_gpu(2, 4, 2048, 128)
-VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q": VIEW},
-        {"v": VIEW},
-        dict.fromkeys("qkv", on_gpu(2, 4, 2000, 128)),
-        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
-        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
-        dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
-        {"v": on_gpu(2, 4, 2048, 64)},
-        {"mask": torch.ones(2, 2048, dtype=torch.bool)},
-        {"bias": torch.zeros(4, 1024, 2048)},
-        {"shared_qk": True},
-        {"dropout": 0.1},
-        {"xpos_base": 512.0},
-        {"kernel_options": ()},
-    ],
-    ids=lambda changes: " ".join(changes),
-)
-def test_flash_attention_4_gets_what_it_was_tried_on(changes, monkeypatch):
-    monkeypatch.setattr(tuning, "capability", lambda device: H100)
-    monkeypatch.setattr(tuning, "flash_installed", lambda: True)
-    tried = {"q": Q, "k": Q, "v": Q}
-    assert prefers_flash(**tried)
-    assert prefers_flash(**tried, inv_freq=Rotary(128).inv_freq)
-    assert not prefers_flash(**{**tried, **changes})
-    monkeypatch.setattr(tuning, "nearest", lambda *_: None)  # it was measured nowhere near
-    assert not prefers_flash(**tried)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlocal import LocalAttention, dispatch, explain, local_attention
+from flexlocal import LocalAttention, Window, dispatch, explain, local_attention
 from flexlocal.rotary import Rotary
 
 Q, K, V = torch.randn(3, 2, 3, 20, 8)
@@ -85,11 +85,29 @@ def test_plans_are_bounded(monkeypatch):
 
 def test_a_reason_is_given_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_SAID", set())
-    with pytest.warns(UserWarning, match="eager path, which is slower: too wide. backend='eager'"):
+    with pytest.warns(UserWarning, match="^too wide$"):
         dispatch.warn_once("too wide")
     dispatch.warn_once("too wide")  # or this would be an error
     with pytest.warns(UserWarning, match="too deep"):
         dispatch.warn_once("too deep")
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_call_on_a_gpu_that_goes_unfused_is_warned_of(monkeypatch):
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.setattr(dispatch, "checked", lambda spec, inputs: (spec, inputs))
+    monkeypatch.setattr(dispatch.support, "refusal", lambda *_: "too wide")
+    q = Q.as_subclass(OnGPU)
+    says = "^local attention takes its eager path, which is slower: too wide. backend='eager' asks"
+    with pytest.warns(UserWarning, match=says):
+        dispatch._prepare(dispatch.Spec(Window(5)), dispatch.Inputs(q, q, q))
+    by_name = dispatch.Spec(Window(5), backend="eager")
+    dispatch._prepare(by_name, dispatch.Inputs(q, q, q))  # or this would be an error
 
 
 def test_options_that_no_kernel_gets_are_mentioned():

@@ -1,0 +1,149 @@
+"""Which calls get FlashAttention 4's kernel, and what is said of an install that is broken."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from flexlocal import Rotary, Window, dispatch
+from flexlocal.cli import doctor
+from flexlocal.flex import flash
+from flexlocal.spec import Inputs, Spec
+
+H100 = (9, 0)
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def on_gpu(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype).as_subclass(OnGPU)
+
+
+def preferred(**arguments):
+    """Of a call over a sliding window; arguments are fields of ``Spec`` and ``Inputs``."""
+    known = {name: arguments.pop(name) for name in Spec._fields if name in arguments}
+    return flash.preferred(Spec(SLIDES, **known), Inputs(**arguments))
+
+
+SLIDES = Window(1024, causal=True, exact=True)
+Q = on_gpu(2, 4, 2048, 128)
+VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": VIEW},
+        {"v": VIEW},
+        dict.fromkeys("qkv", on_gpu(2, 4, 2000, 128)),
+        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
+        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
+        dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
+        {"v": on_gpu(2, 4, 2048, 64)},
+        {"mask": torch.ones(2, 2048, dtype=torch.bool)},
+        {"bias": torch.zeros(4, 1024, 2048)},
+        {"shared_qk": True},
+        {"dropout": 0.1},
+        {"xpos_base": 512.0},
+        {"kernel_options": ()},
+        {"softcap": 30.0},
+        {"return_lse": True},
+        {"sinks": torch.zeros(4)},
+        {"documents": torch.zeros(2048, dtype=torch.int32)},
+        {"q_offset": 1, "kv_offset": 1},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_flash_attention_4_gets_what_it_was_tried_on(changes, monkeypatch):
+    monkeypatch.setattr(flash, "capability", lambda device: H100)
+    monkeypatch.setattr(flash, "installed", lambda: True)
+    monkeypatch.setattr(flash, "broken", lambda: None)
+    tried = {"q": Q, "k": Q, "v": Q}
+    assert preferred(**tried) == (True, None)
+    assert preferred(**tried, inv_freq=Rotary(128).inv_freq)[0]
+    assert preferred(**{**tried, **changes}) == (False, None)
+    monkeypatch.setattr(flash, "nearest", lambda *_: None)  # it was measured nowhere near
+    assert preferred(**tried) == (False, None)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A function that installs what calls itself flash-attn-4."""
+
+    def made(version, code):
+        package = tmp_path / "flash_attn" / "cute"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").touch()
+        (package / "__init__.py").write_text(code)
+        if version is not None:
+            metadata = tmp_path / f"flash_attn_4-{version}.dist-info" / "METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text(f"Metadata-Version: 2.1\nName: flash-attn-4\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for name in ("flash_attn", "flash_attn.cute"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def forgotten():
+        flash._installed.cache_clear()
+        flash._broken.cache_clear()
+
+    forgotten()
+    yield made
+    forgotten()
+
+
+RAISES = "raise RuntimeError('no compiler\\nat all')"
+FAULT = r"flash-attn-4 cannot be imported \(RuntimeError: no compiler\)"
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "fault"),
+    [
+        ("4.0.0b36", "", None),
+        ("4.0.0b40", "", None),
+        ("4.0.0", "", None),
+        ("4.1.2b1", "", None),
+        (None, "", None),
+        ("4.0.0b35", "", "flash-attn-4 4.0.0b35 gives wrong gradients, 4.0.0b36 or later would do"),
+        ("4.0.0b9", RAISES, "flash-attn-4 4.0.0b9 gives wrong gradients"),
+        ("4.0.0b36", RAISES, "flash-attn-4 cannot be imported (RuntimeError: no compiler)"),
+        (None, "import nothing_of_that_name", "flash-attn-4 cannot be imported (ModuleNotFound"),
+    ],
+)
+def test_a_broken_install_is_seen(version, code, fault, install):
+    install(version, code)
+    assert flash.installed()
+    if fault is None:
+        assert flash.broken() is None
+    else:
+        assert flash.broken().startswith(fault)
+
+
+def test_auto_goes_on_without_a_broken_install_and_says_so_once(install, monkeypatch):
+    install("4.0.0b36", RAISES)
+    monkeypatch.setattr(flash, "capability", lambda device: H100)
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.setattr(dispatch.support, "refusal", lambda *_: None)
+    monkeypatch.setattr(dispatch.flex, "prepared", lambda spec, inputs, flash: flash)
+    spec = Spec(SLIDES)
+    choice = dispatch.choose(spec, Inputs(Q, Q, Q))
+    assert (choice.backend, choice.flash) == ("flex", False)
+    assert "FlashAttention 4's would be faster, but flash-attn-4 cannot be" in choice.reason
+    with pytest.warns(UserWarning, match=f"goes on without FlashAttention 4's kernel: {FAULT}"):
+        run, _ = dispatch._prepare(spec, Inputs(Q, Q, Q))
+    assert run is False  # no kernel of FlashAttention's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch._prepare(spec, Inputs(Q, Q, Q))
+    assert ("FlashAttention 4", f"not taken: {flash.broken()}") in doctor.report()
+
+
+def test_what_is_not_installed_is_not_missed():
+    flash._installed.cache_clear()
+    if not flash.installed():
+        assert "FlashAttention 4" not in dict(doctor.report())
