@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import placed
 import pytest
 import torch
 from budget import gradients
@@ -27,6 +28,13 @@ def portions_of(scores):
 def test_outputs_and_gradients(case, scores):
     with portions_of(scores):
         check_case(case, torch.float32)
+
+
+@settings(max_examples=120)
+@given(case=placed.placed(), scores=PORTIONS)
+def test_outputs_and_gradients_at_positions_of_their_own(case, scores):
+    with portions_of(scores):
+        placed.check(case, backend="eager")
 
 
 @settings(max_examples=30)
