@@ -2,8 +2,9 @@
 
 ``LocalAttention`` is the layer, ``local_attention`` the function under it, ``Window`` the rule
 that says which keys a query sees, ``Rotary`` what turns the function's queries and keys;
-``explain`` gives a ``Choice`` of path. They load when first used: the rules in ``flexlocal.masks``
-need nothing of the layer.
+``local_attention_varlen`` takes documents one after the other, ``merge_attention`` makes one of two
+attentions, ``explain`` gives a ``Choice`` of path. They load when first used: the rules in
+``flexlocal.masks`` need nothing of the layer.
 """
 
 from importlib import import_module

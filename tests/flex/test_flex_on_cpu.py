@@ -46,7 +46,7 @@ def run(case, call):
             "narrow values",
             "views",
         ],
-        kept=("mask and bias, blocks full", "grouped queries"),
+        kept=("grouped queries", "shared, mask"),
     ),
 )
 def test_features_against_the_oracle(name):

@@ -7,6 +7,7 @@ the fused path's own: rotary, xpos's layout, the scores and masks, and dropout's
 from functools import partial
 
 import budget
+import placed
 import pytest
 import torch
 from budget import gradients
@@ -150,6 +151,18 @@ def check_dropout(case):
     for fused, eager in zip(*found, strict=True):
         size = max(1.0, eager.abs().max().item())
         torch.testing.assert_close(fused, eager, rtol=0, atol=2e-5 * size)
+
+
+@pytest.mark.parametrize("name", quick(placed.CASES, kept=["sinks, bias, mask"]))
+def test_positions_and_scores(name):
+    case = placed.CASES[name]
+    rotary = case.rotary()
+
+    def run(call, **more):
+        compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager", dynamic=False)
+        return compiled(call, rotary=rotary, **more)
+
+    placed.check(case, torch.float32, tolerance=2e-5, run=run, backend="flex")
 
 
 @pytest.mark.parametrize("name", quick(DROPPED, kept=DROPPED[2:6]))

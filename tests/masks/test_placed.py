@@ -98,7 +98,7 @@ def bounds(rule, entry, side, count, others):
     return first.clamp(0, others), last.clamp(-1, others - 1)
 
 
-@settings(max_examples=6 * EXAMPLES)
+@settings(max_examples=3 * EXAMPLES)
 @given(packings())
 def test_bounds_are_what_queries_see_and_never_decrease(case):
     rule, seen = case.rule, case.seen
@@ -114,7 +114,7 @@ def test_bounds_are_what_queries_see_and_never_decrease(case):
     assert int(seen.sum(-1).max()) <= reach.keys
 
 
-@settings(max_examples=6 * EXAMPLES)
+@settings(max_examples=3 * EXAMPLES)
 @given(packings(), st.integers(1, 9))
 def test_block_lists_name_every_block_that_is_touched_and_no_full_one_wrongly(case, block):
     queries, keys = Side(case.n, block), Side(case.m, block)
@@ -132,7 +132,7 @@ def test_block_lists_name_every_block_that_is_touched_and_no_full_one_wrongly(ca
             assert ((partial | full) >= (true > 0)).all()
 
 
-@settings(max_examples=4 * EXAMPLES)
+@settings(max_examples=2 * EXAMPLES)
 @given(packings(aligned=True), st.integers(1, 5), st.integers(1, 9))
 def test_xpos_lays_out_every_key_that_is_seen(case, windows_each, block):
     documents, offset, _ = case.given
