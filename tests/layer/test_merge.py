@@ -83,3 +83,32 @@ def test_what_does_not_fit_is_refused(place, wrong, says):
     arguments[place] = wrong
     with pytest.raises((ValueError, TypeError), match=f"^{says}"):
         merge_attention(*arguments)
+
+
+@pytest.mark.parametrize("n", [30, 83])
+def test_the_recipe_of_global_tokens(n):
+    """A window over all but the first tokens, and these for everyone: disjoint keys."""
+    first = 4
+    q, k, v = (torch.randn(2, 3, n, size, dtype=torch.float64) for size in (8, 8, 5))
+    others = (torch.arange(n) >= first)[None]
+    near = local_attention(q, k, v, Window.sliding(9), mask=others, return_lse=True)
+    everyones = local_attention(
+        q, k[:, :, :first], v[:, :, :first], Window.chunked(n), q_offset=0, return_lse=True
+    )
+    ours, lse = merge_attention(*near, *everyones)
+    seen = oracle.dense_mask(n, 8, causal=True, exact=True)
+    seen[:, :first] = torch.arange(n)[:, None] >= torch.arange(first)
+    expected, sums = dense(q / 8**0.5, k, v, ~seen)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(lse, sums)
+
+
+def test_the_recipe_of_dilated_windows():
+    apart, keys, n = 3, 5, 60
+    q, k, v = (torch.randn(2, 4, n, size, dtype=torch.float64) for size in (8, 8, 5))
+    cut = [x.unflatten(2, (n // apart, apart)).transpose(2, 3) for x in (q, k, v)]
+    found = local_attention(*cut, Window.sliding(keys)).transpose(2, 3).flatten(2, 3)
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    seen = (back >= 0) & (back % apart == 0) & (back < keys * apart)
+    expected, _ = dense(q / 8**0.5, k, v, ~seen)
+    torch.testing.assert_close(found, expected)
