@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings
 from local_attention import LocalAttention as Upstream
 from strategies import cases
 
-from flexlocal import LocalAttention, Rotary, Window, dispatch, local_attention
+from flexlocal import LocalAttention, Rotary, Window, dispatch, explain, local_attention
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks
 from flexlocal.flex.tuning import STOCK
@@ -257,6 +257,16 @@ def test_nothing_behind_the_last_key_is_read(d):
     with torch.no_grad():
         found = layer(q, k, v).double()
     torch.testing.assert_close(found, oracle.attend(q, k, v, 10), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dropout", "sinks", "return_lse"])
+def test_what_needs_a_log_sum_exp_is_refused(name):
+    q = torch.randn(1, 2, 24, 16)
+    given = {"dropout": 0.1, "sinks": torch.zeros(2), "return_lse": True}[name]
+    says = f"gives no log-sum-exp on the CPU, which {name} needs. backend must be 'auto'"
+    with torch.no_grad(), pytest.raises(ValueError, match=says):
+        local_attention(q, q, q, 8, backend="flex", **{name: given})
+    assert explain(q, q, q, 8, **{name: given}).backend == "eager"
 
 
 def test_xpos_that_would_overflow_is_refused():

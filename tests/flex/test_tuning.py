@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 
 from flexlocal import Window
 from flexlocal.flex.kernel import Blocks, Kernel
-from flexlocal.flex.tuning import STOCK_BLOCK, TABLE, Tuning, nearest
+from flexlocal.flex.tuning import STOCK_BLOCK, TABLE, Tuning, capped_tuning, nearest
 
 H100 = (9, 0)
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.capability}-{e.head_size}-{e.reach}")
-def test_tiles_divide_blocks(entry):
+def test_tiles_divide_blocks(entry, capped):
     """FlexAttention's own condition on every tile, which it checks after minutes of compiling."""
-    block, options = entry.tuning.block, dict(entry.tuning.options)
+    tuned = capped_tuning(entry) if capped else entry.tuning
+    assert (tuned == entry.tuning) == (not capped or entry.head_size > 64)
+    block, options = tuned.block, dict(tuned.options)
     assert STOCK_BLOCK % block == 0
     tiles = {name: size for name, size in options.items() if "BLOCK_" in name}
     assert len(tiles) == 6
