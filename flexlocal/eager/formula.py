@@ -18,6 +18,7 @@ from ..mods.sinks import sinks_of_rows, with_sink
 from ..mods.softcap import cap_tiles, pull_back_tiles
 from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
+from ..torch_limits import at_least, at_most
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]
@@ -200,6 +201,21 @@ class Formula:
             portion = tiles.batch.start, tiles.batch.stop, tiles.first, tiles.count
             if portion in self._hidden:
                 return self._hidden[portion]
+        blind: Tensor | None
+        if self.same is None and mask is None:
+            shown, blind = self._shown_by_bounds(tiles, device)
+        else:
+            shown, blind = self._shown(tiles, mask, device)
+        hiding = torch.where(shown, 0.0, -torch.inf).to(self.compute)
+        if portion and not self.rule.by_head and (mask is None or mask.shape[1] == 1):
+            self._hidden.clear()
+            self._hidden[portion] = hiding, blind  # for the heads that come next
+        return hiding, blind
+
+    def _shown(
+        self, tiles: Tiles, mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which scores are not hidden, and ``Weighed.blind``."""
         seen = self.same
         if seen is None:
             seen = sees(self.rule, *tiles.indices(device))
@@ -208,13 +224,25 @@ class Formula:
         sees_itself = self.same is not None and mask is None and not tiles.ragged
         if mask is not None or not tiles.inside:
             seen = seen & tiles.kept_keys(mask, device)
-        blind = None if sees_itself else ~seen.any(-1, keepdim=True)
-        shown = seen if blind is None else seen | blind
-        hiding = torch.where(shown, 0.0, -torch.inf).to(self.compute)
-        if portion and not self.rule.by_head and (mask is None or mask.shape[1] == 1):
-            self._hidden.clear()
-            self._hidden[portion] = hiding, blind  # for the heads that come next
-        return hiding, blind
+        if sees_itself:
+            return seen, None
+        blind = ~seen.any(-1, keepdim=True)
+        return seen | blind, blind
+
+    def _shown_by_bounds(self, tiles: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``_shown`` without a mask: two comparisons of 32-bit numbers for each score."""
+        batch, head, query, key = tiles.indices(device)
+        first, last = self.rule.keys(batch, head, query)
+        first, last = at_least(first, 0), at_most(last, tiles.sizes.m - 1)
+        blind = last < first
+        first = torch.where(blind, -_FAR, first).to(torch.int32)
+        last = torch.where(blind, _FAR, last).to(torch.int32)
+        key = key.to(torch.int32)
+        return (first <= key) & (key <= last), blind
+
+
+_FAR = 2**31 - 1
+"""Before and past every key."""
 
 
 def formula_of(
