@@ -8,7 +8,7 @@ from compilers import needs_compiled_kernels_on_the_cpu, quick
 pytestmark = needs_compiled_kernels_on_the_cpu
 
 NAMES = [name for name, case in placed.CASES.items() if case.sink_heads is None]
-KEPT = ["documents, sliding both ways"]
+KEPT = ["documents"]
 
 
 @pytest.mark.parametrize("name", quick(NAMES, KEPT))
