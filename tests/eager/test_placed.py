@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from strategies import EXAMPLES
 
 
-@settings(max_examples=4 * EXAMPLES)
+@settings(max_examples=3 * EXAMPLES)
 @given(placed.placed())
 def test_results_and_gradients(case):
     placed.check(case, backend="eager")

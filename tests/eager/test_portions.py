@@ -30,7 +30,7 @@ def test_outputs_and_gradients(case, scores):
         check_case(case, torch.float32)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(case=placed.placed(), scores=PORTIONS)
 def test_outputs_and_gradients_at_positions_of_their_own(case, scores):
     with portions_of(scores):

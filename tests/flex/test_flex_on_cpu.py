@@ -46,7 +46,7 @@ def run(case, call):
             "narrow values",
             "views",
         ],
-        kept=("grouped queries", "shared, mask"),
+        kept=("grouped queries",),
     ),
 )
 def test_features_against_the_oracle(name):

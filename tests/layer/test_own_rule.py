@@ -5,7 +5,7 @@ import weakref
 import pytest
 import rules
 import torch
-from compilers import needs_compiled_kernels_on_the_cpu, quick
+from compilers import needs_compiled_kernels_on_the_cpu
 
 from flexlocal import Rotary, dispatch, explain, local_attention
 from flexlocal.masks import Reach, Rule
@@ -105,7 +105,8 @@ def test_shared_qk_over_a_rule_of_ones_own():
 
 
 @needs_compiled_kernels_on_the_cpu
-@pytest.mark.parametrize("name", quick(CASES, kept=["by entry"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_of_the_cpu(name):
     with torch.no_grad():
         check(name, lambda *of, **more: local_attention(*of, backend="flex", **more))
