@@ -32,11 +32,13 @@ class Choice:
         backend: ``"flex"`` or ``"eager"``.
         reason: why, in a line.
         flash: the fused kernel is FlashAttention 4's instead of Triton's.
+        fault: what is wrong with an installed FlashAttention 4 that would be faster; None else.
     """
 
     backend: Literal["flex", "eager"]
     reason: str
     flash: bool = False
+    fault: str | None = None
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -62,7 +64,7 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
         by_flash, fault = flash.preferred(spec, inputs)
         reason = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
         note = "" if fault is None else f"; FlashAttention 4's would be faster, but {fault}"
-        return Choice("flex", reason + _KERNEL[by_flash] + note, by_flash)
+        return Choice("flex", reason + _KERNEL[by_flash] + note, by_flash, fault)
     if spec.backend == "auto":
         unused = spec.kernel_options is not None
         note = "; kernel_options have no kernel to go to" if unused else ""
@@ -183,9 +185,8 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
     if choice.backend == "flex":
-        _, fault = flash.preferred(spec, inputs)
-        if fault is not None:
-            warn_once(f"local attention goes on without FlashAttention 4's kernel: {fault}")
+        if choice.fault is not None:
+            warn_once(f"local attention goes on without FlashAttention 4's kernel: {choice.fault}")
         run = flex.prepared(spec, shaped(inputs), choice.flash)
     else:
         on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()

@@ -184,8 +184,8 @@ class LocalAttention(nn.Module):
         placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
-        if self._rate() == 1 and isinstance(v, Tensor):  # no weight is kept
-            v = v.masked_fill(v.new_ones((), dtype=torch.bool), 0.0)
+        if arguments["dropout"] == 1 and isinstance(v, Tensor):  # no weight is kept
+            v, arguments["dropout"] = v.masked_fill(v.new_ones((), dtype=torch.bool), 0.0), 0.0
         return local_attention(q, k, v, window, **arguments)
 
     def explain(
@@ -218,6 +218,8 @@ class LocalAttention(nn.Module):
         placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
+        if arguments["dropout"] == 1:
+            arguments["dropout"] = 0.0
         return explain(q, k, v, window, **arguments)
 
     def mask(
@@ -364,7 +366,7 @@ class LocalAttention(nn.Module):
         Args:
             placed: the arguments that say where tokens stand.
         """
-        window, rate = self._window(window_size), self._rate()
+        window = self._window(window_size)
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else local_attention refuses q
         counts_from_0 = all(x is None for x in placed.values())
         if has_length and counts_from_0 and not self.autopad:
@@ -381,7 +383,7 @@ class LocalAttention(nn.Module):
             "scale": self.scale,
             "softcap": self.softcap,
             "shared_qk": self.shared_qk,
-            "dropout": 0.0 if rate == 1 else rate,
+            "dropout": self._rate(),
             "rotary": self.rel_pos,
             "backend": self.backend,
             "kernel_options": self.kernel_options,

@@ -168,6 +168,15 @@ def rule_of(spec: Spec, inputs: Inputs) -> Rule:
     return place(spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset)
 
 
+def beside_queries(rule: Any, inputs: Inputs) -> tuple[Any, Inputs]:
+    """A placed rule and shaped inputs, over those keys alone that some query may see."""
+    rule, near = rule.beside(inputs.q.shape[2], inputs.k.shape[2])
+    mask = near.kept(inputs.mask)
+    if mask is not None:
+        mask = mask.expand(inputs.q.shape[0], -1, -1)
+    return rule, inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
+
+
 def positions(rule: Rule, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     """Positions of queries and keys, integer ``(n,)`` and ``(keys,)``, or ``(b, h or 1, ...)``.
 

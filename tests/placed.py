@@ -6,7 +6,6 @@ A `Placed` is a `Case` with more numbers. It calls the function, which takes eve
 import math
 from dataclasses import dataclass
 
-import oracle
 import torch
 from features import feature
 from hypothesis import strategies as st
@@ -66,10 +65,6 @@ class Placed:
     same_offset: bool  # one tensor for both
     softcap: float | None
     sink_heads: int | None
-
-    @property
-    def is_placed(self):
-        return self.documents is not None or self.q_offset is not None
 
     def tensors(self, dtype=torch.float64, device="cpu"):
         """The call's tensors, the same for every dtype up to its rounding."""
@@ -153,29 +148,14 @@ class Placed:
         more = {"lse": True, **more}
         if rotary is not None:  # the buffers' own fp32 numbers
             more |= {"frequencies": rotary.inv_freq, "decay": rotary.scale}
-        return oracle.attend(
-            call.q,
-            call.k,
-            call.v,
-            case.window.size,
-            causal=case.window.causal,
-            look_backward=case.window.look_backward,
-            look_forward=case.window.look_forward,
-            exact=case.window.exact,
-            scale=case.scale,
+        return case.truth(
+            call,
+            dtype,
             softcap=self.softcap,
             sinks=call.sinks,
-            shared_qk=case.shared_qk,
-            rotary=case.rotary,
-            xpos=case.xpos,
-            base=case.base,
-            bias=call.bias,
-            mask=call.mask,
-            override=case.override,
             documents=call.documents,
             q_offset=call.q_offset,
             kv_offset=call.kv_offset,
-            dtype=dtype,
             **more,
         )
 

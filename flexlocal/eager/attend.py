@@ -19,7 +19,15 @@ from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
 from ..regions import region
 from ..rotary import rotate
-from ..spec import Inputs, Spec, first_positions, is_placed, positions, rule_of
+from ..spec import (
+    Inputs,
+    Spec,
+    beside_queries,
+    first_positions,
+    is_placed,
+    positions,
+    rule_of,
+)
 from ..torch_limits import is_symbolic
 from .autograd import attend_in_portions, portions
 from .formula import Formula, Operands, formula_of
@@ -47,7 +55,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         inputs = _with_a_hidden_key(inputs)
     rule = rule_of(spec, inputs)
     if is_placed(inputs):
-        rule, inputs = _beside_queries(spec, rule, inputs)
+        rule, inputs = _near_queries(spec, rule, inputs)
     q, k, v, mask, bias, seed, *_ = inputs
     if mask is not None:
         with region("key mask"):
@@ -112,7 +120,7 @@ def _with_a_hidden_key(inputs: Inputs) -> Inputs:
     return inputs._replace(k=k, v=v, mask=mask, documents=documents)
 
 
-def _beside_queries(spec: Spec, rule: Any, inputs: Inputs) -> tuple[Rule, Inputs]:
+def _near_queries(spec: Spec, rule: Any, inputs: Inputs) -> tuple[Rule, Inputs]:
     """The rule and the call's keys without those that no query may see, if offsets tell.
 
     Keys are copied where offsets differ by row, so that all queries stand at keys of their own
@@ -125,11 +133,7 @@ def _beside_queries(spec: Spec, rule: Any, inputs: Inputs) -> tuple[Rule, Inputs
         stays = rule.reach.back + rule.reach.ahead >= m and spec.xpos_base is None
     if stays:
         return rule, inputs
-    rule, near = rule.beside(n, m)
-    mask = near.kept(inputs.mask)
-    if mask is not None:
-        mask = mask.expand(inputs.q.shape[0], -1, -1)
-    return rule, inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
+    return beside_queries(rule, inputs)
 
 
 def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,16 @@ from ..mods.bias import with_margin
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import ends_alone, own_score_mended, unit_keys
 from ..rotary import Xpos, most_windows, rotate
-from ..spec import Inputs, Spec, first_positions, is_placed, positions, rule_of, xpos_of
+from ..spec import (
+    Inputs,
+    Spec,
+    beside_queries,
+    first_positions,
+    is_placed,
+    positions,
+    rule_of,
+    xpos_of,
+)
 from ..torch_limits import (
     LEAST_HEAD,
     LEAST_HEAD_ON_CPU,
@@ -56,7 +65,7 @@ def attend(
     if not is_placed(inputs):
         return _attend(spec, rule_of(spec, inputs), inputs, tuning, lists)
     inputs = with_offsets_in_memory(inputs)
-    rule, inputs, padding = _beside_queries(spec, rule_of(spec, inputs), inputs)
+    rule, inputs, padding = _near_queries(spec, rule_of(spec, inputs), inputs)
     found = _attend(spec, rule, inputs, tuning, None)
     if padding is None:
         return found
@@ -161,7 +170,7 @@ def with_offsets_in_memory(inputs: Inputs) -> Inputs:
     return inputs._replace(q_offset=first, kv_offset=first if same else in_memory(kv_offset))
 
 
-def _beside_queries(
+def _near_queries(
     spec: Spec, rule: Any, inputs: Inputs
 ) -> tuple[Rule, Inputs, tuple[int, int] | None]:
     """The rule and the call's keys, without those that no query may see where they are many.
@@ -179,11 +188,7 @@ def _beside_queries(
         return rule, inputs, None
     if aligned and isinstance(rule.lead, int):
         rule = replace(rule, lead=number_in_memory(rule.lead, inputs.q.device).view(1, 1, 1))
-    rule, near = rule.beside(n, m)
-    mask = near.kept(inputs.mask)
-    if mask is not None:
-        mask = mask.expand(inputs.q.shape[0], -1, -1)
-    inputs = inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
+    rule, inputs = beside_queries(rule, inputs)
     if not aligned:
         return rule, inputs, None
     before, after = rule.reach.back, rule.reach.ahead
