@@ -2,33 +2,39 @@
 
 ``LocalAttention`` is the layer, ``local_attention`` the function under it, ``Window`` the rule
 that says which keys a query sees, ``Rotary`` what turns the function's queries and keys;
-``local_attention_varlen`` takes documents one after the other, ``merge_attention`` makes one of two
-attentions, ``explain`` gives a ``Choice`` of path. They load when first used: the rules in
-``flexlocal.masks`` need nothing of the layer.
+``LocalCache`` holds what is decoded so far, ``local_attention_varlen`` takes documents one after
+the other, ``merge_attention`` makes one of two attentions, ``explain`` gives a ``Choice`` of path;
+``LocalMHA`` and ``DynamicPositionBias`` are blocks around the layer. They load when first used: the
+rules in ``flexlocal.masks`` need nothing of the layer.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import LocalCache
     from .dispatch import Choice
     from .functional import attention_map, explain, local_attention
     from .layer import LocalAttention
     from .masks import Window
     from .merge import merge_attention
+    from .mha import DynamicPositionBias, LocalMHA
     from .rotary import Rotary
     from .varlen import local_attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Choice", "LocalAttention", "Rotary", "Window", "attention_map", "explain", "local_attention",
-    "local_attention_varlen", "merge_attention",
+    "Choice", "DynamicPositionBias", "LocalAttention", "LocalCache", "LocalMHA", "Rotary", "Window",
+    "attention_map", "explain", "local_attention", "local_attention_varlen", "merge_attention",
 ]  # fmt: skip
 
 _HOMES = {
     "Choice": "dispatch",
+    "DynamicPositionBias": "mha",
     "LocalAttention": "layer",
+    "LocalCache": "cache",
+    "LocalMHA": "mha",
     "Rotary": "rotary",
     "Window": "masks",
     "attention_map": "functional",

@@ -32,7 +32,7 @@ def check_call(spec: Spec, inputs: Inputs) -> None:
     check_dropout(spec.dropout)
     check_kernel_options(spec.kernel_options, spec.backend)
     q, k = inputs.q, inputs.k
-    check_qkv(q, k, inputs.v, same_length=inputs.q_offset is None)
+    check_qkv(q, k, inputs.v, same_length=inputs.q_offset is None and spec.rule.is_window)
     check_rule(spec.rule, q)
     check_placed(spec.rule, inputs)
     check_mask(inputs.mask, q, k.shape[-2])

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import dispatch
+from . import decoding, dispatch
+from .cache import LocalCache
 from .dispatch import Choice
 from .eager.attend import weights
 from .masks import Rule
@@ -33,6 +34,7 @@ def local_attention(
     q_offset: int | Tensor | None = None,
     kv_offset: int | Tensor | None = None,
     return_lse: bool = False,
+    cache: LocalCache | None = None,
     backend: BackendName = "auto",
     kernel_options: dict[str, Any] | None = None,
 ) -> Any:
@@ -76,6 +78,9 @@ def local_attention(
             Where documents are given as well, a query is of the document of the key at its
             position, or of the nearest key, and the first document of a row counts from position 0.
         return_lse: return the log-sum-exps as well.
+        cache: a ``LocalCache`` that holds the tokens so far. It stores the new ones, and their
+            queries see its keys as well. Positions go on from ``cache.lengths``. A ``mask`` is for
+            the new tokens, ``(batch, n)``, and each row stores those that are kept.
         backend: ``"auto"``, ``"flex"`` (one fused kernel) or ``"eager"`` (plain tensor
             operations, linear in ``n``). ``explain`` says what ``auto`` takes.
         kernel_options: passed to ``flex_attention``. They must be None with ``backend="eager"``,
@@ -100,6 +105,8 @@ def local_attention(
         q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
         *offsets,
     )  # fmt: skip
+    if cache is not None:
+        return decoding.attend(spec, inputs, cache)
     return dispatch.attend(spec, inputs)
 
 
@@ -165,6 +172,7 @@ def explain(
     q_offset: int | Tensor | None = None,
     kv_offset: int | Tensor | None = None,
     return_lse: bool = False,
+    cache: LocalCache | None = None,
     backend: BackendName = "auto",
     kernel_options: dict[str, Any] | None = None,
 ) -> Choice:
@@ -180,4 +188,6 @@ def explain(
         q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
         *offsets,
     )  # fmt: skip
+    if cache is not None:
+        return decoding.choose(spec, inputs, cache)
     return dispatch.choose(*dispatch.checked(spec, inputs))

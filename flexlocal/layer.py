@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .cache import LocalCache
 from .checks import (
     check_backend,
     check_dim,
@@ -154,6 +155,7 @@ class LocalAttention(nn.Module):
         q_offset: int | Tensor | None = None,
         kv_offset: int | Tensor | None = None,
         return_lse: bool = False,
+        cache: LocalCache | None = None,
     ) -> Any:
         """Attention of each token to the keys that the window lets it see.
 
@@ -173,6 +175,7 @@ class LocalAttention(nn.Module):
             q_offset, kv_offset: position of the first query and of the first key, ints or integer
                 ``(batch,)``.
             return_lse: return the log-sum-exps as well.
+            cache: a ``LocalCache`` of the tokens so far, which stores the new ones.
 
         Returns:
             ``(*lead, n, d_v)``; zeros for a query that sees no key. With ``return_lse`` a pair of
@@ -181,7 +184,12 @@ class LocalAttention(nn.Module):
         Raises:
             ValueError, TypeError: as ``local_attention``.
         """
-        placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
+        placed = {
+            "documents": documents,
+            "q_offset": q_offset,
+            "kv_offset": kv_offset,
+            "cache": cache,
+        }
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
         if arguments["dropout"] == 1 and isinstance(v, Tensor):  # no weight is kept
@@ -204,6 +212,7 @@ class LocalAttention(nn.Module):
         q_offset: int | Tensor | None = None,
         kv_offset: int | Tensor | None = None,
         return_lse: bool = False,
+        cache: LocalCache | None = None,
     ) -> Choice:
         """Which path a call takes, and why; its arguments are those of ``forward``.
 
@@ -215,7 +224,12 @@ class LocalAttention(nn.Module):
                 kernel cannot run.
         """
         k, v = q if k is None else k, q if v is None else v
-        placed = {"documents": documents, "q_offset": q_offset, "kv_offset": kv_offset}
+        placed = {
+            "documents": documents,
+            "q_offset": q_offset,
+            "kv_offset": kv_offset,
+            "cache": cache,
+        }
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, placed)
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
         if arguments["dropout"] == 1:

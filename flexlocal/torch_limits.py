@@ -259,6 +259,14 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def stop_unless(true: Tensor, message: str) -> None:
+    """Raises ``ValueError`` unless the 0-d ``true`` is; a GPU stops the program some time later."""
+    if true.device.type != "cpu":
+        torch._assert_async(true, message)
+    elif not true:
+        raise ValueError(message)
+
+
 def mark_length_dynamic(x: Tensor, dim: int) -> None:
     """Has lengths share a graph from the second one on, however many blocks they have."""
     torch._dynamo.maybe_mark_dynamic(x, dim)

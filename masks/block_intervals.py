@@ -11,7 +11,7 @@ Shapes: ``r`` blocks on one side, which are the rows of the grid; ``(..., r)`` i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,11 @@ class Grid:
             _intervals(queries, keys, self._entry(self.rule.keys, device), device),
             _intervals(keys, queries, self._entry(self.rule.queries, device), device),
         )
+        if self.rule.has_holes:  # no block is known to be full
+            both = (
+                replace(both[0], last_full=both[0].first_full - 1),
+                replace(both[1], last_full=both[1].first_full - 1),
+            )
         shapes = [end.shape[:-1] for side in both for end in side.ends]
         if not any(shapes):
             return both

@@ -83,7 +83,8 @@ class Rule(ABC):
     head are ints or integer tensors that broadcast with the query, as in FlexAttention; bounds
     may have any shape that broadcasts with them.
 
-    A subclass gives ``keys``, ``queries`` and ``reach``. Numbers that vary from call to call, or
+    A subclass gives ``keys``, ``queries`` and ``reach``, and ``sees`` as well where its interval
+    ``has_holes``. Numbers that vary from call to call, or
     from batch entry to batch entry, belong into ``tensors``: kernels look them up and are not
     compiled for them. A rule without tensors is the same for every batch entry.
     """
@@ -100,6 +101,19 @@ class Rule(ABC):
     @abstractmethod
     def reach(self) -> Reach:
         """What is known of the rule beforehand."""
+
+    def sees(self, batch: Entry, head: Entry, query: Tensor, key: Tensor) -> Tensor:
+        """Whether ``query`` sees ``key``: boolean, of the shape that all of them broadcast to."""
+        first, last = self.keys(batch, head, query)
+        return (first <= key) & (key <= last)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether a query may not see all keys of its interval; ``sees`` then says which.
+
+        Pictures draw intervals, and refuse such a rule.
+        """
+        return False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -168,12 +182,6 @@ class Rule(ABC):
         return hash((type(self), self.reach))
 
 
-def sees(rule: Rule, batch: Entry, head: Entry, query: Tensor, key: Tensor) -> Tensor:
-    """Whether ``query`` sees ``key``: boolean, of the shape that all of them broadcast to."""
-    first, last = rule.keys(batch, head, query)
-    return (first <= key) & (key <= last)
-
-
 def mask_mod(rule: Rule) -> MaskMod:
     """FlexAttention's mask_mod of ``rule``: ``(batch, head, query, key) -> bool``.
 
@@ -181,7 +189,7 @@ def mask_mod(rule: Rule) -> MaskMod:
     """
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(rule, batch, head, query, key)
+        return rule.sees(batch, head, query, key)
 
     visible.__name__ = rule.reach.label
     return visible

@@ -29,6 +29,7 @@ from ..spec import (
     rule_of,
 )
 from ..torch_limits import is_symbolic
+from . import dense
 from .autograd import attend_in_portions, portions
 from .formula import Formula, Operands, formula_of
 from .tiles import Sizes, every_tile
@@ -61,6 +62,9 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         with region("key mask"):
             k, v = without_padding(k, mask), without_padding(v, mask)
     q, k = _turned(spec, rule, inputs._replace(k=k))
+    if dense.serves(spec, rule, inputs):
+        with without_autocast(q.device), region("attention"):
+            return dense.attend(spec, rule, inputs._replace(q=q, k=k, v=v))
     b, h, n, _ = q.shape
     draws = None
     if spec.dropout > 0:

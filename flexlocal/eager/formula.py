@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks.rule import Rule, sees
+from ..masks.rule import Rule
 from ..mods.bias import add_gradient_of_tiles, add_to_tiles, bias_place
 from ..mods.dropout import keeps
 from ..mods.shared_qk import clear_own_gradients, own_key, set_own_scores
@@ -177,7 +177,7 @@ class Formula:
         if self.rule.is_window:
             return add_to_tiles(scores, bias, tiles.rows(scores.device))
         place = bias_place(self.rule, tiles.sizes.heads, bias.shape[0])
-        seen = sees(self.rule, *tiles.indices(scores.device))
+        seen = self.rule.sees(*tiles.indices(scores.device))
         # A bias may hold anything for keys that the window hides.
         return scores + torch.where(seen, bias[place(*tiles.indices(scores.device))], 0.0)
 
@@ -202,7 +202,7 @@ class Formula:
             if portion in self._hidden:
                 return self._hidden[portion]
         blind: Tensor | None
-        if self.same is None and mask is None:
+        if self.same is None and mask is None and not self.rule.has_holes:
             shown, blind = self._shown_by_bounds(tiles, device)
         else:
             shown, blind = self._shown(tiles, mask, device)
@@ -218,7 +218,7 @@ class Formula:
         """Which scores are not hidden, and ``Weighed.blind``."""
         seen = self.same
         if seen is None:
-            seen = sees(self.rule, *tiles.indices(device))
+            seen = self.rule.sees(*tiles.indices(device))
         elif seen.dim() == 4 and seen.shape[0] > 1:
             seen = seen[tiles.heads]
         sees_itself = self.same is not None and mask is None and not tiles.ragged
@@ -263,7 +263,7 @@ def formula_of(
         head = torch.arange(sizes.heads, device=q.device)[:, None, None, None]
         query = torch.arange(sizes.tile, device=q.device)[:, None]
         key = torch.arange(sizes.span, device=q.device) - sizes.before
-        same = sees(rule, 0, head, query, key)
+        same = rule.sees(0, head, query, key)
     return Formula(spec, rule, draws, xpos, compute, same)
 
 

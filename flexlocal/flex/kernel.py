@@ -55,6 +55,8 @@ class Blocks:
     @property
     def one_list(self) -> bool:
         """Whether full blocks are listed as partial ones."""
+        if self.rule.has_holes:
+            return True
         window = self.rule.window
         if self.shared_qk and (window is None or not window.causal):
             return True  # kernels apply no mask to full blocks, which may hold the query's own key

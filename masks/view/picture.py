@@ -67,6 +67,10 @@ def inspect(
     query 3 sees 3 keys: 1 to 3, the query's own included
     """
     rule = as_rule(rule, "rule")
+    if rule.has_holes:
+        raise ValueError(
+            f"rule must be one whose queries see whole intervals, got {type(rule).__name__}"
+        )
     if rule.tensors:
         rule = rule.with_tensors([x.cpu() for x in rule.tensors])
     check_count("n", n)

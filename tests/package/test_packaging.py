@@ -232,12 +232,14 @@ def imports(name, path):
 FLOORS = (
     {"torch_limits"},
     {"masks"},
-    {"masks.view", "rotary", "autocast", "regions", "mods", "merge"},
+    {"masks.view", "rotary", "autocast", "regions", "mods", "merge", "cache"},
     {"spec"},
     {"checks", "eager", "flex"},  # which know nothing of each other
     {"dispatch"},
+    {"decoding"},
     {"functional"},
     {"layer", "varlen"},
+    {"mha"},
     {"cli"},
     {"__main__"},
 )

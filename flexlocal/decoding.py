@@ -1,0 +1,164 @@
+"""Attention of new tokens to those in a cache and to each other.
+
+The cache stores the new tokens, and a rule says which of its keys they see; the rest is a call like
+any other. Few tokens are attended to where they lie, in the ring. More of them, a prompt, would
+overwrite keys that their first ones see: then the ring is laid out in order before them, and what
+is copied is as long as the prompt or the window.
+
+Shapes: ``b`` rows, ``h`` query heads, ``n`` new tokens, ``d`` the head size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .autocast import autocast_dtype
+from .cache import LocalCache
+from .checks import check_mask, check_qkv
+from .dispatch import Choice
+from .masks.arguments import kind_of
+from .masks.ring import Ring
+from .rotary import rotate
+from .spec import Inputs, Spec
+
+
+def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
+    """Local attention of new tokens, which the cache stores; arguments in a user's shapes.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    spec, inputs = _checked(spec, inputs, cache)
+    order = None if inputs.mask is None else _order_of(inputs.mask)
+    if order is not None:
+        q, k, v = (_at(x, order.tokens) for x in inputs[:3])
+        inputs = inputs._replace(q=q, k=k, v=v)
+    count = inputs.q.shape[2] if order is None else order.taken
+    spec, inputs = _stored(spec, inputs._replace(mask=None), cache, count)
+    found = dispatch.attend(spec, inputs)
+    if order is None:
+        return found
+    if isinstance(found, Tensor):
+        return order.back(found, 0.0)
+    out, lse = found
+    return order.back(out, 0.0), order.back(lse[..., None], -torch.inf)[..., 0]
+
+
+def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
+    """The path that ``attend`` would take."""
+    spec, inputs = _checked(spec, inputs, cache)
+    first, n = cache.lengths, inputs.q.shape[2]
+    if _fit_in_ring(spec, n, cache):
+        call = _over_ring(spec, inputs, cache, cache.rule(first))
+    else:
+        rows, room = cache.keys.shape[:2], cache.slots + n
+        k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
+        call = _over_order(spec, inputs, cache, first, k, v)
+    return dispatch.choose(*dispatch.checked(*call))
+
+
+class _Order(NamedTuple):
+    """How the tokens that a mask keeps come first in their rows.
+
+    Attributes:
+        tokens: int64 ``(b, n)``, the tokens in their new order.
+        taken: int64 ``(b,)``, how many are kept.
+        place: int64 ``(b, n)``, the new place of each token that is kept.
+        kept: the mask.
+    """
+
+    tokens: Tensor
+    taken: Tensor
+    place: Tensor
+    kept: Tensor
+
+    def back(self, x: Tensor, value: float) -> Tensor:
+        """``x`` ``(b, h, n, d)`` in the old order, with ``value`` for tokens that are not kept."""
+        return _at(x, self.place).masked_fill(~self.kept[:, None, :, None], value)
+
+
+def _order_of(mask: Tensor) -> _Order:
+    tokens = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    counted = mask.cumsum(1)
+    return _Order(tokens, mask.sum(1), (counted - 1).clamp(min=0), mask)
+
+
+def _at(x: Tensor, tokens: Tensor) -> Tensor:
+    return x.gather(2, tokens[:, None, :, None].expand(x.shape))
+
+
+def _stored(
+    spec: Spec, inputs: Inputs, cache: LocalCache, count: int | Tensor
+) -> tuple[Spec, Inputs]:
+    """The call over the cache's keys, which include its own."""
+    q, k, v = inputs[:3]
+    first, n = cache.lengths.clone(), q.shape[2]
+    if inputs.inv_freq is not None and spec.xpos_base is None:
+        position = (first[:, None] + torch.arange(n, device=q.device))[:, None]
+        q, k = (rotate(x, position, inputs.inv_freq).to(x.dtype) for x in (q, k))
+        inputs = inputs._replace(q=q, inv_freq=None)
+    if _fit_in_ring(spec, n, cache):
+        return _over_ring(spec, inputs, cache, cache.append(k, v, count))
+    return _over_order(spec, inputs, cache, first, *cache.extend(k, v, count))
+
+
+def _fit_in_ring(spec: Spec, n: int, cache: LocalCache) -> bool:
+    """Whether ``n`` tokens are attended to where they lie."""
+    return n <= cache.fits and spec.xpos_base is None
+
+
+def _over_ring(spec: Spec, inputs: Inputs, cache: LocalCache, rule: Ring) -> tuple[Spec, Inputs]:
+    inputs = inputs._replace(k=cache.keys, v=cache.values, rule_tensors=rule.tensors)
+    return spec._replace(rule=rule), inputs
+
+
+def _over_order(
+    spec: Spec, inputs: Inputs, cache: LocalCache, first: Tensor, k: Tensor, v: Tensor
+) -> tuple[Spec, Inputs]:
+    return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
+
+
+def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
+    """The call in autocast's dtype, and fit for its cache."""
+    if not isinstance(cache, LocalCache):
+        raise TypeError(f"cache must be a LocalCache or None, got {kind_of(cache)}")
+    for name in ("documents", "q_offset", "kv_offset"):
+        if getattr(inputs, name) is not None:
+            raise ValueError(f"{name} must be None with a cache, which counts positions itself")
+    if spec.rule != cache.window:
+        raise ValueError(f"cache must have the window {spec.rule!r}, got one for {cache.window!r}")
+    if spec.dropout:
+        raise ValueError(
+            f"dropout must be 0 with a cache, got {spec.dropout}: put the module into eval mode"
+        )
+    q, k, v, mask = inputs[:4]
+    check_qkv(q, k, v)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype != torch.float64:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        inputs = inputs._replace(q=q, k=k, v=v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "cache must be None where q, k or v requires a gradient: call under torch.no_grad()"
+        )
+    for name, x, held in (("k", k, cache.keys), ("v", v, cache.values)):
+        wanted = (*held.shape[:2], x.shape[-2], held.shape[-1])
+        if tuple(x.shape) != wanted:
+            raise ValueError(
+                f"{name} must have the shape {wanted} for its cache, got {tuple(x.shape)}"
+            )
+        if x.dtype != held.dtype or x.device != held.device:
+            raise ValueError(
+                f"{name} must be {held.dtype} on {held.device} as its cache is, got {x.dtype} on "
+                f"{x.device}"
+            )
+    if mask is not None:
+        check_mask(mask, q, q.shape[2])
+        if mask.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"mask must have a row for each of the cache's {q.shape[0]}, got "
+                f"{tuple(mask.shape)}"
+            )
+    return spec, inputs

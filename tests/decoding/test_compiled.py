@@ -1,0 +1,54 @@
+"""Decoding inside a user's compiled model: one graph before and after the ring closes."""
+
+import decoded
+import pytest
+import torch
+from compilers import needs_compiled_kernels_on_the_cpu
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flexlocal import LocalCache, LocalMHA, Window
+
+W = 8
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_for_every_step():
+    counter = CompileCounterWithBackend("aot_eager")
+    mha = LocalMHA(dim=10, window_size=W, dim_head=8, heads=3, causal=True).eval()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(x, cache):
+        return mha(x, cache=cache)
+
+    text = torch.randn(2, 41, 10)
+    with torch.no_grad():
+        whole = mha(text)
+        cache = LocalCache(mha.attn_fn.window, 2, 3, 8, dtype=torch.float32, device="cpu")
+        found = [step(text[:, :3], cache)]
+        pieces = counter.frame_count
+        found += [step(text[:, i : i + 1], cache) for i in range(3, 41)]
+    assert counter.frame_count == pieces + 1
+    torch.testing.assert_close(torch.cat(found, dim=1), whole)
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_steps_of_the_fused_kernel():
+    writes = [("write", (n, n), n) for n in (1, 1, 9, 1)]
+    story = decoded.story_of(
+        *writes, ("reset", (1,)), writes[0], W=3, exact=False, groups=2, d=32, d_v=32, softcap=0.7
+    )
+    decoded.tell(story, story.cache(torch.float32), tolerance=1e-5, sums=False, backend="flex")
+
+
+def test_windows_of_one_size_share_a_graph():
+    """The ring's numbers are in tensors: caches of other batches and texts need no other graph."""
+    rules = [
+        LocalCache(Window.sliding(W), batch, 1, 4, dtype=torch.float32, device="cpu").rule(
+            torch.zeros(batch)
+        )
+        for batch in (2, 3)
+    ]
+    assert rules[0] == rules[1] and hash(rules[0]) == hash(rules[1])
