@@ -50,6 +50,9 @@ class Tuning:
 
 STOCK = Tuning(STOCK_BLOCK, ())
 
+DECODING = Tuning(STOCK_BLOCK, (("BACKEND", "AUTO"),))
+"""For few queries over a cache: torch takes its decoding kernel, which shares the keys out."""
+
 FLASH = Tuning(STOCK_BLOCK, (("BACKEND", "FLASH"),))
 """FlexAttention's backend of FlashAttention 4, which wants blocks of this size."""
 
@@ -127,6 +130,8 @@ def tuning_of(spec: Spec, inputs: Inputs, flash: bool) -> Tuning:
         return FLASH
     if q.device.type != "cuda":
         return STOCK
+    if spec.rule.has_holes:
+        return DECODING
     entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), spec.rule)
     if entry is None:
         return STOCK
