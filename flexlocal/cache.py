@@ -13,7 +13,7 @@ from torch import Tensor
 from .masks.arguments import check_count, check_integers, kind_of
 from .masks.ring import NEVER_FILLED, Ring
 from .masks.window import Window
-from .torch_limits import stop_unless
+from .torch_limits import at_least, stop_unless
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -178,24 +178,8 @@ class LocalCache:
             What the tokens see, over ``keys`` and ``values``.
         """
         first = self.lengths.clone()
-        token = torch.arange(k.shape[2], device=first.device)
-        position = first[:, None] + token
-        slot = position.remainder(self.slots)
-        if isinstance(count, Tensor):
-            takes = token < count[:, None]
-            position = torch.where(takes, position, self.positions.gather(1, slot))
-            takes = takes[:, None, :, None]
-            k = torch.where(takes, k, _at(self.keys, slot))
-            v = torch.where(takes, v, _at(self.values, slot))
-        self.positions.scatter_(1, slot, position)
-        for ring, new in ((self.keys, k), (self.values, v)):
-            ring.scatter_(2, slot[:, None, :, None].expand(new.shape), new)
-        self._grow(count)
+        self._write(k, v, first, count)
         return self.rule(first)
-
-    def rule(self, first: Tensor) -> Ring:
-        """What tokens at the positions from ``first`` ``(batch,)`` on see, over the ring."""
-        return Ring(self.window, self.slots, first, self.positions)
 
     @torch.no_grad()
     def extend(self, k: Tensor, v: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -205,31 +189,48 @@ class LocalCache:
             The keys and values that the tokens see and their own, ``(batch, kv_heads, slots + n, d
             or d_v)``, in order: the first stands at ``lengths - slots`` before the call.
         """
-        first = self.lengths.clone()
+        first, n = self.lengths.clone(), k.shape[2]
         place = torch.arange(self.slots, device=first.device)
         in_order = (first[:, None] + place).remainder(self.slots)
-        self._grow(count)
-        # Of all positions that share a slot, the newest one's key lies there.
-        newest = self.lengths[:, None] - 1
-        position = newest - (newest - place).remainder(self.slots)
-        found = position - (first[:, None] - self.slots)
-        self.positions.copy_(torch.where(position < 0, NEVER_FILLED, position))
-        seen = []
-        for ring, new in ((self.keys, k), (self.values, v)):
-            both = torch.cat((_at(ring, in_order), new), dim=2)
-            ring.copy_(_at(both, found))
-            seen.append(both)
-        return seen[0], seen[1]
+        seen_k, seen_v = (
+            torch.cat((_at(ring, in_order), new), dim=2)
+            for ring, new in ((self.keys, k), (self.values, v))
+        )
+        if n > self.slots:  # the last ones alone: two tokens would be written to one slot
+            left_out = at_least(first * 0 + count - self.slots, 0)
+            k, v = (_at(x, left_out[:, None] + place) for x in (k, v))
+            first, count = first + left_out, count - left_out
+        self._write(k, v, first, count)
+        return seen_k, seen_v
+
+    def _write(self, k: Tensor, v: Tensor, first: Tensor, count: int | Tensor) -> None:
+        """Stores at most ``slots`` tokens at the positions from ``first`` ``(batch,)`` on."""
+        token = torch.arange(k.shape[2], device=first.device)
+        position = first[:, None] + token
+        slot = position.remainder(self.slots)
+        if isinstance(count, Tensor):
+            takes = token < count[:, None]
+            position = torch.where(takes, position, self.positions.gather(1, slot))
+            takes = takes[:, None, :, None]
+            k = torch.where(takes, k, _at(self.keys, slot))
+            v = torch.where(takes, v, _at(self.values, slot))
+        # By index: of `scatter_` Inductor makes a copy of the whole ring.
+        row = torch.arange(len(first), device=first.device)[:, None]
+        self.positions[row, slot] = position
+        self.keys[row, :, slot] = k.transpose(1, 2)
+        self.values[row, :, slot] = v.transpose(1, 2)
+        self.lengths.copy_(first + count)
+        if self.rewindable:
+            torch.maximum(self._longest, self.lengths, out=self._longest)
+
+    def rule(self, first: Tensor) -> Ring:
+        """What tokens at the positions from ``first`` ``(batch,)`` on see, over the ring."""
+        return Ring(self.window, self.slots, first, self.positions)
 
     @property
     def fits(self) -> int:
         """Most tokens that ``append`` takes: what the first of them sees is not overwritten."""
         return self.slots - self.window.reach.back
-
-    def _grow(self, count: int | Tensor) -> None:
-        self.lengths += count
-        if self.rewindable:
-            torch.maximum(self._longest, self.lengths, out=self._longest)
 
     def __repr__(self) -> str:
         batch, kv_heads, slots, head_size = self.keys.shape

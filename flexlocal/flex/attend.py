@@ -88,6 +88,9 @@ def _attend(
     sinks, own_graph = inputs.sinks, lists is not None
     b, h, n, _ = q.shape
     h = plain_int(h)  # score_mods capture it, and cannot capture a symbolic int
+    if tuning.decodes(n):  # kernels that share keys out are compiled for one batch size
+        b = plain_int(b)
+        q, k, v = (x.expand(b, -1, -1, -1) for x in (q, k, v))
     blocks = blocks_of(spec, call_rule, inputs, tuning)
     if mask is not None:
         # `expand` tells Dynamo that the mask's sizes are q's, however they were computed.

@@ -43,6 +43,7 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Res
         None if bias is None else bias.shape[0],
         inv_freq is not None,
         *(x is not None for x in inputs[_FIRST_OPTIONAL:]),
+        len(q) if tuning.decodes(q.shape[2]) else None,  # what such a kernel is compiled for
     )
     compiled = _compiled(
         spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *optional,

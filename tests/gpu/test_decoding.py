@@ -38,6 +38,7 @@ def layer_and_text(n, window=64, dtype=torch.float32, batch=2):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_one_graph_and_no_synchronisation():
     layer, text, cache = layer_and_text(200)
     counter = CompileCounterWithBackend("inductor")
