@@ -34,7 +34,7 @@ class LocalCache:
     Attributes:
         keys: ``(batch, kv_heads, slots, d)``, the key at position ``p`` in slot ``p % slots``.
         values: ``(batch, kv_heads, slots, d_v)``, likewise.
-        positions: int64 ``(batch, slots)``, position of the key in each slot; below 0 for none.
+        positions: int32 ``(batch, slots)``, position of the key in each slot; below 0 for none.
         lengths: int64 ``(batch,)``, tokens of each row so far: the position of the next one.
         slots: room for tokens, those of a window and ``rewindable`` more.
 
@@ -45,7 +45,7 @@ class LocalCache:
     >>> import torch
     >>> cache = LocalCache(Window.sliding(4), 1, 2, 8, dtype=torch.float32, device="cpu")
     >>> cache.slots, cache.nbytes
-    (4, 552)
+    (4, 544)
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class LocalCache:
             room = (batch, kv_heads, self.slots)
             self.keys = torch.zeros(*room, head_size, dtype=dtype, device=device)
             self.values = torch.zeros(*room, v_head_size, dtype=dtype, device=device)
-            self.positions = torch.full((batch, self.slots), NEVER_FILLED, device=device)
+            self.positions = torch.full(
+                (batch, self.slots), NEVER_FILLED, dtype=torch.int32, device=device
+            )
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self._longest = torch.zeros_like(self.lengths)
 
@@ -206,8 +208,8 @@ class LocalCache:
     def _write(self, k: Tensor, v: Tensor, first: Tensor, count: int | Tensor) -> None:
         """Stores at most ``slots`` tokens at the positions from ``first`` ``(batch,)`` on."""
         token = torch.arange(k.shape[2], device=first.device)
-        position = first[:, None] + token
-        slot = position.remainder(self.slots)
+        position = (first[:, None] + token).to(torch.int32)
+        slot = position.remainder(self.slots).long()
         if isinstance(count, Tensor):
             takes = token < count[:, None]
             position = torch.where(takes, position, self.positions.gather(1, slot))
@@ -225,7 +227,7 @@ class LocalCache:
 
     def rule(self, first: Tensor) -> Ring:
         """What tokens at the positions from ``first`` ``(batch,)`` on see, over the ring."""
-        return Ring(self.window, self.slots, first, self.positions)
+        return Ring(self.window, self.slots, first.to(torch.int32), self.positions)
 
     @property
     def fits(self) -> int:

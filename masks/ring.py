@@ -24,8 +24,8 @@ class Ring(Rule):
     Args:
         held: the window, which is causal.
         slots: keys that the ring has room for, at least as many as a query sees.
-        first: position of the first query, integer ``(batch,)``.
-        positions: of the key in each slot, integer ``(batch, slots)``; ``NEVER_FILLED`` for none.
+        first: position of the first query, int32 ``(batch,)``.
+        positions: of the key in each slot, int32 ``(batch, slots)``; ``NEVER_FILLED`` for none.
     """
 
     held: Window

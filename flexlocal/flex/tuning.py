@@ -53,6 +53,13 @@ STOCK = Tuning(STOCK_BLOCK, ())
 DECODING = Tuning(STOCK_BLOCK, (("BACKEND", "AUTO"),))
 """For few queries over a cache: torch takes its decoding kernel, which shares the keys out."""
 
+TUNED_DECODING = Tuning(
+    STOCK_BLOCK,
+    (("BACKEND", "AUTO"), ("BLOCK_N", 64), ("num_stages", 3), ("num_warps", 4)),
+)
+"""Where the table knows the GPU: 124 us instead of 235 for a query of 32 heads over 8 key heads of
+128, 4096 keys and 32 rows (H200, torch 2.11)."""
+
 FLASH = Tuning(STOCK_BLOCK, (("BACKEND", "FLASH"),))
 """FlexAttention's backend of FlashAttention 4, which wants blocks of this size."""
 
@@ -130,9 +137,9 @@ def tuning_of(spec: Spec, inputs: Inputs, flash: bool) -> Tuning:
         return FLASH
     if q.device.type != "cuda":
         return STOCK
-    if spec.rule.has_holes:
-        return DECODING
     entry = nearest(capability(q.device), q.dtype, max(q.shape[-1], v.shape[-1]), spec.rule)
+    if spec.rule.has_holes:
+        return DECODING if entry is None else TUNED_DECODING
     if entry is None:
         return STOCK
     return entry.tuning if spec.softcap is None else capped_tuning(entry)
