@@ -207,6 +207,22 @@ def first_positions(inputs: Inputs, rule: Rule) -> tuple[int | Tensor, int | Ten
     return query, key
 
 
+def mask_of_queries(rule: Rule, inputs: Inputs) -> Tensor | None:
+    """The key mask, where gradients are taken and each query is the token of the key at its index.
+
+    Args:
+        inputs: shaped.
+        rule: the call's, over these keys.
+    """
+    learned = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks
+    if inputs.mask is None or not torch.is_grad_enabled():
+        return None
+    if not any(x is not None and x.requires_grad for x in learned):
+        return None
+    lead, queries, keys = rule.lead, inputs.q.shape[2], inputs.k.shape[2]
+    return inputs.mask if isinstance(lead, int) and lead == 0 and queries == keys else None
+
+
 def xpos_of(spec: Spec, inputs: Inputs) -> Xpos | None:
     """xpos of a call, or None where it is off."""
     if spec.xpos_base is None or inputs.zeta is None:

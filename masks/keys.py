@@ -50,18 +50,29 @@ def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
 
     A hidden NaN or inf would spread otherwise: its weight is 0, and 0 * NaN is NaN.
     """
-    cleared: Tensor = _Cleared.apply(keys, key_mask)  # type: ignore[no-untyped-call]
+    cleared: Tensor = _Cleared.apply(keys, key_mask[..., None])  # type: ignore[no-untyped-call]
     return cleared
 
 
+def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
+    """``queries`` ``(b, h, n, d)`` with zeros for NaN and inf where ``key_mask`` hides their keys.
+
+    Nobody reads the result of padding, whose gradient is 0. But a NaN in its query makes its
+    weights NaN, and the gradients of all keys that it sees: 0 * NaN again.
+    """
+    kept = key_mask[..., None] | queries.isfinite()
+    finite: Tensor = _Cleared.apply(queries, kept)  # type: ignore[no-untyped-call]
+    return finite
+
+
 class _Cleared(torch.autograd.Function):
-    """Zeros for hidden keys. Backward changes nothing, since their gradients are zero already."""
+    """Zeros for what is not kept. Backward changes nothing: its gradients are zero already."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(keys: Tensor, key_mask: Tensor) -> Tensor:
-        return torch.where(key_mask[..., None], keys, 0.0)
+    def forward(x: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(kept, x, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

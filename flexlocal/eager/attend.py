@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..masks.keys import without_padding
+from ..masks.keys import finite_padding, without_padding
 from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
@@ -25,6 +25,7 @@ from ..spec import (
     beside_queries,
     first_positions,
     is_placed,
+    mask_of_queries,
     positions,
     rule_of,
 )
@@ -60,8 +61,9 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, mask, bias, seed, *_ = inputs
     if mask is not None:
         with region("key mask"):
+            q = _finite_padding(rule, inputs)
             k, v = without_padding(k, mask), without_padding(v, mask)
-    q, k = _turned(spec, rule, inputs._replace(k=k))
+    q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
     if dense.serves(spec, rule, inputs):
         with without_autocast(q.device), region("attention"):
             return dense.attend(spec, rule, inputs._replace(q=q, k=k, v=v))
@@ -98,8 +100,8 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
     rule = rule_of(spec, inputs)
     window = rule.window
     if mask is not None:
-        k = without_padding(k, mask)
-    q, k = _turned(spec, rule, inputs._replace(k=k))
+        q, k = _finite_padding(rule, inputs), without_padding(k, mask)
+    q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
     sizes, bias = _cropped(_sizes(q, k, rule, one_window=True, slides=True), bias, rule)
     formula = formula_of(spec, rule, inputs, sizes)
     operands = Operands(q, k, k, _cleared(bias, formula), inputs.sinks, mask)
@@ -114,6 +116,12 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
             target = out[tiles.batch, tiles.heads, start : start + part.shape[2], columns]
             target.copy_(part[:, :, : target.shape[2]])
     return out
+
+
+def _finite_padding(rule: Rule, inputs: Inputs) -> Tensor:
+    """The call's queries, finite where they are padding and gradients are taken."""
+    mask = mask_of_queries(rule, inputs)
+    return inputs.q if mask is None else finite_padding(inputs.q, mask)
 
 
 def _with_a_hidden_key(inputs: Inputs) -> Inputs:

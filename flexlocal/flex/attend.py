@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from ..masks import Window
 from ..masks.key_layout import KeyLayout
-from ..masks.keys import without_padding
+from ..masks.keys import finite_padding, without_padding
 from ..masks.rule import Rule
 from ..mods.bias import with_margin
 from ..mods.dropout import key_draws, query_draws
@@ -28,6 +28,7 @@ from ..spec import (
     beside_queries,
     first_positions,
     is_placed,
+    mask_of_queries,
     positions,
     rule_of,
     xpos_of,
@@ -95,6 +96,9 @@ def _attend(
     if mask is not None:
         # `expand` tells Dynamo that the mask's sizes are q's, however they were computed.
         mask = mask.expand(-1, 1 if mask.shape[1] == 1 else h, k.shape[2])
+        padded_queries = mask_of_queries(call_rule, inputs._replace(mask=mask))
+        if padded_queries is not None:
+            q = finite_padding(q, padded_queries)
         v = without_padding(v, mask)
         # Forward, kernels hide a score before they use it, so that hidden keys may hold NaN. Their
         # backward pass multiplies by hidden keys.

@@ -70,12 +70,12 @@ def test_random_calls(case):
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_a_mask_hides_never_gets_out(poison, learning):
-    """Without gradients too, where keys are not cleared of it."""
+    """Without gradients too, where neither keys nor queries are cleared of it."""
     case, found = feature("mask"), []
     for hidden in (poison, 0.0):
         call = case.tensors(torch.float32)
         with torch.no_grad():
-            for x in (call.k, call.v):
+            for x in (call.q, call.k, call.v) if learning else (call.k, call.v):
                 x.masked_fill_(~call.mask[:, None, :, None], hidden)
         with torch.set_grad_enabled(learning):
             out = case.run(compiled(case), call)

@@ -41,7 +41,7 @@ def test_what_a_mask_hides_never_gets_out(poison, compiled):
     for hidden in (poison, 0.0):
         q, k, v = tensors(grad=True)
         with torch.no_grad():
-            for x in (k, v):
+            for x in (q, k, v):
                 x.masked_fill_(~keep[:, None, :, None], hidden)
         out = run(q, k, v, mask=keep)
         found.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
