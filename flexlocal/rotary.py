@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .angles import angles
 from .masks import Rule
 from .masks.arguments import check_count, check_flag, check_number
 from .masks.key_layout import KeyLayout
-from .torch_limits import written_out
+from .torch_limits import has_float64, written_out
 
 # xpos's factors lie between 2**-bits and 2**bits. Within _RANGE_BITS of a dtype, scaled queries and
 # keys are finite. Within _PRODUCT_BITS, so are the products of queries and keys that they do not
@@ -59,14 +60,18 @@ class Xpos:
             channels of a pair.
         """
         origin = (queries + max(after, shift) - before) // 2
-        query = torch.arange(queries, device=self.zeta.device) + shift - origin
-        key = torch.arange(before + queries + after, device=self.zeta.device) - before - origin
-        return self._decay(query, dtype), self._decay(-key, dtype)
+        zeta = self.zeta
+        if not has_float64(zeta.device):
+            zeta = _xpos_decay(2 * zeta.shape[0])
+        query = torch.arange(queries, device=zeta.device) + shift - origin
+        key = torch.arange(before + queries + after, device=zeta.device) - before - origin
+        return self._decay(zeta, query, dtype), self._decay(zeta, -key, dtype)
 
-    def _decay(self, position: Tensor, dtype: torch.dtype) -> Tensor:
+    def _decay(self, zeta: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
         # In fp64: the error of an fp32 power grows with its exponent on a GPU.
         exponent = position.to(torch.float64)[:, None] / self.base
-        return written_out((self.zeta.to(torch.float64) ** exponent).to(dtype))
+        factor = (zeta.to(torch.float64) ** exponent).to(dtype)
+        return written_out(factor.to(self.zeta.device))
 
 
 def most_windows(rule: Rule, base: float, dtype: torch.dtype) -> int:
@@ -101,25 +106,18 @@ def rotate(
 ) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by its positions; in fp32 at least, not cast back.
 
-    Angles are computed in fp64: at position 10**6 an fp32 one is off by a twentieth of a radian.
-
     Args:
         position: ``(n,)``, or what broadcasts to ``x``'s dimensions before the last.
         factor: multiplies both halves of the result; ``(n, d / 2)``, or what broadcasts likewise.
         layout: lays ``x`` out in slots first; ``n`` of position, factor and result are then slots.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    angle = _angles(position, inv_freq)
+    angle = angles(position, inv_freq)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
     turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), layout)  # type: ignore[no-untyped-call]
     return turned
-
-
-def _angles(position: Tensor, inv_freq: Tensor) -> Tensor:
-    """fp64 ``(..., d / 2)``."""
-    return position.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
 
 
 class _Turned(torch.autograd.Function):
@@ -233,14 +231,15 @@ class Rotary(nn.Module):
         n = keys.shape[-2]
         if positions is None:
             positions = torch.arange(n, device=keys.device)
-        angles = _angles(positions, self.inv_freq)
-        angles = torch.cat((angles, angles), dim=-1).float()
+        wide = torch.float64 if has_float64(keys.device) else torch.float32
+        angle = positions.to(wide)[..., None] * self.inv_freq.to(wide)
+        angle = torch.cat((angle, angle), dim=-1).float()
         if not self.use_xpos:
-            return angles, torch.ones(1, device=keys.device)
+            return angle, torch.ones(1, device=keys.device)
         assert self.scale_base is not None
-        power = (positions - n // 2).to(torch.float64) / self.scale_base
-        factors = self.scale.to(torch.float64) ** power[..., None]
-        return angles, torch.cat((factors, factors), dim=-1).float()
+        power = (positions - n // 2).to(wide) / self.scale_base
+        factors = self.scale.to(wide) ** power[..., None]
+        return angle, torch.cat((factors, factors), dim=-1).float()
 
     def extra_repr(self) -> str:
         xpos = f", xpos base {self.scale_base}" if self.use_xpos else ""
@@ -260,8 +259,15 @@ class Rotary(nn.Module):
 
 def _tables(dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """The frequencies and xpos's decay, fp32 on the CPU."""
-    pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
-    return (theta ** -(pair / dim)).float(), ((pair + 0.4 * dim) / (1.4 * dim)).float()
+    return (theta ** -(_pairs(dim) / dim)).float(), _xpos_decay(dim)
+
+
+def _xpos_decay(dim: int) -> Tensor:
+    return ((_pairs(dim) + 0.4 * dim) / (1.4 * dim)).float()
+
+
+def _pairs(dim: int) -> Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
 
 
 def _exact_again(rotary: Rotary, saved: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -44,6 +44,16 @@ length and 16 does not divide the length (torch 2.11 to 2.15).
 """
 
 
+def seen_as_constant(function: Function) -> Function:
+    """Has a compiler call ``function`` while it traces, and take the result for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler here. torch 2.11
+    takes ``is_exporting()`` for True wherever it traces it, so that it must not be traced.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no compiled kernel can run on ``device`` at ``dtype``; None when one can."""
     if device.type not in ("cpu", "cuda"):
@@ -84,6 +94,14 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+@seen_as_constant
+def has_float64(device: torch.device) -> bool:
+    """Whether ``device`` holds float64: Apple's GPUs do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
 # Sizes and bounds.
 
 
@@ -122,16 +140,6 @@ def at_most(value: Index, high: Index | int) -> Index:
     if isinstance(value, Tensor):
         return torch.where(value < high, value, high)
     return min(value, high)
-
-
-def seen_as_constant(function: Function) -> Function:
-    """Has a compiler call ``function`` while it traces, and take the result for a constant.
-
-    As ``torch.compiler.assume_constant_result``, which would import the compiler here. torch 2.11
-    takes ``is_exporting()`` for True wherever it traces it, so that it must not be traced.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # Memory.

@@ -18,7 +18,7 @@ from ..mods.sinks import sinks_of_rows, with_sink
 from ..mods.softcap import cap_tiles, pull_back_tiles
 from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
-from ..torch_limits import at_least, at_most
+from ..torch_limits import at_least, at_most, has_float64
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]
@@ -256,6 +256,11 @@ def formula_of(
     q, xpos = inputs.q, xpos_of(spec, inputs)
     compute = torch.promote_types(q.dtype, torch.float32)
     if xpos is not None and not xpos_products_fit(sizes.span, xpos.base, compute):
+        if not has_float64(q.device):
+            raise ValueError(
+                f"rotary's scale_base must be larger on {q.device}, which has no float64: xpos's "
+                f"factors over {sizes.span} tokens overflow float32, got {xpos.base}"
+            )
         compute = torch.float64
     same = None
     step = rule.reach.step

@@ -231,7 +231,7 @@ def imports(name, path):
 
 FLOORS = (
     {"torch_limits"},
-    {"masks"},
+    {"masks", "angles"},
     {"masks.view", "rotary", "autocast", "regions", "mods", "merge", "cache"},
     {"spec"},
     {"checks", "eager", "flex"},  # which know nothing of each other
