@@ -69,28 +69,29 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
-def check_dropout(dropout: float) -> None:
-    """``dropout`` is a probability below 1."""
-    check_number("dropout", dropout)
+def check_dropout(dropout: float) -> float:
+    """``dropout``, returned plain, is a probability below 1."""
+    dropout = check_number("dropout", dropout)
     if not 0 <= dropout <= MOST_DROPOUT:
         raise ValueError(
             f"dropout must be at least 0 and below 1, by 2**-32 at least, got {dropout!r}"
         )
+    return dropout
 
 
-def check_scale(scale: float | None) -> None:
-    """``scale`` is a finite number or None."""
+def check_scale(scale: float | None) -> float | None:
+    """``scale``, returned plain, is a finite number or None."""
     if scale is None:
-        return
-    check_number("scale", scale, "a number or None")
+        return None
+    scale = check_number("scale", scale, "a number or None")
     if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
+    return scale
 
 
-def check_softcap(softcap: float | None) -> None:
-    """``softcap`` is a finite number above 0, or None."""
-    if softcap is not None:
-        check_above_zero("softcap", softcap, "a number or None")
+def check_softcap(softcap: float | None) -> float | None:
+    """``softcap``, returned plain, is a finite number above 0, or None."""
+    return None if softcap is None else check_above_zero("softcap", softcap, "a number or None")
 
 
 def check_kernel_options(options: object, backend: str) -> None:
@@ -179,7 +180,10 @@ def check_mask(mask: object, q: Tensor, keys: int, name: str = "mask") -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {kind_of(mask)}")
     if mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be boolean (True = keep), got {mask.dtype}")
+        raise ValueError(
+            f"{name} must be boolean (True = keep), got {mask.dtype}: {name}.bool() where 1 keeps "
+            f"a key, {name} == 0 where the numbers are added to scores"
+        )
     rows = math.prod(q.shape[:-2])
     if mask.dim() != 2 or mask.shape[1] != keys or not _divides(mask.shape[0], rows):
         raise ValueError(

@@ -20,7 +20,7 @@ from .eager import attend as eager
 from .flex import compile as flex
 from .flex import flash, support, tuning
 from .masks import Rule
-from .spec import Inputs, Spec, resolved, shaped
+from .spec import Inputs, Spec, resolved, shaped, with_plain_numbers
 from .torch_limits import seen_as_constant
 
 
@@ -90,6 +90,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
+    spec = with_plain_numbers(spec)
     if torch.compiler.is_compiling():
         run, dtype = _prepare(spec, inputs)
     else:
@@ -109,6 +110,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
 
 def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
     """The call, its arguments checked: resolved, with q, k and v in autocast's dtype."""
+    spec = with_plain_numbers(spec)
     if torch.compiler.is_compiling() and spec.rule.is_window:
         # Dynamo may make a window's numbers symbolic. A new Window has plain ints.
         spec = spec._replace(rule=replace(spec.rule.window))

@@ -87,25 +87,21 @@ class LocalAttention(nn.Module):
         theta: float = 10000.0,
     ) -> None:
         super().__init__()
-        check_count("window_size", window_size)
-        flags = {
-            "shared_qk": shared_qk,
-            "autopad": autopad,
-            "exact_windowsize": exact_windowsize,
-            "use_rotary_pos_emb": use_rotary_pos_emb,
-            "use_xpos": use_xpos,
-        }
-        for name, flag in flags.items():
-            check_flag(name, flag)
+        window_size = check_count("window_size", window_size)
+        self.shared_qk = check_flag("shared_qk", shared_qk)
+        self.autopad = check_flag("autopad", autopad)
+        exact_windowsize = check_flag("exact_windowsize", exact_windowsize)
+        use_rotary_pos_emb = check_flag("use_rotary_pos_emb", use_rotary_pos_emb)
+        self.use_xpos = use_xpos = check_flag("use_xpos", use_xpos)
         self.window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
-        check_dropout(dropout)
-        check_scale(scale)
+        dropout = check_dropout(dropout)
+        self.scale = check_scale(scale)
         if xpos_scale_base is not None:
-            check_above_zero("xpos_scale_base", xpos_scale_base)
+            xpos_scale_base = check_above_zero("xpos_scale_base", xpos_scale_base)
         check_backend(backend)
         check_kernel_options(kernel_options, backend)
-        check_softcap(softcap)
-        check_above_zero("theta", theta)
+        self.softcap = check_softcap(softcap)
+        theta = check_above_zero("theta", theta)
         if rel_pos_emb_config is not None:
             warnings.warn(
                 "rel_pos_emb_config is deprecated: give its first entry, the head size, as dim",
@@ -113,9 +109,7 @@ class LocalAttention(nn.Module):
                 stacklevel=2,
             )
             dim = dim_of(rel_pos_emb_config, dim)
-        if dim is not None:
-            check_count("dim", dim)
-        self.dim = dim
+        self.dim = dim = None if dim is None else check_count("dim", dim)
         self.rel_pos: Rotary | None = None
         if use_rotary_pos_emb and dim is not None:
             base = xpos_scale_base
@@ -129,13 +123,8 @@ class LocalAttention(nn.Module):
                 "use_xpos must be False without rotary embeddings, got True with "
                 f"use_rotary_pos_emb={use_rotary_pos_emb} and dim={dim}"
             )
-        self.autopad = autopad
-        self.shared_qk = shared_qk
-        self.scale = scale
-        self.use_xpos = use_xpos
         self.backend: BackendName = backend
         self.kernel_options = kernel_options
-        self.softcap = softcap
         # A module, as in the documented layer, so that its `p` and training mode can be set.
         self.dropout: nn.Module = nn.Dropout(dropout)
 
@@ -349,8 +338,7 @@ class LocalAttention(nn.Module):
             raise ValueError(
                 f"window_size must be None in a call without use_xpos, got {window_size}"
             )
-        check_count("window_size", window_size)
-        return replace(self.window, size=window_size)
+        return replace(self.window, size=check_count("window_size", window_size))
 
     def _rate(self) -> float:
         """Of dropout in a call; users put other modules in its place, or set ``p``."""

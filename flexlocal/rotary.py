@@ -156,11 +156,12 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Te
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
-def check_above_zero(name: str, value: float, wanted: str = "a number") -> None:
-    """``value`` is a finite number above 0; ``name`` is what the caller's argument is called."""
-    check_number(name, value, wanted)
+def check_above_zero(name: str, value: float, wanted: str = "a number") -> float:
+    """``value``, returned plain, is a finite number above 0; ``name`` is the caller's argument."""
+    value = check_number(name, value, wanted)
     if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return value
 
 
 class Rotary(nn.Module):
@@ -195,15 +196,15 @@ class Rotary(nn.Module):
         theta: float = 10000.0,
     ) -> None:
         super().__init__()
-        check_count("dim", dim, least=2)
+        dim = check_count("dim", dim, least=2)
         if dim % 2:
             raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
-        check_flag("use_xpos", use_xpos)
+        use_xpos = check_flag("use_xpos", use_xpos)
         if scale_base is not None:
-            check_above_zero("scale_base", scale_base)
+            scale_base = check_above_zero("scale_base", scale_base)
         elif use_xpos:
             raise ValueError("scale_base must be given with use_xpos, got None")
-        check_above_zero("theta", theta)
+        theta = check_above_zero("theta", theta)
         self.dim, self.use_xpos, self.scale_base, self.theta = dim, use_xpos, scale_base, theta
         self.register_buffer("inv_freq", torch.empty(dim // 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(dim // 2, dtype=torch.float32), persistent=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .masks.arguments import kind_of
+from .masks.arguments import kind_of, plain
 from .masks.keys import for_each_head, mask_of_rows
 from .masks.placed import place
 from .masks.rule import Rule
@@ -88,13 +88,26 @@ class Inputs(NamedTuple):
     kv_offset: int | Tensor | None = None
 
 
+def with_plain_numbers(spec: Spec) -> Spec:
+    """``spec`` with Python's numbers and flags for scalars of numpy and 0-d tensors."""
+    given = spec.scale, spec.softcap, spec.dropout, spec.shared_qk, spec.return_lse
+    if all(x is None or type(x) in (int, float, bool) for x in given):
+        return spec
+    scale, softcap, dropout, shared_qk, return_lse = map(plain, given)
+    return spec._replace(
+        scale=scale, softcap=softcap, dropout=dropout, shared_qk=shared_qk, return_lse=return_lse
+    )
+
+
 def offsets_of(
     q: Tensor, k: Tensor, q_offset: int | Tensor | None, kv_offset: int | Tensor | None
 ) -> tuple[int | Tensor | None, int | Tensor | None]:
     """``Inputs.q_offset`` and ``Inputs.kv_offset``: None for both where they change nothing."""
     if q_offset is None and kv_offset is None:
         return None, None
-    q_offset, kv_offset = (0 if x is None else x for x in (q_offset, kv_offset))
+    q_offset, kv_offset = (
+        0 if x is None else x if isinstance(x, Tensor) else plain(x) for x in (q_offset, kv_offset)
+    )
     numbers = type(q_offset) is int and type(kv_offset) is int
     tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() > 1 < k.dim()
     if numbers and q_offset == kv_offset == 0 and tensors and q.shape[-2] == k.shape[-2]:

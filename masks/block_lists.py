@@ -60,8 +60,7 @@ def block_mask(
         ValueError: a number out of range, or a key mask of another shape.
         TypeError: a number is no int.
     """
-    check_count("n_queries", n_queries)
-    check_count("n_keys", n_keys)
+    n_queries, n_keys = check_count("n_queries", n_queries), check_count("n_keys", n_keys)
     sizes = check_block_size(block_size)
     grid = Grid(rule, Side(n_queries, sizes[0]), Side(n_keys, sizes[1]), entries)
     if key_mask is None:

@@ -58,7 +58,7 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, n: int) -> Tensor:
         raise ValueError(
             f"cu_seqlens must have the shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
         )
-    check_count("n", n, least=0)
+    n = check_count("n", n, least=0)
     ends = cu_seqlens[1:].contiguous()
     token = torch.arange(n, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     number = torch.searchsorted(ends, token, right=True, out_int32=True)

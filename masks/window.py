@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from ..torch_limits import Index, plain_int
-from .arguments import check_count, check_flag, kind_of
+from .arguments import check_count, check_flag, kind_of, plain
 from .rule import Entry, Reach, Rule
 
 _MOST_SPAN = 2**62  # positions are int64
@@ -46,15 +46,19 @@ class Window(Rule):
     exact: bool = False
 
     def __post_init__(self) -> None:
-        check_count("size", self.size)
-        check_flag("causal", self.causal)
-        check_count("look_backward", self.look_backward, least=0)
-        if self.look_forward is None:
-            object.__setattr__(self, "look_forward", 0 if self.causal else 1)
-        check_count("look_forward", self.ahead, least=0)
-        check_flag("exact", self.exact)
-        for name in ("size", "look_backward", "look_forward"):
-            object.__setattr__(self, name, plain_int(getattr(self, name)))
+        causal = check_flag("causal", self.causal)
+        ahead = self.look_forward
+        if ahead is None:
+            ahead = 0 if causal else 1
+        checked = {
+            "size": plain_int(check_count("size", self.size)),
+            "causal": causal,
+            "look_backward": plain_int(check_count("look_backward", self.look_backward, least=0)),
+            "look_forward": plain_int(check_count("look_forward", ahead, least=0)),
+            "exact": check_flag("exact", self.exact),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.span > _MOST_SPAN:
             raise ValueError(
                 "window size times the windows looked at must be at most 2**62 tokens, "
@@ -77,8 +81,7 @@ class Window(Rule):
         >>> Window.sliding(4096).words
         'a query sees at most 4096 keys: its own and the 4095 before it'
         """
-        check_count("keys", keys)
-        return cls._from_reach(keys - 1, 0)
+        return cls._from_reach(check_count("keys", keys) - 1, 0)
 
     @classmethod
     def around(cls, reach: int) -> "Window":
@@ -87,7 +90,7 @@ class Window(Rule):
         Raises:
             ValueError, TypeError: ``reach`` is below 0, or no int.
         """
-        check_count("reach", reach, least=0)
+        reach = check_count("reach", reach, least=0)
         return cls._from_reach(reach, reach)
 
     @classmethod
@@ -99,8 +102,7 @@ class Window(Rule):
         Raises:
             ValueError, TypeError: a number is below 0, or no int.
         """
-        check_count("left", left, least=0)
-        check_count("right", right, least=0)
+        left, right = check_count("left", left, least=0), check_count("right", right, least=0)
         return cls._from_reach(left, right)
 
     @classmethod
@@ -255,12 +257,12 @@ def as_rule(given: object, name: str = "window") -> Rule:
     """
     if isinstance(given, Rule):
         return given
+    given = plain(given)
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(
             f"{name} must be a Window, another Rule or an int, got {given!r} of {kind_of(given)}"
         )
-    check_count(name, given)
-    return Window(given)
+    return Window(check_count(name, given))
 
 
 def _keys(count: int) -> str:

@@ -122,7 +122,7 @@ def step_of(lengths: tuple[int, int], cells: int) -> int:
         ValueError: ``cells`` is below 1.
         TypeError: ``cells`` is no int.
     """
-    check_count("cells", cells)
+    cells = check_count("cells", cells)
     wanted = -(-max(lengths) // cells)
     return 1 << (wanted - 1).bit_length()
 

@@ -73,12 +73,10 @@ def inspect(
         )
     if rule.tensors:
         rule = rule.with_tensors([x.cpu() for x in rule.tensors])
-    check_count("n", n)
-    keys = n if n_keys is None else n_keys
-    check_count("n_keys", keys)
-    check_count("head_size", head_size)
-    check_count("batch", batch, least=0)
-    check_count("head", head, least=0)
+    n = check_count("n", n)
+    keys = n if n_keys is None else check_count("n_keys", n_keys)
+    head_size = check_count("head_size", head_size)
+    batch, head = check_count("batch", batch, least=0), check_count("head", head, least=0)
     if not documents is q_offset is kv_offset is None:
         rule = _placed(rule, n, keys, batch, documents, q_offset, kv_offset)
     sizes, kept = check_block_size(block_size), _checked_mask(key_mask, keys)

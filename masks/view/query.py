@@ -37,7 +37,7 @@ def query_words(
         ValueError: there is no query ``i``.
         TypeError: ``i`` is no int.
     """
-    check_count("query", i, least=0)
+    i = check_count("query", i, least=0)
     if i >= n:
         raise ValueError(f"query must be at least 0 and below {n}, got {i}")
     first, last = (int(end) for end in rule.keys(batch, head, i))
