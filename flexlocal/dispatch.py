@@ -21,7 +21,7 @@ from .flex import compile as flex
 from .flex import flash, support, tuning
 from .masks import Rule
 from .spec import Inputs, Spec, resolved, shaped, with_plain_numbers
-from .torch_limits import seen_as_constant
+from .torch_limits import is_transformed, seen_as_constant
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         tuple([_kind_of(x) for x in rule_tensors]) if rule_tensors else None,
         None if others == _NO_OTHERS else tuple([_kind_of(x) for x in others]),
         torch.is_grad_enabled(),
+        is_transformed(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         tuning.overridden(),
     )

@@ -18,7 +18,7 @@ from .angles import angles
 from .masks import Rule
 from .masks.arguments import check_count, check_flag, check_number
 from .masks.key_layout import KeyLayout
-from .torch_limits import has_float64, written_out
+from .torch_limits import has_float64, is_transformed, written_out
 
 # xpos's factors lie between 2**-bits and 2**bits. Within _RANGE_BITS of a dtype, scaled queries and
 # keys are finite. Within _PRODUCT_BITS, so are the products of queries and keys that they do not
@@ -116,7 +116,10 @@ def rotate(
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    turned: Tensor = _Turned.apply(x, written_out(cos), written_out(sin), layout)  # type: ignore[no-untyped-call]
+    cos, sin = written_out(cos), written_out(sin)
+    if is_transformed():
+        return _Turned.forward(x, cos, sin, layout)
+    turned: Tensor = _Turned.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]
     return turned
 
 
@@ -127,8 +130,6 @@ class _Turned(torch.autograd.Function):
     half of them only. Of autograd's own backward pass it makes several: that one adds up the halves
     one by one, and writes every copy of a key before it adds them up.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_limits import is_transformed
 from .rule import MaskMod
 
 
@@ -50,8 +51,7 @@ def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
 
     A hidden NaN or inf would spread otherwise: its weight is 0, and 0 * NaN is NaN.
     """
-    cleared: Tensor = _Cleared.apply(keys, key_mask[..., None])  # type: ignore[no-untyped-call]
-    return cleared
+    return _cleared(keys, key_mask[..., None])
 
 
 def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
@@ -60,15 +60,18 @@ def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
     Nobody reads the result of padding, whose gradient is 0. But a NaN in its query makes its
     weights NaN, and the gradients of all keys that it sees: 0 * NaN again.
     """
-    kept = key_mask[..., None] | queries.isfinite()
-    finite: Tensor = _Cleared.apply(queries, kept)  # type: ignore[no-untyped-call]
-    return finite
+    return _cleared(queries, key_mask[..., None] | queries.isfinite())
+
+
+def _cleared(x: Tensor, kept: Tensor) -> Tensor:
+    if is_transformed():
+        return torch.where(kept, x, 0.0)
+    cleared: Tensor = _Cleared.apply(x, kept)  # type: ignore[no-untyped-call]
+    return cleared
 
 
 class _Cleared(torch.autograd.Function):
     """Zeros for what is not kept. Backward changes nothing: its gradients are zero already."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, kept: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The eager path: plain tensor operations, for every argument, device and dtype.
 
 Queries are cut into tiles, each of which sees one interval of keys. Tiles are computed a portion at
-a time (``autograd``). Inside a compiler or ``torch.export`` all of them are computed at once, and
-the compiler fuses what it can. Shapes are those of ``spec`` and of ``tiles``.
+a time (``autograd``). Inside a compiler, ``torch.export`` or a transform of ``torch.func`` all of
+them are computed at once, by operators that these know. Shapes are those of ``spec`` and ``tiles``.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ from ..spec import (
     positions,
     rule_of,
 )
-from ..torch_limits import is_symbolic
+from ..torch_limits import is_symbolic, is_transformed
 from . import dense
 from .autograd import attend_in_portions, portions
 from .formula import Formula, Operands, formula_of
@@ -82,7 +82,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     formula = formula_of(spec, rule, inputs, sizes, draws)
     operands = Operands(q, k, v, _cleared(bias, formula), inputs.sinks, mask)
     with without_autocast(q.device), region("attention"):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_transformed():
             out, lse = formula.output(every_tile(sizes), operands)
         else:
             out, lse = attend_in_portions(operands, formula, sizes)

@@ -5,6 +5,7 @@ the backward pass computes the weights again. Shapes are those of ``tiles``.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..mods.sinks import gradient_of_sinks
 from ..regions import region
+from ..torch_limits import for_each_gradient, is_transformed
 from .formula import Formula, Operands, times
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
@@ -61,9 +63,11 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = Operands(*ctx.saved_tensors)
-        found = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        plain = torch.is_grad_enabled() or is_transformed()
+        found = _differentiable_gradients if plain else _gradients
         with without_autocast(grad.device), region("attention backward"):
-            grads = found(ctx.formula, ctx.sizes, operands, grad, grad_lse)
+            of = partial(found, ctx.formula, ctx.sizes, operands)
+            grads = for_each_gradient(of, grad, grad_lse)
         return (None, None, *grads, None)
 
 
@@ -109,14 +113,16 @@ def _gradients(
 def _differentiable_gradients(
     formula: Formula, sizes: Sizes, operands: Operands, grad: Tensor, grad_lse: Tensor | None
 ) -> _Gradients:
-    """The same gradients with a graph of their own, for gradients of gradients."""
-    # Fresh views cut the graph between q, k and v, so that aliased inputs do not receive each
-    # other's gradients.
-    fresh = Operands(*(None if x is None else x.view_as(x) for x in operands))  # type: ignore[arg-type]
+    """The same gradients by autograd, for gradients of gradients and for batches of gradients."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh views cut the graph between q, k and v, so that aliased inputs do not receive each
+        # other's gradients.
+        fresh = Operands(*(None if x is None else x.view_as(x) for x in operands))  # type: ignore[arg-type]
+        out, lse = formula.output(every_tile(sizes), fresh)
     wanted = [x for x in fresh if x is not None and x.requires_grad]
-    out, lse = formula.output(every_tile(sizes), fresh)
     outputs, grads = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again))
     return [next(found) if x is not None and x.requires_grad else None for x in fresh[:-1]]
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..masks.rule import Rule
 from ..mods.bias import add_gradient_of_tiles, add_to_tiles, bias_place
 from ..mods.dropout import keeps
-from ..mods.shared_qk import clear_own_gradients, own_key, set_own_scores
+from ..mods.shared_qk import clear_own_gradients, own_key, with_own_scores
 from ..mods.sinks import sinks_of_rows, with_sink
 from ..mods.softcap import cap_tiles, pull_back_tiles
 from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
-from ..torch_limits import at_least, at_most, has_float64
+from ..torch_limits import added_in_place, at_least, at_most, has_float64
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]
@@ -139,9 +139,9 @@ class Formula:
             scores = self._biased(tiles, scores, bias)
         if spec.shared_qk:
             own = None if self.rule.is_window else own_key(self.rule, *tiles.indices(device))
-            set_own_scores(scores, tiles.sizes.before, own)
+            scores = with_own_scores(scores, tiles.sizes.before, own)
         hiding, blind = self._hiding(tiles, operands.mask, device)
-        scores += hiding
+        scores = added_in_place(scores, hiding)
         if bias is not None:  # which may hide keys as well
             hidden = (scores == -torch.inf).all(-1, keepdim=True)
             scores = scores.masked_fill(hidden, 0.0)

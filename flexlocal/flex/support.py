@@ -4,7 +4,7 @@ import torch
 
 from ..rotary import xpos_fits
 from ..spec import Inputs, Spec, xpos_tokens
-from ..torch_limits import MOST_HEAD, is_exporting, unavailable
+from ..torch_limits import MOST_HEAD, is_exporting, is_transformed, unavailable
 
 
 def refusal(spec: Spec, inputs: Inputs) -> str | None:
@@ -15,6 +15,8 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
         return reason
     if is_exporting():
         return "torch.export cannot hold FlexAttention's kernel"
+    if is_transformed():
+        return "torch.func's transforms cannot enter the fused kernel"
     if 0 in (q.numel(), k.numel(), v.numel()):
         return "there is nothing to compute: a tensor is empty"
     base = spec.xpos_base

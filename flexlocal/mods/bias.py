@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import Rule, Window
-from ..torch_limits import at_least, at_most, written_out
+from ..torch_limits import added_in_place, at_least, at_most, written_out
 from .score import Mod
 
 Place = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -69,12 +69,12 @@ def with_margin(bias: Tensor, margin: int) -> Tensor:
 
 
 def add_to_tiles(scores: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-    """``scores`` ``(b, h, g, t, s)`` with ``bias`` ``(heads, t, s)`` added in place.
+    """``scores`` ``(b, h, g, t, s)`` with ``bias`` ``(heads, t, s)`` added, in place if it can be.
 
     Args:
         rows: ``(b, h)``, the row of each head.
     """
-    return scores.add_(bias[rows % bias.shape[0]][:, :, None])
+    return added_in_place(scores, bias[rows % bias.shape[0]][:, :, None])
 
 
 def add_gradient_of_tiles(total: Tensor, grad_scores: Tensor, rows: Tensor) -> None:

@@ -127,12 +127,12 @@ def _alone(window: Window, n: int, token: int) -> bool:
 # where query ``i`` is key ``before + i``.
 
 
-def set_own_scores(scores: Tensor, before: int, own: Tensor | None = None) -> None:
-    """Sets the scores of tokens with themselves, in place."""
-    if own is None:
-        scores.diagonal(before, -2, -1).fill_(SELF_SCORE)
-    else:
-        scores.masked_fill_(own, SELF_SCORE)
+def with_own_scores(scores: Tensor, before: int, own: Tensor | None = None) -> Tensor:
+    """``scores``, with those of tokens with themselves set; in place where ``own`` is None."""
+    if own is not None:
+        return scores.masked_fill(own, SELF_SCORE)
+    scores.diagonal(before, -2, -1).fill_(SELF_SCORE)
+    return scores
 
 
 def clear_own_gradients(grad_scores: Tensor, before: int, own: Tensor | None = None) -> None:
