@@ -21,7 +21,7 @@ from .flex import compile as flex
 from .flex import flash, support, tuning
 from .masks import Rule
 from .spec import Inputs, Spec, resolved, shaped, with_plain_numbers
-from .torch_limits import is_transformed, seen_as_constant
+from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         ValueError, TypeError: an argument does not fit.
     """
     spec = with_plain_numbers(spec)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_tracing():
+        refuse_old_onnx()
         run, dtype = _prepare(spec, inputs)
     else:
         run, dtype = _kept(spec, inputs)

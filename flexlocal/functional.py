@@ -13,6 +13,7 @@ from .masks.spans import MOST_DENSE, from_spans
 from .masks.window import as_rule
 from .rotary import Rotary
 from .spec import BackendName, Inputs, Spec, offsets_of, rotation_of, shaped
+from .torch_limits import is_tracing
 
 
 def local_attention(
@@ -141,6 +142,11 @@ def attention_map(
     rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
     if not rule.is_window:
         raise ValueError(f"window must be a Window for its map, got {type(rule).__name__}")
+    if is_tracing():
+        raise RuntimeError(
+            "attention_map cannot be traced, for it would hold at the example's length alone: "
+            "torch.export takes it"
+        )
     inputs = Inputs(q, k, k, mask, attn_bias, None, inv_freq, zeta, sinks=sinks)
     spec = Spec(rule, scale, shared_qk, xpos_base=base, softcap=softcap)
     spec, inputs = dispatch.checked(spec, inputs)

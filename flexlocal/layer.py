@@ -137,7 +137,7 @@ class LocalAttention(nn.Module):
         input_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         window_size: int | None = None,
-        *,
+        *surplus: object,
         sinks: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         documents: Tensor | None = None,
@@ -158,6 +158,7 @@ class LocalAttention(nn.Module):
             input_mask: another name of ``mask``.
             attn_bias: ``(heads, W, window.span)``, added to the scores.
             window_size: another size for this call, with xpos only.
+            surplus: nothing; the arguments below go by name.
             sinks: ``(heads,)``, a logit for each head that takes part in the softmax.
             dropout_seed: 0-d int64 tensor that decides which weights are dropped.
             documents: integer ``(batch, m)`` or ``(m,)``, the document of each key.
@@ -173,6 +174,12 @@ class LocalAttention(nn.Module):
         Raises:
             ValueError, TypeError: as ``local_attention``.
         """
+        if surplus:  # torch's older ONNX exporter gives all arguments by place
+            raise TypeError(
+                f"forward must be given 3 to 7 arguments by place, got {7 + len(surplus)}: the "
+                "others go by name. An ONNX exporter that does otherwise is the older one; "
+                "torch.onnx.export(..., dynamo=True) can export the layer"
+            )
         placed = {
             "documents": documents,
             "q_offset": q_offset,

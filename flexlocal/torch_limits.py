@@ -105,6 +105,12 @@ def has_float64(device: torch.device) -> bool:
 # Sizes and bounds.
 
 
+@seen_as_constant
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is at work."""
+    return torch._C._get_tracing_state() is not None
+
+
 def plain_int(size: int) -> int:
     """``size`` as a number, where a compiler made it symbolic.
 
@@ -117,6 +123,8 @@ def plain_int(size: int) -> int:
 
 def is_symbolic(size: int) -> bool:
     """Whether a compiler is to make one graph for many sizes: to compare it would guard on it."""
+    if is_tracing():  # sizes are 0-d tensors
+        return True
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # a third of a second
@@ -147,13 +155,13 @@ def at_most(value: Index, high: Index | int) -> Index:
 
 @seen_as_constant
 def is_transformed() -> bool:
-    """Whether one of ``torch.func``'s transforms is at work, or forward-mode differentiation.
+    """Whether a transform of ``torch.func`` is at work, forward-mode differentiation, or a tracer.
 
     They take plain operators only: an ``autograd.Function`` that writes in place has no rule for
-    ``vmap``, nor a derivative in forward mode.
+    ``vmap``, nor a derivative in forward mode, and ``torch.jit.trace`` cannot look inside.
     """
     stack = torch._C._functorch.peek_interpreter_stack()
-    return stack is not None or torch.autograd.forward_ad._current_level >= 0
+    return is_tracing() or stack is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def added_in_place(x: Tensor, y: Tensor) -> Tensor:
@@ -305,8 +313,8 @@ def number_in_memory(n: int, device: torch.device) -> Tensor:
 
 @seen_as_constant
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is at work."""
-    return torch.compiler.is_exporting()
+    """Whether ``torch.export`` is at work, or ``torch.jit.trace``."""
+    return torch.compiler.is_exporting() or is_tracing()
 
 
 def stop_unless(true: Tensor, message: str) -> None:
@@ -320,6 +328,19 @@ def stop_unless(true: Tensor, message: str) -> None:
 def mark_length_dynamic(x: Tensor, dim: int) -> None:
     """Has lengths share a graph from the second one on, however many blocks they have."""
     torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def refuse_old_onnx() -> None:
+    """torch's older ONNX exporter knows neither how to unfold a tensor nor how to pad it.
+
+    Raises:
+        RuntimeError: it is at work.
+    """
+    if is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch's older ONNX exporter cannot hold local attention: "
+            "torch.onnx.export(..., dynamo=True) does, for every length"
+        )
 
 
 def keep_guard(guard: Any, settled_names: Sequence[str]) -> bool:

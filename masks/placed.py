@@ -183,7 +183,7 @@ class Placed(Rule):
 
     def _from(self, start: Offset, near: "Nearby") -> "Placed":
         """The rule over the keys ``near``, the first of which has had the index ``start``."""
-        lead = self.lead - start if isinstance(start, int) else self.reach.back
+        lead = self.reach.back if isinstance(start, Tensor) else self.lead - start
         starts, ends = self._of_keys
         of_keys = Origins(near.of_table(starts), None if ends is None else near.of_table(ends))
         return Placed(self.placed, self.of_queries.plus(-start), of_keys.plus(-start), lead)
@@ -243,7 +243,7 @@ class Nearby:
 
     def of_table(self, x: Any) -> Any:
         """``x``, a number for each key, at these keys: ``(b or 1, h or 1, n or 1)``."""
-        if isinstance(x, int) or x.shape[-1] == 1:
+        if not isinstance(x, Tensor) or x.shape[-1] == 1:  # a symbolic number is no int
             return x
         if self.index is None:
             return x[..., self.start : self.stop]
@@ -318,7 +318,7 @@ def _bounded(last: Any, position: Any, start: Any, end: Any) -> Any:
 
 def _looked_up(x: Offset, batch: Entry, head: Entry, token: Index) -> Any:
     """The element of ``x`` ``(b or 1, h or 1, n or 1)`` for these."""
-    if isinstance(x, int):
+    if not isinstance(x, Tensor):
         return x
     entry, heads, tokens = (size != 1 for size in x.shape)
     return x[batch if entry else 0, head if heads else 0, token if tokens else 0]

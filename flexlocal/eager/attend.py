@@ -29,7 +29,7 @@ from ..spec import (
     positions,
     rule_of,
 )
-from ..torch_limits import is_symbolic, is_transformed
+from ..torch_limits import is_exporting, is_symbolic, is_transformed
 from . import dense
 from .autograd import attend_in_portions, portions
 from .formula import Formula, Operands, formula_of
@@ -189,7 +189,8 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> 
         tile = -(-least // step) * step
         # Rows of scores that are whole vectors long make matrix products faster.
         before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
-    return Sizes(b, h, k.shape[1], n, m, tile=tile, before=before, after=after, lead=rule.lead)
+    any_length = is_symbolic(n) and is_exporting()
+    return Sizes(b, h, k.shape[1], n, m, tile, before, after, rule.lead, any_length)
 
 
 def _cropped(sizes: Sizes, bias: Tensor | None, rule: Rule) -> tuple[Sizes, Tensor | None]:

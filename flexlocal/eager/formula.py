@@ -94,12 +94,11 @@ class Formula:
         found = self.weigh(tiles, *self.scaled(tiles, q, operands.k), operands)
         weights = times(found.weights, self.keep(tiles))
         out = found.seeing(weights @ tiles.keys(v).to(self.compute))
-        queries = tiles.sizes.n - tiles.first * tiles.sizes.tile
         lse = None
         if self.spec.return_lse:
             assert found.lse is not None
-            lse = found.seeing(found.lse, -torch.inf).flatten(2)[:, :, :queries]
-        return out.flatten(2, 3)[:, :, :queries].to(q.dtype), lse
+            lse = tiles.joined(found.seeing(found.lse, -torch.inf)[..., 0])
+        return tiles.joined(out).to(q.dtype), lse
 
     def scaled(self, tiles: Tiles, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The tiles' queries and keys times ``factors``: scores begin as their products."""

@@ -32,6 +32,8 @@ class Sizes:
     """Keys of a tile after that at its last query."""
     lead: int = 0
     """Index of the key at a query, less the index of the query."""
+    any_length: bool = False
+    """Whether ``n`` is symbolic, and no comparison may be made with it."""
 
     @property
     def span(self) -> int:
@@ -45,7 +47,9 @@ class Sizes:
 
     @property
     def tiles(self) -> int:
-        """Tiles that cover the queries."""
+        """Tiles that cover the queries; never fewer than two of any length, nor just enough."""
+        if self.any_length:
+            return self.n // self.tile + 2
         return (self.n + self.tile - 1) // self.tile  # torch.export fails on -(-n // tile)
 
 
@@ -77,8 +81,7 @@ class Tiles:
     def queries(self, x: Tensor) -> Tensor:
         """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
         queries = self._cut(x[self.batch, self.heads], *self._query_range)
-        tiles: Tensor = queries.unflatten(2, (self.count, self.sizes.tile))
-        return tiles
+        return self._apart(queries, self.count)
 
     def keys(self, x: Tensor) -> Tensor:
         """``(batch, kv_heads or heads, m, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
@@ -158,9 +161,23 @@ class Tiles:
             return keys.unfold(2, span, size).transpose(-1, -2)
         # No unfold in a compiler: on the CPU torch 2.13's adds up its gradient in wrong places.
         padded = F.pad(keys, (0, 0, 0, pieces * size - span))
-        by_piece = padded.unflatten(2, (self.count + pieces - 1, size))
+        by_piece = self._apart(padded, self.count + pieces - 1)
         parts = [by_piece[:, :, piece : piece + self.count] for piece in range(pieces)]
         return torch.cat(parts, dim=3)[..., :span, :]
+
+    def _apart(self, x: Tensor, count: int) -> Tensor:
+        """``count`` tiles or pieces one after the other, as ``(b, h, g, t, d)``."""
+        size = self.sizes.tile
+        if self.sizes.any_length:  # a view would guard on what the length is divided by
+            return x.unfold(2, size, size).transpose(-1, -2)
+        return x.view(*x.shape[:2], count, size, x.shape[3])
+
+    def joined(self, x: Tensor) -> Tensor:
+        """``(b, h, g, t, ...)`` as ``(b, h, queries, ...)``, without those past the last query."""
+        queries, x = self.sizes.n - self.first * self.sizes.tile, x.flatten(2, 3)
+        if self.sizes.any_length:  # a slice would guard on it being shorter
+            return x.index_select(2, torch.arange(queries, device=x.device))
+        return x[:, :, :queries]
 
     def _cut(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Indices ``start`` to ``stop`` of ``x``'s third dimension, zeros outside of it."""

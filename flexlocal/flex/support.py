@@ -14,7 +14,7 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
     if reason is not None:
         return reason
     if is_exporting():
-        return "torch.export cannot hold FlexAttention's kernel"
+        return "an exporter cannot hold FlexAttention's kernel"
     if is_transformed():
         return "torch.func's transforms cannot enter the fused kernel"
     if 0 in (q.numel(), k.numel(), v.numel()):
