@@ -216,7 +216,8 @@ def _ends(chosen: Tensor, column: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 def kept_blocks(key_mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Which key blocks of ``(..., n_keys)`` keep some key, and which all: ``(..., blocks)``."""
     missing = -key_mask.shape[-1] % block_size
-    blocks = F.pad(key_mask, (0, missing)).unflatten(-1, (-1, block_size))
+    padded = F.pad(key_mask, (0, missing))
+    blocks = padded.view(*padded.shape[:-1], -1, block_size)
     return blocks.any(-1), blocks.all(-1)
 
 

@@ -97,7 +97,7 @@ class KeyLayout(Rule):
     def from_slots(self, copies: Tensor) -> Tensor:
         """``(..., count * slots, d)`` summed over the slots of each key, ``(..., length, d)``."""
         before, after = self.before, self.after
-        parts = copies.unflatten(-2, (self.count, self.slots))
+        parts = copies.view(*copies.shape[:-2], self.count, self.slots, copies.shape[-1])
         found = []
         # A segment's slots hold keys of the segments `step` before it, for these values of `step`.
         for step in range(-_ceil(after, self.segment), _ceil(before, self.segment) + 1):

@@ -165,8 +165,7 @@ class Formula:
         if self.draws is None:
             return None
         by_query, by_key = (
-            draw.unflatten(0, (tiles.sizes.batch, tiles.sizes.heads))[..., None]
-            for draw in self.draws
+            draw.view(tiles.sizes.batch, tiles.sizes.heads, -1, 1) for draw in self.draws
         )
         by_query, by_key = tiles.queries(by_query), tiles.keys(by_key)
         keep = keeps(by_query, by_key.transpose(-1, -2), self.spec.dropout)

@@ -142,7 +142,8 @@ class Tiles:
         if low >= high:
             return
         if total.shape[1] != sizes.heads:
-            tiles = tiles.unflatten(1, (self.kv_heads.stop - self.kv_heads.start, -1)).sum(2)
+            kv_heads = self.kv_heads.stop - self.kv_heads.start
+            tiles = tiles.view(tiles.shape[0], kv_heads, -1, *tiles.shape[2:]).sum(2)
         # Neighbouring tiles share keys, but first pieces overlap no first pieces, and so on.
         pieces = sizes.pieces
         b, h, count, _, d = tiles.shape
