@@ -230,6 +230,12 @@ class LocalCache:
         return Ring(self.window, self.slots, first.to(torch.int32), self.positions)
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """All that a call asks of its cache: caches of one kind serve the same calls."""
+        keys = self.keys
+        return self.window, keys.shape, self.values.shape[-1], keys.dtype, keys.device
+
+    @property
     def fits(self) -> int:
         """Most tokens that ``append`` takes: what the first of them sees is not overwritten."""
         return self.slots - self.window.reach.back

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import dispatch
 from .autocast import autocast_dtype
 from .cache import LocalCache
-from .checks import check_mask, check_qkv
+from .checks import check_call
 from .dispatch import Choice
 from .masks.arguments import kind_of
 from .masks.ring import Ring
@@ -120,13 +120,48 @@ def _over_order(
     return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
 
 
+_CHECKED: dict[object, torch.dtype | None] = {}
+"""The kinds of calls that were checked, and the dtype that autocast wants for q, k and v."""
+
+_MOST_CHECKED = 1024
+
+
 def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
-    """The call in autocast's dtype, and fit for its cache."""
+    """The call in autocast's dtype, and fit for its cache; checked once for all of a kind.
+
+    All of it is checked here: a call that fails must leave the cache as it was.
+    """
     if not isinstance(cache, LocalCache):
         raise TypeError(f"cache must be a LocalCache or None, got {kind_of(cache)}")
+    check = _check if torch.compiler.is_compiling() else _kept_check
+    dtype = check(spec, inputs, cache)
+    if dtype is not None:
+        q, k, v = (x.to(dtype) for x in inputs[:3])
+        inputs = inputs._replace(q=q, k=k, v=v)
+    return spec, inputs
+
+
+def _kept_check(spec: Spec, inputs: Inputs, cache: LocalCache) -> torch.dtype | None:
+    """``_check``, called once for all calls of one kind."""
+    try:
+        kind = dispatch.kind_of_call(spec, inputs), cache.kind
+        if kind in _CHECKED:
+            return _CHECKED[kind]
+    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type
+        return _check(spec, inputs, cache)
+    dtype = _check(spec, inputs, cache)
+    if len(_CHECKED) >= _MOST_CHECKED:
+        _CHECKED.clear()
+    _CHECKED[kind] = dtype
+    return dtype
+
+
+def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> torch.dtype | None:
+    """Refuses what does not fit; gives autocast's dtype where q, k and v are to be cast."""
     for name in ("documents", "q_offset", "kv_offset"):
         if getattr(inputs, name) is not None:
             raise ValueError(f"{name} must be None with a cache, which counts positions itself")
+    check_call(spec, inputs)
     if spec.rule != cache.window:
         raise ValueError(f"cache must have the window {spec.rule!r}, got one for {cache.window!r}")
     if spec.dropout:
@@ -134,31 +169,27 @@ def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
             f"dropout must be 0 with a cache, got {spec.dropout}: put the module into eval mode"
         )
     q, k, v, mask = inputs[:4]
-    check_qkv(q, k, v)
-    dtype = autocast_dtype(q.device)
-    if dtype is not None and q.dtype != torch.float64:
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        inputs = inputs._replace(q=q, k=k, v=v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
             "cache must be None where q, k or v requires a gradient: call under torch.no_grad()"
         )
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype == torch.float64:
+        dtype = None
     for name, x, held in (("k", k, cache.keys), ("v", v, cache.values)):
         wanted = (*held.shape[:2], x.shape[-2], held.shape[-1])
         if tuple(x.shape) != wanted:
             raise ValueError(
                 f"{name} must have the shape {wanted} for its cache, got {tuple(x.shape)}"
             )
-        if x.dtype != held.dtype or x.device != held.device:
+        given = x.dtype if dtype is None else dtype
+        if given != held.dtype or x.device != held.device:
             raise ValueError(
-                f"{name} must be {held.dtype} on {held.device} as its cache is, got {x.dtype} on "
+                f"{name} must be {held.dtype} on {held.device} as its cache is, got {given} on "
                 f"{x.device}"
             )
-    if mask is not None:
-        check_mask(mask, q, q.shape[2])
-        if mask.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"mask must have a row for each of the cache's {q.shape[0]}, got "
-                f"{tuple(mask.shape)}"
-            )
-    return spec, inputs
+    if mask is not None and mask.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"mask must have a row for each of the cache's {q.shape[0]}, got {tuple(mask.shape)}"
+        )
+    return dtype

@@ -126,7 +126,7 @@ def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
 def _kept(spec: Spec, inputs: Inputs) -> Prepared:
     """``_prepare``, called once for all calls of one kind."""
     try:
-        kind = _kind(spec, inputs)
+        kind = kind_of_call(spec, inputs)
         prepared = _PREPARED.get(kind)
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type
         return _prepare(spec, inputs)
@@ -138,8 +138,8 @@ def _kept(spec: Spec, inputs: Inputs) -> Prepared:
     return prepared
 
 
-def _kind(spec: Spec, inputs: Inputs) -> object:
-    """All that the preparation of a call depends on."""
+def kind_of_call(spec: Spec, inputs: Inputs) -> object:
+    """All that the checks and the preparation of a call depend on."""
     if spec.kernel_options is not None:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
     q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors, *others = inputs

@@ -165,6 +165,9 @@ def test_a_cache_refuses(more, error, words):
         ({"mask": torch.ones(1, 1, dtype=torch.bool)}, ValueError, "mask must have a row for each"),
         ({"mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "mask must have the shape"),
         ({"q": tokens(1)[0].requires_grad_()}, ValueError, "torch.no_grad()"),
+        ({"sinks": torch.zeros(4)}, ValueError, "sinks must have the shape"),
+        ({"attn_bias": torch.zeros(3, 6, 6)}, ValueError, "attn_bias must have the shape"),
+        ({"softcap": -1.0}, ValueError, "softcap must be"),
     ],
 )
 def test_a_call_with_a_cache_refuses(more, error, words):
