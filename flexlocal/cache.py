@@ -198,6 +198,9 @@ class LocalCache:
             torch.cat((_at(ring, in_order), new), dim=2)
             for ring, new in ((self.keys, k), (self.values, v))
         )
+        # New tokens as they lie behind the old: a compiler could else write them before it has read
+        # the ring, and would copy it for that.
+        k, v = (x[:, :, self.slots :] for x in (seen_k, seen_v))
         if n > self.slots:  # the last ones alone: two tokens would be written to one slot
             left_out = at_least(first * 0 + count - self.slots, 0)
             k, v = (_at(x, left_out[:, None] + place) for x in (k, v))
