@@ -31,7 +31,7 @@ from ..spec import (
 )
 from ..torch_limits import is_exporting, is_symbolic, is_transformed
 from . import dense
-from .autograd import attend_in_portions, portions
+from .autograd import attend_in_portions, portions, scores_in_a_portion
 from .formula import Formula, Operands, formula_of
 from .tiles import Sizes, every_tile
 
@@ -76,7 +76,14 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
             draws = query_draws(seed, b * h, n, query), key_draws(seed, b * h, k.shape[2], key)
     xpos = spec.xpos_base is not None
     one_window = rule.is_window and (bias is not None or xpos)
-    sizes = _sizes(q, k, rule, one_window=one_window, slides=rule.is_window or xpos)
+    sizes = _sizes(
+        q,
+        k,
+        rule,
+        one_window,
+        slides=rule.is_window or xpos,
+        may_shorten=bias is None or not rule.is_window,
+    )
     if not is_symbolic(n):
         sizes, bias = _cropped(sizes, bias, rule)
     formula = formula_of(spec, rule, inputs, sizes, draws)
@@ -102,7 +109,7 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
     if mask is not None:
         q, k = _finite_padding(rule, inputs), without_padding(k, mask)
     q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
-    sizes, bias = _cropped(_sizes(q, k, rule, one_window=True, slides=True), bias, rule)
+    sizes, bias = _cropped(_sizes(q, k, rule, True, slides=True, may_shorten=False), bias, rule)
     formula = formula_of(spec, rule, inputs, sizes)
     operands = Operands(q, k, k, _cleared(bias, formula), inputs.sinks, mask)
     out = q.new_zeros((*q.shape[:-1], window.span), dtype=formula.compute)
@@ -162,7 +169,9 @@ def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> Sizes:
+def _sizes(
+    q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool, may_shorten: bool
+) -> Sizes:
     """The shape of tiles: some of the rule's steps, or one window.
 
     Shorter tiles compute fewer scores that are hidden. Inside a compiler a tile is at least as long
@@ -170,11 +179,16 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> 
 
     Args:
         one_window: a tile is to be one window, because a bias or xpos's factors are laid out so.
+        may_shorten: a tile may be shorter than these, so that long windows take little memory.
         slides: a tile's keys are to slide with its queries. They may else be all keys there are.
     """
     b, h, n, _ = q.shape
     reach, m = rule.reach, k.shape[2]
+    at_once = is_symbolic(n) or torch.compiler.is_compiling() or is_transformed()
     if not isinstance(rule.lead, int) or not slides and not is_symbolic(m) and m <= _LEAST_TILE:
+        tile = n if at_once else _shortened(q.device, n, m)
+        if tile < n:  # of each tile, its portion takes those keys that exist
+            return Sizes(b, h, k.shape[1], n, m, tile, before=n, after=m)
         return Sizes(b, h, k.shape[1], n, m, tile=n, before=0, after=m - n)
     if one_window:
         tile = rule.window.size
@@ -189,8 +203,21 @@ def _sizes(q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool) -> 
         tile = -(-least // step) * step
         # Rows of scores that are whole vectors long make matrix products faster.
         before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
+    if may_shorten and not at_once:
+        short = _shortened(q.device, min(tile, n), min(before + tile + after, m))
+        if short < min(tile, n):
+            tile = short
+            before, after = reach.around(tile)
     any_length = is_symbolic(n) and is_exporting()
     return Sizes(b, h, k.shape[1], n, m, tile, before, after, rule.lead, any_length)
+
+
+def _shortened(device: torch.device, queries: int, keys: int) -> int:
+    """Queries in a tile of so many keys that its scores fill one portion; ``queries`` at most."""
+    if queries * keys <= 4 * scores_in_a_portion(device):
+        return queries
+    fitting = scores_in_a_portion(device) // keys // _VECTOR * _VECTOR
+    return min(queries, max(_VECTOR, fitting))
 
 
 def _cropped(sizes: Sizes, bias: Tensor | None, rule: Rule) -> tuple[Sizes, Tensor | None]:

@@ -46,7 +46,7 @@ class _Tiled(torch.autograd.Function):
         lse = None
         if formula.spec.return_lse:
             lse = q.new_empty(q.shape[:-1], dtype=formula.compute)
-        for tiles in portions(sizes, q.device):
+        for tiles in map(formula.narrowed, portions(sizes, q.device)):
             part, part_lse = formula.output(tiles, operands)
             start = tiles.first * sizes.tile
             place = tiles.batch, tiles.heads, slice(start, start + part.shape[2])
@@ -81,7 +81,7 @@ def _gradients(
     totals = [None if x is None else torch.zeros_like(x, dtype=compute) for x in learned]
     grad_q, grad_k, grad_v, grad_bias, grad_sinks = totals
     assert grad_q is not None and grad_k is not None and grad_v is not None
-    for tiles in portions(sizes, q.device):
+    for tiles in map(formula.narrowed, portions(sizes, q.device)):
         q_factor, k_factor = formula.factors(tiles)
         q_tiles, k_tiles = formula.scaled(tiles, q, k)
         found = formula.weigh(tiles, q_tiles, k_tiles, operands)
@@ -128,7 +128,12 @@ def _differentiable_gradients(
 
 def portions(sizes: Sizes, device: torch.device) -> Iterator[Tiles]:
     """Tiles in portions that suit the device."""
-    return some_at_a_time(sizes, _SCORES_ON_CPU if device.type == "cpu" else _SCORES_ELSEWHERE)
+    return some_at_a_time(sizes, scores_in_a_portion(device))
+
+
+def scores_in_a_portion(device: torch.device) -> int:
+    """About how many scores are computed at a time on ``device``."""
+    return _SCORES_ON_CPU if device.type == "cpu" else _SCORES_ELSEWHERE
 
 
 def _empty(q: Tensor, d_v: int) -> Tensor:

@@ -4,7 +4,7 @@ Shapes are those of ``tiles``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -87,6 +87,25 @@ class Formula:
     same: Tensor | None
     _hidden: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
     """The last portion's ``_hiding``."""
+
+    def narrowed(self, tiles: Tiles) -> Tiles:
+        """``tiles``, where they are one, without keys that none of its queries may see.
+
+        Long windows are cut into several tiles, whose intervals of keys begin or end together.
+        """
+        if self.same is not None or tiles.count > 1:
+            return tiles
+        sizes, (start, stop) = tiles.sizes, tiles.key_range
+        low, high = 0, sizes.m
+        if not self.rule.tensors and not self.rule.by_head:
+            first, end = tiles.query_range
+            low = max(low, self.rule.keys(0, 0, first)[0])
+            high = min(high, self.rule.keys(0, 0, min(end, sizes.n) - 1)[1] + 1)
+        low, high = max(low, start), min(high, stop)
+        if low >= high:
+            return tiles
+        before, after = sizes.before - (low - start), sizes.after - (stop - high)
+        return replace(tiles, sizes=replace(sizes, before=before, after=after))
 
     def output(self, tiles: Tiles, operands: Operands) -> tuple[Tensor, Tensor | None]:
         """The tiles' output, ``(b, h, queries, d_v)``, and log-sum-exps ``(b, h, queries)``."""

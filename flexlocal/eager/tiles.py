@@ -70,24 +70,24 @@ class Tiles:
     @property
     def inside(self) -> bool:
         """Whether all the tiles' keys are known to exist."""
-        start, stop = self._key_range
+        start, stop = self.key_range
         return not self.whole and start >= 0 and stop <= self.sizes.m
 
     @property
     def ragged(self) -> bool:
         """Whether the last tile may reach past the last query."""
-        return self.whole or self._query_range[1] > self.sizes.n
+        return self.whole or self.query_range[1] > self.sizes.n
 
     def queries(self, x: Tensor) -> Tensor:
         """``(batch, heads, n, d)`` to ``(b, h, g, t, d)``."""
-        queries = self._cut(x[self.batch, self.heads], *self._query_range)
+        queries = self._cut(x[self.batch, self.heads], *self.query_range)
         return self._apart(queries, self.count)
 
     def keys(self, x: Tensor) -> Tensor:
         """``(batch, kv_heads or heads, m, d)`` to ``(b, h, g, s, d)``, a view where it can be."""
         shared = x.shape[1] != self.sizes.heads
         heads = self.kv_heads if shared else self.heads
-        tiles = self._overlapping(self._cut(x[self.batch, heads], *self._key_range))
+        tiles = self._overlapping(self._cut(x[self.batch, heads], *self.key_range))
         groups = (self.heads.stop - self.heads.start) // tiles.shape[1]
         return tiles.repeat_interleave(groups, dim=1) if shared else tiles
 
@@ -123,37 +123,41 @@ class Tiles:
             key_mask: ``(batch, heads or 1, m)``.
         """
         if key_mask is None:
-            key = torch.arange(*self._key_range, device=device)
+            key = torch.arange(*self.key_range, device=device)
             kept = ((key >= 0) & (key < self.sizes.m))[None, None]
         else:
             heads = self.heads if key_mask.shape[1] > 1 else slice(None)
-            kept = self._cut(key_mask[self.batch, heads, :, None], *self._key_range)[..., 0]
+            kept = self._cut(key_mask[self.batch, heads, :, None], *self.key_range)[..., 0]
         return kept.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
 
     def add_queries(self, total: Tensor, tiles: Tensor) -> None:
         """Adds ``(b, h, g, t, d)`` to the queries in ``total`` ``(batch, heads, n, d)``."""
-        start, stop = self._query_range[0], min(self._query_range[1], self.sizes.n)
+        start, stop = self.query_range[0], min(self.query_range[1], self.sizes.n)
         total[self.batch, self.heads, start:stop] += tiles.flatten(2, 3)[:, :, : stop - start]
 
     def add_keys(self, total: Tensor, tiles: Tensor) -> None:
         """Adds ``(b, h, g, s, d)`` to the keys in ``total`` ``(batch, kv_heads, m, d)``."""
-        sizes, (start, stop) = self.sizes, self._key_range
+        sizes, (start, stop) = self.sizes, self.key_range
         low, high = max(start, 0), min(stop, sizes.m)
         if low >= high:
             return
         if total.shape[1] != sizes.heads:
             kv_heads = self.kv_heads.stop - self.kv_heads.start
             tiles = tiles.view(tiles.shape[0], kv_heads, -1, *tiles.shape[2:]).sum(2)
-        # Neighbouring tiles share keys, but first pieces overlap no first pieces, and so on.
-        pieces = sizes.pieces
-        b, h, count, _, d = tiles.shape
-        by_piece = tiles.new_zeros(b, h, count + pieces - 1, sizes.tile, d)
-        for piece in range(pieces):
-            part = tiles[..., piece * sizes.tile : (piece + 1) * sizes.tile, :]
-            by_piece[:, :, piece : piece + count, : part.shape[-2]] += part
         heads = self.heads if total.shape[1] == sizes.heads else self.kv_heads
-        shared = by_piece.flatten(2, 3)[:, :, low - start : high - start]
-        total[self.batch, heads, low:high] += shared
+        shared = tiles[:, :, 0] if self.count == 1 else self._summed(tiles)
+        total[self.batch, heads, low:high] += shared[:, :, low - start : high - start]
+
+    def _summed(self, tiles: Tensor) -> Tensor:
+        """``(b, h, g, s, d)`` summed over the tiles that share a key: ``(b, h, keys, d)``."""
+        # Neighbouring tiles share keys, but first pieces overlap no first pieces, and so on.
+        size, pieces = self.sizes.tile, self.sizes.pieces
+        b, h, count, _, d = tiles.shape
+        by_piece = tiles.new_zeros(b, h, count + pieces - 1, size, d)
+        for piece in range(pieces):
+            part = tiles[..., piece * size : (piece + 1) * size, :]
+            by_piece[:, :, piece : piece + count, : part.shape[-2]] += part
+        return by_piece.flatten(2, 3)
 
     def _overlapping(self, keys: Tensor) -> Tensor:
         """The keys of each tile, ``(b, h, g, s, d)``, out of all tiles' keys."""
@@ -191,15 +195,15 @@ class Tiles:
         return x if (low, high) == (start, stop) else F.pad(x, (0, 0, low - start, stop - high))
 
     @property
-    def _query_range(self) -> tuple[int, int]:
+    def query_range(self) -> tuple[int, int]:
         """First query of the tiles, and the one after their last."""
         start = self.first * self.sizes.tile
         return start, start + self.count * self.sizes.tile
 
     @property
-    def _key_range(self) -> tuple[int, int]:
+    def key_range(self) -> tuple[int, int]:
         """First key of the tiles, and the one after their last."""
-        start, stop = self._query_range
+        start, stop = self.query_range
         lead = self.sizes.lead
         return start + lead - self.sizes.before, stop + lead + self.sizes.after
 
