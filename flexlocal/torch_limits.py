@@ -353,7 +353,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
     torch 2.11 takes the gradients of transposed views for contiguous, and copies them. It also
     lets a backward pass write over what was saved for it, which a user who compiled nothing cannot
-    expect.
+    expect. The backward pass is compiled with the forward pass: at its own first call it would be
+    while other threads run (``flex/threads.py``).
     """
     from torch._functorch import config
     from torch._guards import TracingContext
@@ -362,6 +363,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     with config.patch(
         guess_tangent_strides_as_outputs=True,
         donated_buffer=False,
+        force_non_lazy_backward_lowering=True,
         enable_autograd_cache=False,  # it would keep graphs without the list that is mended below
     ):
         compiled = compile_fx(graph, inputs)

@@ -12,6 +12,7 @@ from ..spec import Inputs, Spec, is_placed
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .kernel import Blocks
+from .threads import GATE
 from .tuning import Tuning, tuning_of
 
 _Lists = tuple[Tensor, ...]
@@ -50,16 +51,24 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Res
         torch.is_grad_enabled(),
     )  # fmt: skip
     device, placed = q.device, is_placed(inputs)
+    warm = False  # once this kind of call has been compiled, with its backward pass
     blocks = None  # where the graph makes the lists of each call
     if mask is None and not inputs.rule_tensors and not placed:
         blocks = blocks_of(spec, spec.rule, inputs, tuning)
 
     def run(inputs: Inputs) -> _Result:
+        nonlocal warm
         if placed:
             inputs = with_offsets_in_memory(inputs)
         if device.type == "cpu":  # its kernels refuse what requires a gradient, if under no_grad
             inputs = Inputs(*map(_detached, inputs))
-        return compiled(None if blocks is None else _lists(blocks, device), *inputs)
+        lists = None if blocks is None else _lists(blocks, device)
+        call = partial(compiled, lists, *inputs)
+        if warm:
+            return GATE.together(call)
+        found = GATE.alone(call)
+        warm = True
+        return found
 
     return run
 
