@@ -35,7 +35,7 @@ class LocalCache:
         keys: ``(batch, kv_heads, slots, d)``, the key at position ``p`` in slot ``p % slots``.
         values: ``(batch, kv_heads, slots, d_v)``, likewise.
         positions: int32 ``(batch, slots)``, position of the key in each slot; below 0 for none.
-        lengths: int64 ``(batch,)``, tokens of each row so far: the position of the next one.
+        lengths: int32 ``(batch,)``, tokens of each row so far: the position of the next one.
         slots: room for tokens, those of a window and ``rewindable`` more.
 
     Raises:
@@ -91,13 +91,14 @@ class LocalCache:
             self.positions = torch.full(
                 (batch, self.slots), NEVER_FILLED, dtype=torch.int32, device=device
             )
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self._longest = torch.zeros_like(self.lengths)
+            self._row = torch.arange(batch, device=device)[:, None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, the same from the first token to the last."""
-        held = self.keys, self.values, self.positions, self.lengths, self._longest
+        held = self.keys, self.values, self.positions, self.lengths, self._longest, self._row
         return sum(x.nbytes for x in held)
 
     @torch.no_grad()
@@ -181,17 +182,20 @@ class LocalCache:
         """
         first = self.lengths.clone()
         self._write(k, v, first, count)
+        self._grow(count)
         return self.rule(first)
 
     @torch.no_grad()
-    def extend(self, k: Tensor, v: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, k: Tensor, v: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stores any number of tokens; arguments as ``append``.
 
         Returns:
             The keys and values that the tokens see and their own, ``(batch, kv_heads, slots + n, d
-            or d_v)``, in order: the first stands at ``lengths - slots`` before the call.
+            or d_v)``, in order, and the position of the first new one, int32 ``(batch,)``; the
+            first of all stands ``slots`` before it.
         """
-        first, n = self.lengths.clone(), k.shape[2]
+        before, n, taken = self.lengths.clone(), k.shape[2], count
+        first = before
         place = torch.arange(self.slots, device=first.device)
         in_order = (first[:, None] + place).remainder(self.slots)
         seen_k, seen_v = (
@@ -206,31 +210,33 @@ class LocalCache:
             k, v = (_at(x, left_out[:, None] + place) for x in (k, v))
             first, count = first + left_out, count - left_out
         self._write(k, v, first, count)
-        return seen_k, seen_v
+        self._grow(taken)
+        return seen_k, seen_v, before
 
     def _write(self, k: Tensor, v: Tensor, first: Tensor, count: int | Tensor) -> None:
         """Stores at most ``slots`` tokens at the positions from ``first`` ``(batch,)`` on."""
-        token = torch.arange(k.shape[2], device=first.device)
-        position = (first[:, None] + token).to(torch.int32)
-        slot = position.remainder(self.slots).long()
+        token = torch.arange(k.shape[2], dtype=torch.int32, device=first.device)
+        position = first[:, None] + token
+        slot = position.remainder(self.slots)
         if isinstance(count, Tensor):
             takes = token < count[:, None]
-            position = torch.where(takes, position, self.positions.gather(1, slot))
+            position = torch.where(takes, position, self.positions.gather(1, slot.long()))
             takes = takes[:, None, :, None]
             k = torch.where(takes, k, _at(self.keys, slot))
             v = torch.where(takes, v, _at(self.values, slot))
         # By index: of `scatter_` Inductor makes a copy of the whole ring.
-        row = torch.arange(len(first), device=first.device)[:, None]
-        self.positions[row, slot] = position
-        self.keys[row, :, slot] = k.transpose(1, 2)
-        self.values[row, :, slot] = v.transpose(1, 2)
-        self.lengths.copy_(first + count)
+        self.positions[self._row, slot] = position
+        self.keys[self._row, :, slot] = k.transpose(1, 2)
+        self.values[self._row, :, slot] = v.transpose(1, 2)
+
+    def _grow(self, count: int | Tensor) -> None:
+        self.lengths += count
         if self.rewindable:
             torch.maximum(self._longest, self.lengths, out=self._longest)
 
     def rule(self, first: Tensor) -> Ring:
         """What tokens at the positions from ``first`` ``(batch,)`` on see, over the ring."""
-        return Ring(self.window, self.slots, first.to(torch.int32), self.positions)
+        return Ring(self.window, self.slots, first, self.positions)
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -254,4 +260,5 @@ class LocalCache:
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
     """``x`` ``(b, h, m, d)`` at the tokens ``index`` ``(b, n)``."""
-    return x.gather(2, index[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
+    index = index.long()[:, None, :, None]
+    return x.gather(2, index.expand(*x.shape[:2], -1, x.shape[3]))

@@ -55,7 +55,7 @@ def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
     else:
         rows, room = cache.keys.shape[:2], cache.slots + n
         k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
-        call = _over_order(spec, inputs, cache, first, k, v)
+        call = _over_order(spec, inputs, cache, k, v, first)
     return dispatch.choose(*dispatch.checked(*call))
 
 
@@ -64,7 +64,7 @@ class _Order(NamedTuple):
 
     Attributes:
         tokens: int64 ``(b, n)``, the tokens in their new order.
-        taken: int64 ``(b,)``, how many are kept.
+        taken: int32 ``(b,)``, how many are kept.
         place: int64 ``(b, n)``, the new place of each token that is kept.
         kept: the mask.
     """
@@ -82,7 +82,7 @@ class _Order(NamedTuple):
 def _order_of(mask: Tensor) -> _Order:
     tokens = (~mask).to(torch.int8).argsort(dim=1, stable=True)
     counted = mask.cumsum(1)
-    return _Order(tokens, mask.sum(1), (counted - 1).clamp(min=0), mask)
+    return _Order(tokens, mask.sum(1, dtype=torch.int32), (counted - 1).clamp(min=0), mask)
 
 
 def _at(x: Tensor, tokens: Tensor) -> Tensor:
@@ -94,14 +94,14 @@ def _stored(
 ) -> tuple[Spec, Inputs]:
     """The call over the cache's keys, which include its own."""
     q, k, v = inputs[:3]
-    first, n = cache.lengths.clone(), q.shape[2]
+    n = q.shape[2]
     if inputs.inv_freq is not None and spec.xpos_base is None:
-        position = (first[:, None] + torch.arange(n, device=q.device))[:, None]
+        position = (cache.lengths[:, None] + torch.arange(n, device=q.device))[:, None]
         q, k = (rotate(x, position, inputs.inv_freq).to(x.dtype) for x in (q, k))
         inputs = inputs._replace(q=q, inv_freq=None)
     if _fit_in_ring(spec, n, cache):
         return _over_ring(spec, inputs, cache, cache.append(k, v, count))
-    return _over_order(spec, inputs, cache, first, *cache.extend(k, v, count))
+    return _over_order(spec, inputs, cache, *cache.extend(k, v, count))
 
 
 def _fit_in_ring(spec: Spec, n: int, cache: LocalCache) -> bool:
@@ -115,7 +115,7 @@ def _over_ring(spec: Spec, inputs: Inputs, cache: LocalCache, rule: Ring) -> tup
 
 
 def _over_order(
-    spec: Spec, inputs: Inputs, cache: LocalCache, first: Tensor, k: Tensor, v: Tensor
+    spec: Spec, inputs: Inputs, cache: LocalCache, k: Tensor, v: Tensor, first: Tensor
 ) -> tuple[Spec, Inputs]:
     return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
 

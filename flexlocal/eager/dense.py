@@ -24,8 +24,9 @@ def attend(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
     q, k, v = inputs[:3]
     b, h, n, d = q.shape
     batch = torch.arange(b if rule.tensors else 1, device=q.device)[:, None, None, None]
-    query, key = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
-    seen = rule.sees(batch, 0, query[:, None], key)
+    query = torch.arange(n, dtype=torch.int32, device=q.device)[:, None]
+    key = torch.arange(k.shape[2], dtype=torch.int32, device=q.device)
+    seen = rule.sees(batch, 0, query, key)
     # The heads of a group as queries of one head: torch would copy the keys for each of them.
     groups = h // k.shape[1]
     grouped = q.reshape(b, -1, groups * n, d)

@@ -34,7 +34,7 @@ def write(cache, n=1, **more):
 def test_memory_is_that_of_a_window(window, slots):
     cache = cache_of(window, v_head_size=6, dtype=torch.bfloat16)
     assert cache.slots == slots
-    numbers = 2 * (3 * slots * (4 + 6) * 2 + slots * 4 + 2 * 8)  # in bytes, for two rows
+    numbers = 2 * (3 * slots * (4 + 6) * 2 + slots * 4 + 2 * 4 + 8)  # in bytes, for two rows
     assert cache.nbytes == numbers
     assert cache_of(window, rewindable=3).slots == slots + 3
 
@@ -58,7 +58,7 @@ def test_memory_does_not_grow():
     assert places == [
         x.data_ptr() for x in (cache.keys, cache.values, cache.positions, cache.lengths)
     ]
-    assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in memory) + 8
+    assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in memory) + 12
 
 
 @pytest.mark.parametrize("rows", [1, [1], torch.tensor([1]), torch.tensor([False, True])])
