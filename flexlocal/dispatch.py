@@ -180,7 +180,8 @@ _NO_OTHERS = [None] * 4
 def _kind_of(x: Tensor | int | None) -> object:
     if not isinstance(x, Tensor):
         return type(x)
-    return type(x), x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous()
+    near = x.is_contiguous() or x.stride()
+    return type(x), x.shape, x.dtype, x.device, x.requires_grad, near
 
 
 def _prepare(spec: Spec, inputs: Inputs) -> Prepared:

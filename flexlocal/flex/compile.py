@@ -12,6 +12,7 @@ from ..spec import Inputs, Spec, is_placed
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .kernel import Blocks
+from .split import in_parts, parts_of
 from .threads import GATE
 from .tuning import Tuning, tuning_of
 
@@ -33,6 +34,24 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Res
     Returns:
         A function of a call's shaped tensors, with the result of ``attend``.
     """
+    parts = parts_of(spec, inputs)
+    if parts is None:
+        return _prepared(spec, inputs, flash)
+    kept: dict[object, Callable[[Inputs], _Result]] = {}
+
+    def run_of(part: Inputs) -> Callable[[Inputs], _Result]:
+        if torch.compiler.is_compiling():
+            return _prepared(spec, part, flash)
+        kind = part.q.shape[:2]
+        if kind not in kept:
+            kept[kind] = _prepared(spec, part, flash)
+        return kept[kind]
+
+    return lambda inputs: in_parts(parts, inputs, run_of)
+
+
+def _prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Result]:
+    """``prepared`` of calls that one launch of a kernel serves."""
     tuning = tuning_of(spec, inputs, flash)
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)

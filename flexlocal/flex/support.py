@@ -5,6 +5,7 @@ import torch
 from ..rotary import xpos_fits
 from ..spec import Inputs, Spec, xpos_tokens
 from ..torch_limits import MOST_HEAD, is_exporting, is_transformed, unavailable
+from . import split
 
 
 def refusal(spec: Spec, inputs: Inputs) -> str | None:
@@ -22,6 +23,9 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
     base = spec.xpos_base
     if base is not None and not xpos_fits(xpos_tokens(spec, inputs), base, q.dtype):
         return f"xpos's factors of windows that reach so far overflow {q.dtype}"
+    too_large = split.refusal(spec, inputs)
+    if too_large is not None:
+        return too_large
     if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
         return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":

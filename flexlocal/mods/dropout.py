@@ -18,6 +18,8 @@ MOST_DROPOUT = 1 - 2**-32
 """The highest probability whose threshold an int32 product can reach."""
 
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+_INVERSES = tuple((pow(x, -1, 2**64) + 2**63) % 2**64 - 2**63 for x in _MULTIPLIERS)
+"""Modulo 2**64, as int64."""
 
 
 def query_draws(seed: Tensor, rows: int, length: int, first: int | Tensor = 0) -> Tensor:
@@ -40,6 +42,11 @@ def keeps(query_draw: Tensor, key_draw: Tensor, dropout: float) -> Tensor:
     return query_draw * key_draw >= round((dropout - 0.5) * 2**32)
 
 
+def seed_from_row(seed: Tensor, first: int) -> Tensor:
+    """The seed whose row 0 draws what row ``first`` draws by ``seed``, and so on."""
+    return _unmixed(_mix(seed) + 2 * first)
+
+
 def _draws(seed: Tensor, rows: int, length: int, first: int | Tensor, stream: int) -> Tensor:
     row = torch.arange(rows, device=seed.device)[:, None]
     position = torch.arange(length, device=seed.device) + first
@@ -52,6 +59,14 @@ def _mix(bits: Tensor) -> Tensor:
     bits = (bits ^ _shifted(bits, 30)) * _MULTIPLIERS[0]
     bits = (bits ^ _shifted(bits, 27)) * _MULTIPLIERS[1]
     return bits ^ _shifted(bits, 31)
+
+
+def _unmixed(bits: Tensor) -> Tensor:
+    """The inverse of ``_mix``."""
+    bits = bits ^ _shifted(bits, 31) ^ _shifted(bits, 62)
+    bits = bits * _INVERSES[1]
+    bits = (bits ^ _shifted(bits, 27) ^ _shifted(bits, 54)) * _INVERSES[0]
+    return bits ^ _shifted(bits, 30) ^ _shifted(bits, 60)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
