@@ -1,10 +1,10 @@
 """Calls that are too large for one launch of a kernel, as several over parts of the rows.
 
-A GPU's grid counts batch entries in 16 bits: more than 65,535 are refused ("CUDA driver error:
-invalid argument"). And kernels count elements in 32 bits: beyond, torch 2.11 refuses some calls
-("signed integer is greater than maximum") and gets the gradients of others wrong. A part is some
-batch entries, or some heads of one. Its tensors lie in memory of their own where the call's are too
-far apart. Shapes are those of ``spec``.
+A GPU's grid counts batch entries and heads in 16 bits: more than 65,535 are refused ("CUDA driver
+error: invalid argument"). And kernels count elements in 32 bits: beyond, torch 2.11 refuses some
+calls ("signed integer is greater than maximum") and gets the gradients of others wrong. A part is
+some batch entries, or some heads of one. Its tensors lie in memory of their own where the call's
+are too far apart. Shapes are those of ``spec``.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,14 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 class Limits(NamedTuple):
-    """What a kernel can count to: batch entries, and elements of a tensor from first to last."""
+    """What a kernel can count to.
 
-    batch: int
+    Attributes:
+        grid: batch entries, and heads.
+        elements: of a tensor, from the first to the last in memory.
+    """
+
+    grid: int
     elements: int
 
 
@@ -55,8 +60,8 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
     if bias is not None and 2 * bias.numel() > most.elements:  # kernels are given it with margins
         return f"kernels take up to {most.elements} numbers, and attn_bias has {bias.numel()}"
     rows = q.shape[:-2].numel()
-    entries = q.shape[0] if q.dim() == 4 else rows
-    if not spec.rule.is_window and (entries > most.batch or rows * head > most.elements):
+    entries = max(q.shape[:2]) if q.dim() == 4 else rows
+    if not spec.rule.is_window and (entries > most.grid or rows * head > most.elements):
         name = type(spec.rule).__name__
         return f"a call of this size is split, which {name} does not know of: a Window does"
     return None
@@ -70,13 +75,13 @@ def parts_of(spec: Spec, inputs: Inputs) -> Parts | None:
     b, h = inputs.q.shape[:2]
     head = _elements_of_a_head(spec, inputs)
     apart = any(_extent(x) > most.elements for x in (inputs.q, inputs.k, inputs.v))
-    if b <= most.batch and b * h * head <= most.elements and not apart:
+    if max(b, h) <= most.grid and b * h * head <= most.elements and not apart:
         return None
-    heads_of_a_part = most.elements // head
-    if heads_of_a_part >= h:
-        return Parts(min(b, most.batch, heads_of_a_part // h), h)
+    rows = most.elements // head
+    if h <= min(rows, most.grid):
+        return Parts(min(b, most.grid, rows // h), h)
     group = h // inputs.k.shape[1]
-    return Parts(1, max(1, heads_of_a_part // group) * group)
+    return Parts(1, max(1, min(rows, most.grid) // group) * group)
 
 
 def in_parts(

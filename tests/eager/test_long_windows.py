@@ -46,7 +46,7 @@ CALLS = {
     "shared": {"window": Window, "shared_qk": True, "return_lse": True, "softcap": 5.0},
     "documents": {"window": Window, "documents": lambda n: torch.arange(n) // 100},
     "offsets by row": {
-        "window": lambda n: Window(2 * n), "q_offset": OFFSETS, "kv_offset": OFFSETS,
+        "window": lambda n: Window(2 * n), "q_offset": OFFSETS, "kv_offset": OFFSETS + 2,
     },
 }  # fmt: skip
 

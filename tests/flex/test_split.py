@@ -66,7 +66,7 @@ def calls(draw):
 @settings(max_examples=40)
 @given(calls())
 def test_parts_together_are_the_whole(call):
-    inputs, batch, elements = call
+    inputs, grid, elements = call
     spec = resolved(Spec(Window(4, causal=True), dropout=0.3, return_lse=True), inputs)
     learned = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     whole = eager.attend(spec, shaped(inputs))
@@ -77,16 +77,16 @@ def test_parts_together_are_the_whole(call):
         return partial(eager.attend, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split, "limits", lambda device: Limits(batch, elements))
+        patch.setattr(split, "limits", lambda device: Limits(grid, elements))
         parts = parts_of(spec, shaped(inputs))
         if parts is None:
-            assert inputs.q.shape[0] <= batch
+            assert inputs.q.shape[0] <= grid
             return
         found = in_parts(parts, shaped(inputs), run_of)
     group = inputs.q.shape[-3] // inputs.k.shape[-3]
     for part in sizes:
         b, h, n, _ = part.q.shape
-        assert b <= batch and (b * h * n * 16 <= elements or h == group)
+        assert b <= grid and (h <= grid and b * h * n * 16 <= elements or h == group)
         assert h in (part.k.shape[1], part.k.shape[1] * group)
         assert all(split._extent(x) <= max(elements, x.numel()) for x in part[:3])
     grads = []
@@ -156,6 +156,19 @@ def test_many_batch_entries(shape, dropout):
     runs = []
     for backend in ("flex", "eager"):
         out = local_attention(q, k, v, window, dropout=dropout, dropout_seed=seed, backend=backend)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, true in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_many_heads():
+    """Rows that share a mask are heads."""
+    q, k, v = (torch.randn(70000, 48, 16, device="cuda", requires_grad=True) for _ in range(3))
+    mask, window = torch.arange(48, device="cuda")[None] < 40, Window(16, causal=True)
+    runs = []
+    for backend in ("flex", "eager"):
+        out = local_attention(q, k, v, window, mask=mask, backend=backend)
         runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for ours, true in zip(*runs, strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-3, atol=1e-3)
