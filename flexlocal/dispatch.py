@@ -173,7 +173,7 @@ def kind_of_call(spec: Spec, inputs: Inputs) -> object:
     )
 
 
-_NO_OTHERS = [None] * 4
+_NO_OTHERS = [None] * 5
 """``Inputs`` from ``sinks`` on, where none is given."""
 
 

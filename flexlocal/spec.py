@@ -71,6 +71,8 @@ class Inputs(NamedTuple):
         documents: integer ``(batch, m)`` or ``(m,)`` [``(b or 1, h or 1, m)``].
         q_offset, kv_offset: position of the first query and of the first key, an int or integer
             ``(batch,)`` [an int or ``(b or 1, h or 1, 1)``]; None for both unless one was given.
+        begin: position at which each row's first document begins, which may lie before the keys:
+            integer ``(batch,)`` [``(b or 1, h or 1, 1)``]; None for 0.
     """
 
     q: Tensor
@@ -86,6 +88,7 @@ class Inputs(NamedTuple):
     documents: Tensor | None = None
     q_offset: int | Tensor | None = None
     kv_offset: int | Tensor | None = None
+    begin: Tensor | None = None
 
 
 def with_plain_numbers(spec: Spec) -> Spec:
@@ -178,7 +181,9 @@ def rule_of(spec: Spec, inputs: Inputs) -> Rule:
         return spec.rule
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     q_offset, kv_offset = (0 if x is None else x for x in (inputs.q_offset, inputs.kv_offset))
-    return place(spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset)
+    return place(
+        spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset, begin=inputs.begin
+    )
 
 
 def beside_queries(rule: Any, inputs: Inputs) -> tuple[Any, Inputs]:
@@ -266,18 +271,21 @@ def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     same = q_offset is kv_offset
     q_offset = _offset_by_row(q_offset, b, h)
     kv_offset = q_offset if same else _offset_by_row(kv_offset, b, h)
-    if any(isinstance(x, Tensor) and x.shape[1] > 1 for x in (documents, q_offset, kv_offset)):
+    begin = _offset_by_row(inputs.begin, b, h)
+    of_rows = documents, q_offset, kv_offset, begin
+    if any(isinstance(x, Tensor) and x.shape[1] > 1 for x in of_rows):
         k, v = for_each_head(k, h), for_each_head(v, h)
-    return Inputs(
-        q, k, v, mask, *inputs[4:-3], documents=documents, q_offset=q_offset, kv_offset=kv_offset
-    )
+    return inputs._replace(
+        q=q, k=k, v=v, mask=mask, documents=documents, q_offset=q_offset, kv_offset=kv_offset,
+        begin=begin,
+    )  # fmt: skip
 
 
 def _batch_of(inputs: Inputs) -> int | None:
     """Batch entries among the rows, by the first of a call's tensors that tells some apart."""
     if inputs.mask is not None:
         return inputs.mask.shape[0]
-    documents, *offsets = inputs.documents, inputs.q_offset, inputs.kv_offset
+    documents, *offsets = inputs.documents, inputs.q_offset, inputs.kv_offset, inputs.begin
     if documents is not None and documents.dim() == 2 and documents.shape[0] > 1:
         return documents.shape[0]
     several = [x.shape[0] for x in offsets if isinstance(x, Tensor) and x.shape[0] > 1]
@@ -289,8 +297,8 @@ def _by_row(x: Tensor, b: int, h: int) -> Tensor:
     return x[:, None] if x.shape[0] == 1 else mask_of_rows(x, b, h)
 
 
-def _offset_by_row(offset: int | Tensor | None, b: int, h: int) -> int | Tensor | None:
-    """``(batch,)`` as int32 ``(b or 1, h or 1, 1)``."""
+def _offset_by_row(offset: Any, b: int, h: int) -> Any:
+    """``(batch,)`` as int32 ``(b or 1, h or 1, 1)``; a number and None stay what they are."""
     if not isinstance(offset, Tensor):
         return offset
     return _by_row(offset[:, None], b, h).to(torch.int32)

@@ -258,6 +258,8 @@ def place(
     documents: Tensor | None = None,
     q_offset: Offset = 0,
     kv_offset: Offset = 0,
+    *,
+    begin: Tensor | None = None,
 ) -> Placed:
     """``window`` over the positions that documents and offsets give.
 
@@ -267,13 +269,15 @@ def place(
             row counts from position 0, wherever its first key stands.
         q_offset: position of the first query.
         kv_offset: position of the first key.
+        begin: position at which the first document of a row begins, 0 by default, integer ``(b or
+            1, h or 1, 1)``.
     """
     # The same tensor for both says, without a look at its numbers, that queries stand at the keys.
     lead = 0 if q_offset is kv_offset else q_offset - kv_offset
     origin = -kv_offset
     if documents is None:
         return Placed(window, Origins(origin), None, lead)
-    of_keys = _origins(documents, origin)
+    of_keys = _origins(documents, origin, begin)
     if isinstance(lead, int) and lead == 0 and queries == keys:
         return Placed(window, of_keys)
     return Placed(window, _of_queries(of_keys, queries, keys, lead), of_keys, lead)
@@ -283,13 +287,14 @@ _FAR = 2**30
 """Past every key."""
 
 
-def _origins(documents: Tensor, origin: Offset) -> Origins:
-    """The documents of keys, the first of which begins at the index ``origin``."""
+def _origins(documents: Tensor, origin: Offset, begin: Tensor | None) -> Origins:
+    """The documents of keys; position 0 of the row is at the index ``origin``."""
     first, last = run_ends(documents)
     # Documents that begin before position 0 begin there; the first one does in any case.
     start = first
-    if not isinstance(origin, int) or origin != 0:
-        start = torch.where(first == 0, origin, at_least(first, origin)).to(torch.int32)
+    if begin is not None or not isinstance(origin, int) or origin != 0:
+        of_first = origin if begin is None else origin + begin
+        start = torch.where(first == 0, of_first, at_least(first, origin)).to(torch.int32)
     # Padding has a position of -1 or less, where it sees nothing.
     count = documents.shape[-1]
     index = torch.arange(1, count + 1, dtype=torch.int32, device=first.device)

@@ -237,7 +237,7 @@ FLOORS = (
     {"checks", "eager", "flex"},  # which know nothing of each other
     {"dispatch"},
     {"decoding"},
-    {"functional"},
+    {"functional", "distributed"},
     {"layer", "varlen"},
     {"mha"},
     {"cli"},
