@@ -1,4 +1,4 @@
-"""Ranks of a group as a loop in one process: what travels is handed over, the rest is the package's.
+"""Ranks of a group as a loop in one process: travel is handing over, all else is the code's own.
 
 The graph of gradients runs through all ranks, as it does through all processes.
 """

@@ -20,21 +20,19 @@ Arrival = Callable[[], Tensor]
 
 
 def sent(
-    parts: Sequence[Sequence[Tensor]], counts: Sequence[int], like: Tensor, group: dist.ProcessGroup
+    parts: Sequence[Sequence[Tensor]], counts: Sequence[int], group: dist.ProcessGroup
 ) -> Arrival:
     """Sends each rank its parts, differentiably. To be waited for once.
 
     Args:
-        parts: for each rank, what goes there, of any shapes.
+        parts: for each rank, what goes there: tensors of one dtype and of any shapes. Where nothing
+            goes, an empty one of what else might have gone, so that the way back is taken.
         counts: for each rank, how many elements come from there.
-        like: a tensor of the dtype and on the device of all parts.
 
     Returns:
         What waits for the elements received, ``(sum(counts),)``, in rank order.
     """
-    flat = torch.cat(
-        [part.reshape(-1) for of_rank in parts for part in of_rank] or [like.new_empty(0)]
-    )
+    flat = torch.cat([part.reshape(-1) for of_rank in parts for part in of_rank])
     sizes = [sum(part.numel() for part in of_rank) for of_rank in parts]
     counts = list(counts)
     if torch.compiler.is_compiling():
@@ -48,7 +46,7 @@ def sent(
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``x`` of every rank, ``(ranks, *shape)``; small, and without a gradient."""
     ranks = dist.get_world_size(group)
-    received = sent([[x.detach()]] * ranks, [x.numel()] * ranks, x, group)()
+    received = sent([[x.detach()]] * ranks, [x.numel()] * ranks, group)()
     return received.view(ranks, *x.shape)
 
 

@@ -94,7 +94,7 @@ def gather_sequence(
     # A copy for each rank, so that the gradients come back one by one, and in order.
     shapes = [[*x.shape[:dim], length, *x.shape[dim:][1:]] for length in found]
     counts = [torch.Size(shape).numel() for shape in shapes]
-    received = sent([[part] for part in x.expand(ranks, *x.shape).unbind()], counts, x, group)()
+    received = sent([[part] for part in x.expand(ranks, *x.shape).unbind()], counts, group)()
     parts = received.split(counts)
     return torch.cat([part.view(s) for part, s in zip(parts, shapes, strict=True)], dim=dim)
 

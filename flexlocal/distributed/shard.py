@@ -43,10 +43,16 @@ class Own(NamedTuple):
         whole: all of them.
         pieces: by run of indices in the whole sequence, those that travel or that a portion of the
             queries sees beside the halo.
+        nothing: an empty piece.
     """
 
     whole: Keys
     pieces: dict[Run, Keys]
+    nothing: Keys
+
+    def piece(self, run: Run) -> Keys:
+        """The keys of ``run``, which may be empty."""
+        return self.pieces[run] if run.size else self.nothing
 
 
 def own_keys(plan: Plan, keys: Keys) -> Own:
@@ -54,16 +60,16 @@ def own_keys(plan: Plan, keys: Keys) -> Own:
     sends = [run for run in plan.sends if run.size]
     seen = [portion.keys.within(plan.own) for portion in plan.portions if plan.needs_halo(portion)]
     wanted = [run for run in dict.fromkeys((*sends, *seen)) if run.size and run != plan.own]
-    local = [run.less(plan.own.start) for run in wanted]
+    local = [Run(0, 0), *(run.less(plan.own.start) for run in wanted)]
     by_field = {
         name: [None] * (1 + len(local)) if x is None else cut(x, local, TOKENS[name])
         for name, x in keys._asdict().items()
     }
-    whole, *pieces = (
+    whole, nothing, *pieces = (
         Keys(**dict(zip(by_field, one, strict=True)))
         for one in zip(*by_field.values(), strict=True)
     )
-    return Own(whole, {plan.own: whole, **dict(zip(wanted, pieces, strict=True))})
+    return Own(whole, {plan.own: whole, **dict(zip(wanted, pieces, strict=True))}, nothing)
 
 
 def attend(

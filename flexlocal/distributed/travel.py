@@ -47,10 +47,9 @@ def start(plan: Plan, own: Own, group: dist.ProcessGroup) -> Callable[[], Halo]:
 def _start(plan: Plan, own: Own, fields: Sequence[str], group: dist.ProcessGroup) -> Arrival:
     parts, counts = [], []
     for to, come in zip(plan.sends, plan.receives, strict=True):
-        pieces = [getattr(own.pieces[to], name).reshape(-1) for name in fields] if to.size else []
-        parts.append(pieces)
+        parts.append([getattr(own.piece(to), name) for name in fields])
         counts.append(sum(_count(own, name, come) for name in fields))
-    return sent(parts, counts, getattr(own.whole, fields[0]), group)
+    return sent(parts, counts, group)
 
 
 def _shape(own: Own, name: str, run: Run) -> list[int]:
