@@ -1,6 +1,7 @@
 """``LocalAttention``: the documented layer of zeta and lucidrains/local-attention."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ from .rotary import Rotary, check_above_zero
 from .spec import BackendName
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .masks import MaskPicture
 
 
@@ -54,6 +58,9 @@ class LocalAttention(nn.Module):
         kernel_options: passed to ``flex_attention``; None with ``backend="eager"``.
         softcap: bound of the scores, see ``local_attention``.
         theta: base of rotary's frequencies.
+        group: the ranks that a sequence lies on, a process group or a mesh of one dimension; a call
+            then takes this rank's run, of any length, see
+            ``distributed.sharded_local_attention``. None for whole sequences.
 
     Raises:
         ValueError: an argument does not fit; the message names it and says what would.
@@ -85,6 +92,7 @@ class LocalAttention(nn.Module):
         kernel_options: dict[str, Any] | None = None,
         softcap: float | None = None,
         theta: float = 10000.0,
+        group: "ProcessGroup | DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         window_size = check_count("window_size", window_size)
@@ -125,6 +133,12 @@ class LocalAttention(nn.Module):
             )
         self.backend: BackendName = backend
         self.kernel_options = kernel_options
+        if group is not None:
+            # Here, because not every torch has torch.distributed.
+            from .distributed.agreement import group_of
+
+            group_of(group)
+        self.group = group
         # A module, as in the documented layer, so that its `p` and training mode can be set.
         self.dropout: nn.Module = nn.Dropout(dropout)
 
@@ -145,6 +159,7 @@ class LocalAttention(nn.Module):
         kv_offset: int | Tensor | None = None,
         return_lse: bool = False,
         cache: LocalCache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Any:
         """Attention of each token to the keys that the window lets it see.
 
@@ -166,6 +181,8 @@ class LocalAttention(nn.Module):
                 ``(batch,)``.
             return_lse: return the log-sum-exps as well.
             cache: a ``LocalCache`` of the tokens so far, which stores the new ones.
+            lengths: tokens on each rank of a layer with a ``group``, which agrees on them unless
+                they are given.
 
         Returns:
             ``(*lead, n, d_v)``; zeros for a query that sees no key. With ``return_lse`` a pair of
@@ -190,6 +207,16 @@ class LocalAttention(nn.Module):
         arguments |= {"sinks": sinks, "dropout_seed": dropout_seed, "return_lse": return_lse}
         if arguments["dropout"] == 1 and isinstance(v, Tensor):  # no weight is kept
             v, arguments["dropout"] = v.masked_fill(v.new_ones((), dtype=torch.bool), 0.0), 0.0
+        if self.group is not None:
+            from .distributed import sharded_local_attention
+
+            if arguments.pop("cache") is not None:
+                raise ValueError("cache must be None in a layer with a group, got a LocalCache")
+            return sharded_local_attention(
+                q, k, v, window, group=self.group, lengths=lengths, **arguments
+            )
+        if lengths is not None:
+            raise ValueError(f"lengths must be None in a layer without a group, got {lengths}")
         return local_attention(q, k, v, window, **arguments)
 
     def explain(
@@ -299,6 +326,8 @@ class LocalAttention(nn.Module):
         Raises:
             ValueError, TypeError: as ``forward``, and for a dense map that is too large.
         """
+        if self.group is not None:
+            raise ValueError("group must be None for a map, which shows one rank's own keys alone")
         window, arguments = self._call(q, k, mask, input_mask, attn_bias, window_size, {})
         shared = ("mask", "attn_bias", "scale", "softcap", "shared_qk", "rotary")
         return attention_map(
@@ -378,7 +407,7 @@ class LocalAttention(nn.Module):
         window = self._window(window_size)
         has_length = isinstance(q, Tensor) and q.dim() >= 2  # else local_attention refuses q
         counts_from_0 = all(x is None for x in placed.values())
-        if has_length and counts_from_0 and not self.autopad:
+        if has_length and counts_from_0 and not self.autopad and self.group is None:
             check_length("q's length", q.shape[-2], window.size)
         if has_length and self.dim is not None:
             check_dim("dim", self.dim, q)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..dispatch import checked
+from ..dispatch import checked, choose
 from ..masks import Rule
 from ..masks.arguments import check_flag, kind_of
 from ..masks.window import as_rule
@@ -96,7 +96,10 @@ def sharded_local_attention(
         spec, inputs = checked(given, inputs)
         check_shardable(spec, inputs)
         sizes = inputs.q.shape[-2], inputs.k.shape[-2]
-        facts: dict[str, object] | Exception = _facts(spec, inputs)
+        facts: dict[str, object] | Exception = {}
+        if lengths is None:
+            choose(spec, inputs)  # which may refuse, and has to before the others wait
+            facts = _facts(spec, inputs)
     except Exception as error:
         if lengths is not None:
             raise
@@ -141,7 +144,7 @@ def _facts(spec: Spec, inputs: Inputs) -> dict[str, object]:
         return None if x is None else tuple(x.shape)
 
     def number(x: int | Tensor | None) -> object:
-        return tuple(x.shape) if isinstance(x, Tensor) else x
+        return tuple(x.shape) if isinstance(x, Tensor) else x or 0
 
     return {
         "q's leading sizes": tuple(q.shape[:-2]),
@@ -193,7 +196,7 @@ def _attended(
         found = attend(mine, spec, inputs, own, lambda: halo()[0])
         if not mine.halo:
             _, nothing = halo()
-            found = tied(found, nothing) if nothing.requires_grad else found
+            found = tied(found, [nothing]) if nothing.requires_grad else found
     return found[0] if len(found) == 1 else tuple(found)
 
 

@@ -60,13 +60,13 @@ def cut(x: Tensor, runs: Sequence[Run], dim: int) -> list[Tensor]:
     return list(_Cut.apply(x, tuple(runs), dim))  # type: ignore[no-untyped-call]
 
 
-def tied(results: Sequence[Tensor], received: Tensor) -> list[Tensor]:
-    """``results``, whose backward pass goes by way of ``received`` as well.
+def tied(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, whose backward pass goes by way of ``others`` as well, with zeros.
 
     A rank that computes nothing from what it receives has to take part in the way back all the
     same, where it gets its own keys' gradients.
     """
-    return list(_Tied.apply(received, *results))  # type: ignore[no-untyped-call]
+    return list(_Tied.apply(len(others), *others, *results))  # type: ignore[no-untyped-call]
 
 
 class _Crossing:
@@ -171,13 +171,14 @@ class _Tied(torch.autograd.Function):
     """``tied``."""
 
     @staticmethod
-    def forward(received: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in results)
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[count:])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: object) -> None:
-        ctx.received = inputs[0].shape
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        count, *tensors = inputs
+        ctx.shapes = [x.shape for x in tensors[:count]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads[0].new_zeros(ctx.received), *grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grads[0].new_zeros(shape) for shape in ctx.shapes), *grads

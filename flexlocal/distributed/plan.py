@@ -143,21 +143,23 @@ def plan(
     of_keys = of_queries if keys is None else runs(keys)
     total = of_keys[-1].stop
     needed = [sight.seen_by(run, total) for run in of_queries]
-    nothing = Run(0, 0)
-
-    def received(to: int) -> tuple[Run, ...]:
-        pairs = enumerate(of_keys)
-        return tuple(nothing if to == i else needed[to].within(run) for i, run in pairs)
-
-    every = [received(to) for to in range(len(of_queries))]
+    nothing, own = Run(0, 0), of_keys[rank]
+    others = [other != rank for other in range(len(of_keys))]
     return Plan(
         rank=rank,
         queries=of_queries[rank],
-        own=of_keys[rank],
-        receives=every[rank],
-        sends=tuple(runs_in[rank] for runs_in in every),
-        portions=_portions(sight, of_queries[rank], of_keys[rank], needed[rank], overlap),
-        travels=any(run.size for runs_in in every for run in runs_in),
+        own=own,
+        receives=tuple(
+            needed[rank].within(run) if other else nothing
+            for run, other in zip(of_keys, others, strict=True)
+        ),
+        sends=tuple(
+            run.within(own) if other else nothing for run, other in zip(needed, others, strict=True)
+        ),
+        portions=_portions(sight, of_queries[rank], own, needed[rank], overlap),
+        travels=any(
+            run.within(keys).size < run.size for run, keys in zip(needed, of_keys, strict=True)
+        ),
     )
 
 

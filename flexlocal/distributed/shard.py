@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Inputs, Spec, offsets_of
 from .documents import begin_of_first
-from .exchange import cut
+from .exchange import cut, tied
 from .plan import Plan, Portion, Run
 
 TOKENS = {"k": -2, "v": -2, "mask": -1, "begins": -1}
@@ -88,7 +88,7 @@ def attend(
         ``(*lead, n, d_v)``, and with ``return_lse`` the log-sum-exps ``(*lead, n)``.
     """
     if not plan.queries.size:
-        return _nothing(spec, inputs)
+        return _nothing(spec, inputs, own.whole)
     sizes = [portion.queries.size for portion in plan.portions]
     by_portion = inputs.q.split(sizes, dim=-2) if len(sizes) > 1 else (inputs.q,)
     found: dict[int, list[Tensor]] = {}
@@ -107,12 +107,13 @@ def attend(
     return [torch.cat(out, dim=-2), *(torch.cat(x, dim=-1) for x in lse)]
 
 
-def _nothing(spec: Spec, inputs: Inputs) -> list[Tensor]:
-    """The results of a rank without queries; they depend on ``q``, as others do."""
+def _nothing(spec: Spec, inputs: Inputs, keys: Keys) -> list[Tensor]:
+    """The results of a rank without queries; they depend on the tensors that others' depend on."""
     q, d_v = inputs.q, inputs.v.shape[-1]
     out = q[..., :1].expand(*q.shape[:-1], d_v)
     lse = q.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return [out, lse] if spec.return_lse else [out]
+    others = [x for x in (keys.k, keys.v, inputs.bias, inputs.sinks) if x is not None]
+    return tied([out, lse] if spec.return_lse else [out], others)
 
 
 def _keys_of(plan: Plan, portion: Portion, own: Own, came: Sequence[Keys | None]) -> Keys:
