@@ -7,6 +7,7 @@ import math
 import placed
 import torch
 import torch.distributed as dist
+from features import windows_of
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -207,23 +208,30 @@ def check_sequences(rank, n):
 
 
 def check_compiled(rank, backend):
-    """Inside ``torch.compile``, with the graph in one piece or, where ranks agree, in two."""
-    case = placed.case_of("rotary, exact both ways", n=61, documents=2, sink_heads=2)
-    lengths = [40, 21]
-    for more in ({"lengths": lengths}, {}):
-        torch.compiler.reset()
-        run = torch.compile(sharded_local_attention, fullgraph=bool(more), backend=backend)
-        found = []
-        for function in (run, sharded_local_attention):
-            own = shard(case.tensors(torch.float64), lengths, lengths, rank)
-            arguments = case.arguments(own, return_lse=True, dropout=0.3, **more)
-            arguments["dropout_seed"] = torch.tensor(3)
-            results = function(
-                own.q, own.k, own.v, case.window, group=dist.group.WORLD, **arguments
-            )
-            found.append([*results, *placed.gradients(results, own).values()])
-        for x, y in zip(*found, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    """Inside ``torch.compile``, with the graph in one piece."""
+    small = {"lead": (1, 2), "d": 8, "d_v": 6, "window": windows_of(5), "rotary": True}
+    case, lengths = placed.case_of(n=24, documents=1, **small), [13, 11]
+    torch.compiler.reset()
+    compiled = torch.compile(sharded_local_attention, fullgraph=True, backend=backend)
+    found = []
+    for run in (compiled, sharded_local_attention):
+        own = shard(case.tensors(torch.float64), lengths, lengths, rank)
+        more = {"lengths": lengths, "overlap": False, "group": dist.group.WORLD}
+        more |= {"dropout": 0.3, "dropout_seed": torch.tensor(3)}
+        out = run(own.q, own.k, own.v, case.window, **case.arguments(own, **more))
+        learned = [own.q, own.k, own.v]
+        found.append([out, *torch.autograd.grad((out * own.cotangent).sum(), learned)])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def check_agreeing_compiled(rank):
+    """The graph breaks where ranks agree, and goes on with what they have agreed upon."""
+    torch.compiler.reset()
+    compiled = torch.compile(gather_sequence, backend="eager")
+    for length in (2, 3):
+        found = compiled(torch.full((1, length + rank, 2), float(rank)), dist.group.WORLD)
+        assert found[0, :, 0].tolist() == [0.0] * length + [1.0] * (length + 1)
 
 
 def check_layer(rank):

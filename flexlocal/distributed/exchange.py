@@ -64,7 +64,9 @@ def tied(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     """``results``, whose backward pass goes by way of ``others`` as well, with zeros.
 
     A rank that computes nothing from what it receives has to take part in the way back all the
-    same, where it gets its own keys' gradients.
+    same, where it gets its own keys' gradients. ``others`` are saved for the backward pass, as a
+    rank that computes from them saves them: where a checkpoint makes it forget what it saved, it
+    runs the forward pass again before the way back, as the other ranks do.
     """
     return list(_Tied.apply(len(others), *others, *results))  # type: ignore[no-untyped-call]
 
@@ -177,8 +179,8 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         count, *tensors = inputs
-        ctx.shapes = [x.shape for x in tensors[:count]]
+        ctx.save_for_backward(*tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(grads[0].new_zeros(shape) for shape in ctx.shapes), *grads
+        return None, *map(torch.zeros_like, ctx.saved_tensors), *grads

@@ -139,3 +139,8 @@ def test_layer_checkpointing_and_seed(two):
 @pytest.mark.slow
 def test_inside_a_compiler(two):
     two.run(sharded.check_compiled, "aot_eager")
+
+
+@pytest.mark.slow
+def test_inside_a_compiler_where_ranks_agree(two):
+    two.run(sharded.check_agreeing_compiled)
