@@ -100,4 +100,10 @@ def check_training(rank, way, sequence, full, device="cpu"):
     names = {name: name.removeprefix("module.") for name in found}
     assert set(names.values()) == expected.keys()
     for name, x in found.items():
-        torch.testing.assert_close(x, expected[names[name]], rtol=1e-4, atol=1e-6, msg=lambda words, name=name: f"{name}: {words}")
+        torch.testing.assert_close(
+            x,
+            expected[names[name]],
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda words, name=name: f"{name}: {words}",
+        )

@@ -68,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="skip the comparison of the two paths, which compiles",
     )
+    demo.add_argument(
+        "--shard",
+        action="store_true",
+        help="train on sequences cut between the processes of torchrun, beside whole ones",
+    )
 
     text = "say what can run on this machine, and what to install for the rest"
     doctor = commands.add_parser("doctor", help=text, description=text, allow_abbrev=False)
@@ -137,7 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import demo
 
     try:
-        return demo.run(**options)
+        if not options.pop("shard"):
+            return demo.run(**options)
+        from . import shard
+
+        if options.pop("seconds") is not None:
+            fail("argument --seconds: not with --shard, which goes by --steps")
+        del options["compare"]
+        return shard.run(**options)
     except demo.CannotRun as reason:
         fail(str(reason))
 
