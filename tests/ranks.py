@@ -22,7 +22,7 @@ class Ranks:
     """So many processes in one group, between ``with`` and its end."""
 
     def __init__(self, count, device="cpu"):
-        self.count, self.device = count, device
+        self.count, self.device, self.ready = count, device, True
 
     def __enter__(self):
         context = processes.get_context("spawn")
@@ -55,6 +55,8 @@ class Ranks:
         return [error for error, _ in self._run(job, arguments, fails=True)]
 
     def _run(self, job, arguments, fails):
+        assert self.ready, "the ranks wait for each other since an earlier test failed"
+        self.ready = False
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found, waiting = {}, {pipe: rank for rank, pipe in enumerate(self.pipes)}
@@ -66,6 +68,7 @@ class Ranks:
                 result, words = found[rank] = pipe.recv()
                 assert fails or words is None, f"rank {rank}: {words}"
                 assert words or not fails, f"rank {rank} raises nothing"
+        self.ready = True
         return [found[rank] for rank in range(self.count)]
 
 

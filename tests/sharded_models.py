@@ -1,6 +1,7 @@
 """A model of local and full layers, trained by ranks that hold runs of its sequences.
 
-The full layers, and how parameters are spread, are the code of docs/several_devices.md.
+The full layers, and how parameters are spread, are the blocks of docs/several_devices.md that need
+several ranks (there called py, as tests/package/test_docs.py runs those called python).
 """
 
 import re
@@ -22,7 +23,7 @@ SEQUENCES, TOKENS, LAYERS = 4, 121, 3  # 120 targets, which two and four ranks s
 
 def recipe(name):
     """The function of that name in the page."""
-    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
+    for block in re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
         if f"def {name}(" in block:
             found = {}
             exec(block, found)

@@ -90,6 +90,7 @@ def _train(steps: int, where: torch.device, backend: BackendName, seed: int, win
         for parameter in shared.parameters():
             dist.all_reduce(parameter.grad)
         for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = RATE * min(1, step / 20)  # warm up
             optimizer.step()
         dist.all_reduce(total := found[1].detach())
         losses = found[0].item(), total.item()

@@ -26,7 +26,7 @@ def ours(rule):
     return Window(rule.size, rule.causal, rule.look_backward, rule.look_forward, rule.exact)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(groups(), st.booleans())
 def test_a_rank_receives_what_its_queries_see_and_no_more(drawn, overlap):
     rule, lengths = drawn
@@ -38,7 +38,7 @@ def test_a_rank_receives_what_its_queries_see_and_no_more(drawn, overlap):
         assert received == away
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(groups(), st.booleans())
 def test_what_one_rank_sends_another_receives(drawn, known):
     rule, lengths = drawn
@@ -52,7 +52,7 @@ def test_what_one_rank_sends_another_receives(drawn, known):
                 assert a.sends[b.rank].within(a.own) == a.sends[b.rank]
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(groups(), st.booleans(), st.integers(-9, 9), st.integers(-9, 9), st.booleans())
 def test_portions_cover_the_queries_and_hold_their_keys(drawn, overlap, q_offset, kv_offset, known):
     rule, lengths = drawn
@@ -70,7 +70,7 @@ def test_portions_cover_the_queries_and_hold_their_keys(drawn, overlap, q_offset
         assert sum(not each.needs_halo(portion) for portion in each.portions) <= 1
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(groups())
 def test_queries_wait_for_no_key_that_they_do_not_see(drawn):
     rule, lengths = drawn

@@ -28,7 +28,7 @@ def test_shards_give_what_one_call_gives(drawn, overlap):
 
 
 @pytest.mark.slow
-@settings(max_examples=3 * EXAMPLES)
+@settings(max_examples=2 * EXAMPLES)
 @given(sharded.calls(5), st.booleans())
 def test_more_shards_give_what_one_call_gives(drawn, overlap):
     check(drawn, overlap)
