@@ -6,25 +6,6 @@ import sharded
 import torch
 from features import windows_of
 from hypothesis import HealthCheck, given, settings
-from ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def three():
-    with Ranks(3) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(params=["three", "four"])

@@ -2,13 +2,6 @@
 
 import pytest
 import sharded_models
-from ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.mark.slow
