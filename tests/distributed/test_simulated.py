@@ -4,6 +4,7 @@ import placed
 import pytest
 import sharded
 import simulated
+from features import windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES
@@ -32,3 +33,23 @@ def test_shards_give_what_one_call_gives(drawn, overlap):
 @given(sharded.calls(5), st.booleans())
 def test_more_shards_give_what_one_call_gives(drawn, overlap):
     check(drawn, overlap)
+
+
+SMALL = {"lead": (2, 3), "d": 6, "d_v": 5, "documents": 2, "n": 60, "seed": 3}
+
+
+@pytest.mark.parametrize("keys", [[20, 20, 20], [7, 0, 1, 40, 12], [31, 29]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"window": windows_of(9)},
+        {"window": windows_of(9), "q_offset": 4, "kv_offset": 4, "seed": 8},
+        {"window": windows_of(9), "q_offset": -4, "kv_offset": -4, "seed": 8},
+        {"window": windows_of(11, causal=False), "rotary": True, "documents": 0},
+        {"window": windows_of(7, look_backward=2), "bias_heads": 3},
+        {"window": windows_of(7), "q_offset": 2, "kv_offset": 2, "offset_rows": 6,
+         "same_offset": True},
+    ],
+)  # fmt: skip
+def test_documents_that_cross_borders_count_from_their_first_token(more, keys):
+    check((placed.case_of(**{**SMALL, **more}), keys, keys), True)
