@@ -308,6 +308,21 @@ def number_in_memory(n: int, device: torch.device) -> Tensor:
     return written_out(torch.arange(n, n + 1, dtype=torch.int32, device=device).view(()))
 
 
+# Values.
+
+
+def assert_none(found: Tensor, message: str) -> None:
+    """No element of boolean ``found`` is True. Compiled, it is asked when the model runs.
+
+    Raises:
+        ValueError: one is; in a compiled model a RuntimeError.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~found.any(), message)
+    elif bool(found.any()):
+        raise ValueError(message)
+
+
 # Compiling.
 
 

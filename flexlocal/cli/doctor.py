@@ -22,6 +22,7 @@ EXTRAS = (
     ("matplotlib", "pictures of masks", "pip install 'flexlocal[inspect]'"),
     ("tensorboard", "profiles in the browser", "pip install 'flexlocal[profile]'"),
     ("torch-tb-profiler", "its plugin for profiles", "pip install 'flexlocal[profile]'"),
+    ("transformers", "its models on flexlocal", "pip install 'flexlocal[transformers]'"),
     ("flash-attn-4", "FlexAttention's FLASH kernels", "pip install 'flexlocal[flash]'"),
 )
 

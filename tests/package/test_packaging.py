@@ -160,7 +160,7 @@ def loaded_after(statement, stubs):
     return set(done.stdout.split())
 
 
-OPTIONAL = ("matplotlib", "tensorboard", "torch_tb_profiler", "flash_attn")
+OPTIONAL = ("matplotlib", "tensorboard", "torch_tb_profiler", "flash_attn", "transformers")
 LAYER = {f"flexlocal.{room}" for room in ("layer", "functional", "rotary", "flex", "eager", "mods")}
 TOOLS = {name for name in modules() if name.startswith(("flexlocal.cli", "flexlocal.__main__"))}
 
@@ -187,7 +187,7 @@ def test_the_masks_load_no_layer(stubs):
 
 
 def test_these_tests_can_fail(stubs):
-    statement = "import matplotlib, tensorboard, torch_tb_profiler, flash_attn, flexlocal.cli.demo"
+    statement = f"import {', '.join(OPTIONAL)}, flexlocal.cli.demo"
     assert {*OPTIONAL, "flexlocal.cli.demo", "flexlocal.layer"} <= loaded_after(statement, stubs)
 
 
@@ -240,7 +240,7 @@ FLOORS = (
     {"functional", "distributed"},
     {"layer", "varlen"},
     {"mha"},
-    {"cli"},
+    {"cli", "integrations"},
     {"__main__"},
 )
 """Rooms of the package from the ground up: a room imports from those below it alone."""
