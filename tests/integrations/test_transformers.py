@@ -107,8 +107,7 @@ def test_packed_rows_are_told_by_cumulative_lengths(family):
     assert largest(packed - alone) < CLOSE
 
 
-def test_packed_rows_of_several_sizes_and_padding():
-    """Documents that end in padding, in rows that are packed otherwise."""
+def test_packed_rows_may_hold_other_documents_each_and_end_in_padding():
     ids, lengths = words(2, 30, seed=5), [[9, 14], [20, 6]]
     positions, mask = torch.zeros(2, 30, dtype=torch.long), torch.zeros(2, 30, dtype=torch.long)
     for row, parts in enumerate(lengths):
@@ -161,7 +160,12 @@ def generated(model, implementation, **arguments):
     )
 
 
-CASES = [f"{family}, {way}" for family in DECODERS for way in GENERATION]
+CASES = [
+    f"{family}, {way}"
+    for family in DECODERS
+    for way in GENERATION
+    if way == "greedy" or family not in ("OLMo 3", "Phi-3")
+]
 
 
 @pytest.mark.parametrize("case", quick(CASES, kept=["Mistral, greedy", "gpt-oss, static"]))

@@ -113,7 +113,7 @@ def words(rows, n, seed=0):
 
 
 def padded(rows, n):
-    """A mask of padding: on the left of the first row, on the right of the second, on both sides."""
+    """A mask of padding: left in the first row, right in the second, both in the third."""
     mask = torch.ones(rows, n, dtype=torch.long)
     mask[0, : n // 4] = 0
     mask[1, n - n // 5 :] = 0
