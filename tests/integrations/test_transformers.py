@@ -21,7 +21,7 @@ from flexlocal.integrations.transformers import calls, compare_logits, register
 CLOSE = 1e-5
 """Of logits whose size is about 4."""
 
-QUICK = ["Mistral", "ModernBERT", "Llama 4", "gpt-oss", "Cohere 2"]
+QUICK = ["Mistral", "Gemma 2", "ModernBERT", "Llama 4", "gpt-oss", "Cohere 2"]
 
 
 def switched(model, implementation):

@@ -153,4 +153,4 @@ def test_a_static_cache_generates_without_a_recompile(fresh_compiler, no_limit_i
 
 def test_words_of_the_task_are_words_of_the_models():
     ids = Packed()[11]["input_ids"]
-    assert 3 <= ids.min() and ids.max() < WORDS
+    assert ids.min() >= 3 and ids.max() < WORDS

@@ -98,7 +98,7 @@ def test_what_is_behind_a_print_is_found(monkeypatch):
     assert printed(code, monkeypatch) == {2: "4 5", 3: "a\nb c", 4: "4"}
 
 
-@pytest.mark.parametrize("name", ["README", "recipes", "differences", "limits"])
+@pytest.mark.parametrize("name", ["README", "recipes", "differences", "limits", "transformers"])
 def test_a_page_shows_code(name):
     (page,) = (page for page in PAGES if page.stem == name)
     assert blocks("python", [page])
@@ -149,7 +149,16 @@ class Understood(Exception):
 
 SCRIPTS = [
     pytest.param((f"profiling.{name}", *words.values[0]), id=f"{name} {words.id}")
-    for name in ("argument_costs", "bench", "compiles", "scale", "tables", "trace", "tune")
+    for name in (
+        "argument_costs",
+        "bench",
+        "compiles",
+        "scale",
+        "tables",
+        "trace",
+        "transformers_models",
+        "tune",
+    )  # fmt: skip
     for words in commands("python", "-m", f"profiling.{name}")
 ]
 
