@@ -206,9 +206,9 @@ def test_dropout_is_the_layers():
         batch_size=1, q_length=9, kv_length=9, local_size=9, mask_function=None, config=None
     )
     whole, _ = attention.attend(None, q, k, v.abs(), made)
-    dropped = [attention.attend(None, q, k, v.abs(), made, dropout=0.5)[0] for _ in range(200)]
+    dropped = [attention.attend(None, q, k, v.abs(), made, dropout=0.5)[0] for _ in range(60)]
     assert not torch.equal(dropped[0], dropped[1])
-    assert 0.9 < (torch.stack(dropped).mean() / whole.mean()).item() < 1.1
+    assert 0.85 < (torch.stack(dropped).mean() / whole.mean()).item() < 1.15
 
 
 # What is warned of.

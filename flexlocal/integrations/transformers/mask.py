@@ -14,8 +14,11 @@ from torch import Tensor
 from ...masks import Window
 from .packing import documents_of_mask, documents_of_positions, documents_of_sums
 
-EVERYTHING = 2**30
-"""Keys on a side that a window holds which is to hide nothing: more than any sequence has."""
+EVERYTHING = 2**28
+"""Keys on a side that a window holds which is to hide nothing: more than any sequence has.
+
+Sums of a few of it still fit into 32 bits, in which kernels count.
+"""
 
 
 @dataclass(eq=False)

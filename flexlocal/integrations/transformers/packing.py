@@ -105,9 +105,9 @@ def warn_of_leaks(
 def _asked_before(given: Tensor, mask: Tensor | None) -> bool:
     """Whether the last question was the same one, as it is in all layers of a forward pass."""
     global _asked
-    before, _asked = _asked, tuple(None if x is None else weakref.ref(x) for x in (given, mask))
-    last = [None if x is None else x() for x in before]
-    return last[0] is given and last[1] is mask and (before[1] is None) is (mask is None)
+    question = (given, given if mask is None else mask)
+    before, _asked = _asked, tuple(weakref.ref(x) for x in question)
+    return len(before) == 2 and all(x() is y for x, y in zip(before, question, strict=True))
 
 
-_asked: tuple[weakref.ref[Tensor] | None, ...] = (None, None)
+_asked: tuple[weakref.ref[Tensor], ...] = ()
