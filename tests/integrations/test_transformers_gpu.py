@@ -8,12 +8,11 @@ from flexlocal import dispatch
 from flexlocal.integrations.transformers import compare_logits, register
 
 pytestmark = pytest.mark.gpu
-SIZES = {"hidden_size": 128, "head_dim": 32}  # kernels take heads of 16 channels at least
 
 
 def on_gpu(family, implementation="eager"):
-    sizes = {"hidden_size": 192} if family == "ModernBERT" else SIZES
-    return tiny(family, implementation, **sizes).cuda()
+    head = {} if family == "ModernBERT" else {"head_dim": 32}
+    return tiny(family, implementation, hidden_size=192, **head).cuda()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

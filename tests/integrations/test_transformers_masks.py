@@ -341,6 +341,21 @@ def test_images_whose_tokens_see_each_other_are_refused():
         )
 
 
+@pytest.mark.slow
+def test_they_are_refused_when_a_compiled_model_runs():
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def made(follows, ahead):
+        def shown(entry, head, query, key):
+            return torch.where(key < query, follows, ahead)[None].expand(1, query.shape[0])
+
+        return packing.documents_of_mask(shown, 1, 4, "cpu")
+
+    yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    assert made(yes, no).tolist() == [[0, 0, 0, 0]]
+    with pytest.raises(RuntimeError, match="see each other both ways"):
+        made(yes, yes)
+
+
 def attended(changes, made=None):
     asked = dict(
         batch_size=1, q_length=9, kv_length=9, local_size=3, mask_function=None, config=None

@@ -137,7 +137,7 @@ def local_mask(
         local_size: the window or chunk by the model's own count; None for a layer that sees all.
         allow_is_causal_skip: False for packed rows, and for a step of a static cache.
         use_vmap: the model has altered the mask by functions of its own.
-        others: ``allow_is_bidirectional_skip`` is among them where no query sees less ahead.
+        others: ``allow_is_bidirectional_skip`` is among them for layers that see both ways.
 
     Raises:
         ValueError: the mask is no window, or padding is not ``(b, tokens)``.
