@@ -63,7 +63,7 @@ def calls(draw):
     return inputs, draw(st.integers(1, 3)), draw(st.integers(16 * n, 16 * n * (b * h + 1)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(calls())
 def test_parts_together_are_the_whole(call):
     inputs, grid, elements = call

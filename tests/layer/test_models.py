@@ -307,7 +307,7 @@ def test_compiled_inference_on_the_fused_path():
 
 
 def test_export_with_dynamic_length():
-    """Exported at a length that fills no tile, it holds for others like it."""
+    """Exported at a length that fills no tile, it holds for others."""
     model = seeded(layers=3).eval()
     shapes = {"tokens": {1: torch.export.Dim.DYNAMIC}}
     exported = torch.export.export(model, (batch(),), dynamic_shapes=shapes).module()
