@@ -71,7 +71,6 @@ def test_a_traced_layer_takes_gradients():
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 (200, "rotary, back"),
-                (200, "below one window"),
                 (37, "xpos"),
                 (200, "mask, with log-sum-exps"),
                 (37, "documents, mask"),

@@ -130,7 +130,7 @@ def test_what_cannot_be_split_is_refused_by_name(small):
 @pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
 def test_in_a_compiled_model(small):
     small(3, 2**31)
-    layer = LocalAttention(8, causal=True, dim=16, dropout=0.3, backend="flex")
+    layer = LocalAttention(8, causal=True, dropout=0.3, backend="flex")
     run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     q, k, v = (torch.randn(5, 2, 32, 16, requires_grad=True) for _ in range(3))
     mask = torch.arange(32) < torch.tensor([[20], [32], [9], [30], [1]])
