@@ -18,7 +18,7 @@ def packings(draw):
     return draw(st.lists(row, min_size=1, max_size=3)), draw(cuts(n, draw(st.integers(1, 6))))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(packings())
 def test_every_rank_knows_where_its_documents_begin(drawn):
     rows, lengths = drawn
