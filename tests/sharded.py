@@ -227,7 +227,7 @@ def check_sequences(rank, n):
 
 def check_compiled(rank, backend):
     """Inside ``torch.compile``, with the graph in one piece."""
-    small = {"lead": (1, 2), "d": 8, "d_v": 6, "window": windows_of(5), "rotary": True}
+    small = {"lead": (1, 2), "d": 8, "d_v": 6, "window": windows_of(5)}
     case, lengths = placed.case_of(n=24, documents=1, **small), [13, 11]
     torch.compiler.reset()
     compiled = torch.compile(sharded_local_attention, fullgraph=True, backend=backend)
@@ -235,7 +235,6 @@ def check_compiled(rank, backend):
     for run in (compiled, sharded_local_attention):
         own = shard(case.tensors(torch.float64), lengths, lengths, rank)
         more = {"lengths": lengths, "overlap": False, "group": dist.group.WORLD}
-        more |= {"dropout": 0.3, "dropout_seed": torch.tensor(3)}
         out = run(own.q, own.k, own.v, case.window, **case.arguments(own, **more))
         learned = [own.q, own.k, own.v]
         found.append([out, *torch.autograd.grad((out * own.cotangent).sum(), learned)])

@@ -27,17 +27,17 @@ def drawn(ranks, examples):
 
 
 def test_two_processes(two):
-    two.run(sharded.check_all, drawn(2, 8), True, torch.float64, 1e-12)
+    two.run(sharded.check_all, drawn(2, 6), True, torch.float64, 1e-12)
 
 
 @pytest.mark.slow
 def test_two_processes_in_one_call(two):
-    two.run(sharded.check_all, drawn(2, 30), False, torch.float32, 1e-6)
+    two.run(sharded.check_all, drawn(2, 20), False, torch.float32, 1e-6)
 
 
 @pytest.mark.slow
 def test_three_and_four_processes(several):
-    several.run(sharded.check_all, drawn(several.count, 40), True, torch.float32, 1e-6)
+    several.run(sharded.check_all, drawn(several.count, 30), True, torch.float32, 1e-6)
 
 
 @pytest.mark.slow
