@@ -10,6 +10,7 @@ the rounds. ``--tiny`` takes small models, to try the script on a CPU.
 """
 
 import argparse
+import inspect
 import statistics
 import sys
 import time
@@ -207,7 +208,8 @@ def mask_ms(device: torch.device) -> tuple[float, int]:
     register()
     config = transformers.MistralConfig(sliding_window=1024)
     config._attn_implementation = "flexlocal"
-    cache = "cache" if hasattr(transformers.cache_utils, "DFlashCache") else "past_key_values"
+    asked = inspect.signature(create_sliding_window_causal_mask).parameters
+    cache = "cache" if "cache" in asked else "past_key_values"  # renamed after 5.17
     embeddings = torch.empty(1, LONG_MASK, 0, device=device)
 
     def run() -> Any:
