@@ -8,8 +8,6 @@ from tiny_models import WORDS, largest, tiny, words
 
 from flexlocal.integrations.transformers import calls, register
 
-pytest.importorskip("accelerate", reason="Transformers' Trainer needs it")
-
 LENGTHS = [11, 19, 10]
 SUMS = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
