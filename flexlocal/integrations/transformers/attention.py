@@ -135,7 +135,7 @@ def hand_over(
         warn_of_leaks(
             mask, query, key, arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
         )
-    _count(dense=1) if local else _count(full=1)
+    _count(full=int(not local), dense=int(local))
     implementation = ALL_ATTENTION_FUNCTIONS[full_attention]
     return implementation(module, query, key, value, mask, **arguments)
 
