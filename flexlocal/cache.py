@@ -67,16 +67,11 @@ class LocalCache:
                 f"window must be causal for a cache: later tokens would change what is out, got "
                 f"{window!r}"
             )
-        v_head_size = head_size if v_head_size is None else v_head_size
-        numbers = {
-            "batch": batch,
-            "kv_heads": kv_heads,
-            "head_size": head_size,
-            "v_head_size": v_head_size,
-        }
-        for name, number in numbers.items():
-            check_count(name, number)
-        check_count("rewindable", rewindable, least=0)
+        batch = check_count("batch", batch)
+        kv_heads = check_count("kv_heads", kv_heads)
+        head_size = check_count("head_size", head_size)
+        v_head_size = head_size if v_head_size is None else check_count("v_head_size", v_head_size)
+        rewindable = check_count("rewindable", rewindable, least=0)
         if dtype not in _DTYPES:
             raise ValueError(
                 f"dtype must be a floating-point dtype, 16 to 64 bits wide, got {dtype}"

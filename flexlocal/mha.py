@@ -57,16 +57,10 @@ class LocalMHA(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        for name, count in (("dim", dim), ("dim_head", dim_head), ("heads", heads)):
-            check_count(name, count)
-        flags = {
-            "prenorm": prenorm,
-            "qk_rmsnorm": qk_rmsnorm,
-            "gate_values_per_head": gate_values_per_head,
-        }
-        for name, flag in flags.items():
-            check_flag(name, flag)
-        self.heads = heads
+        dim, dim_head = check_count("dim", dim), check_count("dim_head", dim_head)
+        self.heads = heads = check_count("heads", heads)
+        prenorm, qk_rmsnorm = check_flag("prenorm", prenorm), check_flag("qk_rmsnorm", qk_rmsnorm)
+        gate_values_per_head = check_flag("gate_values_per_head", gate_values_per_head)
         self.norm = nn.LayerNorm(dim) if prenorm else None
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.qk_rmsnorm = qk_rmsnorm
@@ -167,8 +161,7 @@ class DynamicPositionBias(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        check_count("dim", dim)
-        check_count("heads", heads)
+        dim, heads = check_count("dim", dim), check_count("heads", heads)
         self.mlp = nn.Sequential(
             nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, heads)
         )
@@ -187,8 +180,7 @@ class DynamicPositionBias(nn.Module):
         Raises:
             ValueError, TypeError: a number is below 1 or no int, or ``j`` is below ``i``.
         """
-        check_count("i", i)
-        check_count("j", j)
+        i, j = check_count("i", i), check_count("j", j)
         if j < i:
             raise ValueError(f"j must be at least i, {i}, got {j}")
         token = torch.arange(j, device=self.device)
