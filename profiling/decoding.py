@@ -33,12 +33,11 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 def by_hand(k: Tensor, v: Tensor) -> Step:
     """Concatenate, slice, and torch's attention: what is written without a library."""
     held, window = [k, v], k.shape[2]
-    grouped = {"enable_gqa": True} if k.device.type == "cuda" else {}
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held[0] = torch.cat((held[0], k), dim=2)[:, :, -window:]
         held[1] = torch.cat((held[1], v), dim=2)[:, :, -window:]
-        return F.scaled_dot_product_attention(q, *held, **grouped)
+        return F.scaled_dot_product_attention(q, *held, enable_gqa=q.shape[1] != k.shape[1])
 
     return step
 
