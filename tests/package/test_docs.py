@@ -153,6 +153,7 @@ SCRIPTS = [
         "argument_costs",
         "bench",
         "compiles",
+        "decoding",
         "scale",
         "tables",
         "trace",
