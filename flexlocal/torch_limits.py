@@ -333,8 +333,11 @@ def is_exporting() -> bool:
 
 
 def stop_unless(true: Tensor, message: str) -> None:
-    """Raises ``ValueError`` unless the 0-d ``true`` is; a GPU stops the program some time later."""
-    if true.device.type != "cpu":
+    """Raises ``ValueError`` unless the 0-d ``true`` is; a GPU stops the program some time later.
+
+    Compiled, it is asked when the program runs, and raises a ``RuntimeError``.
+    """
+    if true.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(true, message)
     elif not true:
         raise ValueError(message)

@@ -6,7 +6,7 @@ import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flexlocal import LocalCache, LocalMHA, Window
+from flexlocal import LocalCache, LocalMHA, Window, local_attention
 
 W = 8
 
@@ -41,6 +41,25 @@ def test_steps_of_the_fused_kernel():
         *writes, ("reset", (1,)), writes[0], W=3, exact=False, groups=2, d=32, d_v=32, softcap=0.7
     )
     decoded.tell(story, story.cache(torch.float32), tolerance=1e-5, sums=False, backend="flex")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_tokens_are_taken_back_inside_a_graph():
+    window = Window.sliding(W)
+    cache = LocalCache(window, 2, 1, 4, dtype=torch.float32, device="cpu", rewindable=3)
+    q, k, v = torch.randn(3, 2, 1, 5, 4)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(tokens):
+        out = local_attention(q, k, v, window, cache=cache)
+        cache.rewind(tokens)
+        return out
+
+    step(torch.tensor([1, 3]))
+    assert cache.lengths.tolist() == [4, 2]
+    # A graph that fails leaves gradients off, if nobody turns them on again.
+    with torch.no_grad(), pytest.raises(RuntimeError, match="tokens must be at least 0"):
+        step(torch.tensor([4, 0]))
 
 
 def test_windows_of_one_size_share_a_graph():
