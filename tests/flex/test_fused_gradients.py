@@ -60,7 +60,7 @@ def test_arguments(name):
 
 
 @pytest.mark.slow
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=4, phases=[Phase.generate])
 @given(cases())
 def test_random_calls(case):
     torch.compiler.reset()
@@ -171,7 +171,7 @@ def test_dropout(name):
 
 
 @pytest.mark.slow
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=4, phases=[Phase.generate])
 @given(cases())
 def test_dropout_of_random_calls(case):
     torch.compiler.reset()

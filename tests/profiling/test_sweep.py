@@ -318,8 +318,8 @@ def test_each_job_has_a_process_of_its_own():
 @pytest.mark.slow
 def test_a_process_that_dies_or_hangs_costs_its_own_job_only():
     """The one that hangs has the only place until it is ended."""
-    found = dict(sweep.in_processes(job_of_a_process, ["die", "hang", "one"], 1, seconds=20))
-    assert found["die"] == found["hang"] == "no result within 20 s"
+    found = dict(sweep.in_processes(job_of_a_process, ["die", "hang", "one"], 1, seconds=15))
+    assert found["die"] == found["hang"] == "no result within 15 s"
     assert found["one"][0] == "one"
 
 
