@@ -194,7 +194,7 @@ class LocalCache:
         place = torch.arange(self.slots, device=first.device)
         in_order = (first[:, None] + place).remainder(self.slots)
         seen_k, seen_v = (
-            torch.cat((_at(ring, in_order), new), dim=2)
+            torch.cat((at_tokens(ring, in_order), new), dim=2)
             for ring, new in ((self.keys, k), (self.values, v))
         )
         # New tokens as they lie behind the old: a compiler could else write them before it has read
@@ -202,7 +202,7 @@ class LocalCache:
         k, v = (x[:, :, self.slots :] for x in (seen_k, seen_v))
         if n > self.slots:  # the last ones alone: two tokens would be written to one slot
             left_out = at_least(first * 0 + count - self.slots, 0)
-            k, v = (_at(x, left_out[:, None] + place) for x in (k, v))
+            k, v = (at_tokens(x, left_out[:, None] + place) for x in (k, v))
             first, count = first + left_out, count - left_out
         self._write(k, v, first, count)
         self._grow(taken)
@@ -217,8 +217,8 @@ class LocalCache:
             takes = token < count[:, None]
             position = torch.where(takes, position, self.positions.gather(1, slot.long()))
             takes = takes[:, None, :, None]
-            k = torch.where(takes, k, _at(self.keys, slot))
-            v = torch.where(takes, v, _at(self.values, slot))
+            k = torch.where(takes, k, at_tokens(self.keys, slot))
+            v = torch.where(takes, v, at_tokens(self.values, slot))
         # By index: of `scatter_` Inductor makes a copy of the whole ring.
         self.positions[self._row, slot] = position
         self.keys[self._row, :, slot] = k.transpose(1, 2)
@@ -253,7 +253,7 @@ class LocalCache:
         )
 
 
-def _at(x: Tensor, index: Tensor) -> Tensor:
+def at_tokens(x: Tensor, index: Tensor) -> Tensor:
     """``x`` ``(b, h, m, d)`` at the tokens ``index`` ``(b, n)``."""
     index = index.long()[:, None, :, None]
     return x.gather(2, index.expand(*x.shape[:2], -1, x.shape[3]))

@@ -8,20 +8,19 @@ is copied is as long as the prompt or the window.
 Shapes: ``b`` rows, ``h`` query heads, ``n`` new tokens, ``d`` the head size.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .autocast import autocast_dtype
-from .cache import LocalCache
-from .checks import check_call
+from .cache import LocalCache, at_tokens
 from .dispatch import Choice
 from .masks.arguments import kind_of
 from .masks.ring import Ring
 from .rotary import rotate
-from .spec import Inputs, Spec
+from .spec import Inputs, Spec, with_plain_numbers
 
 
 def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
@@ -33,7 +32,7 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
     spec, inputs = _checked(spec, inputs, cache)
     order = None if inputs.mask is None else _order_of(inputs.mask)
     if order is not None:
-        q, k, v = (_at(x, order.tokens) for x in inputs[:3])
+        q, k, v = (at_tokens(x, order.tokens) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v)
     count = inputs.q.shape[2] if order is None else order.taken
     spec, inputs = _stored(spec, inputs._replace(mask=None), cache, count)
@@ -76,17 +75,13 @@ class _Order(NamedTuple):
 
     def back(self, x: Tensor, value: float) -> Tensor:
         """``x`` ``(b, h, n, d)`` in the old order, with ``value`` for tokens that are not kept."""
-        return _at(x, self.place).masked_fill(~self.kept[:, None, :, None], value)
+        return at_tokens(x, self.place).masked_fill(~self.kept[:, None, :, None], value)
 
 
 def _order_of(mask: Tensor) -> _Order:
     tokens = (~mask).to(torch.int8).argsort(dim=1, stable=True)
     counted = mask.cumsum(1)
     return _Order(tokens, mask.sum(1, dtype=torch.int32), (counted - 1).clamp(min=0), mask)
-
-
-def _at(x: Tensor, tokens: Tensor) -> Tensor:
-    return x.gather(2, tokens[:, None, :, None].expand(x.shape))
 
 
 def _stored(
@@ -120,10 +115,8 @@ def _over_order(
     return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
 
 
-_CHECKED: dict[object, torch.dtype | None] = {}
-"""The kinds of calls that were checked, and the dtype that autocast wants for q, k and v."""
-
-_MOST_CHECKED = 1024
+_CHECKED: dict[object, tuple[torch.dtype | None]] = {}
+"""By kind of call, the dtype that autocast wants for q, k and v, if they have another."""
 
 
 def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
@@ -133,63 +126,48 @@ def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
     """
     if not isinstance(cache, LocalCache):
         raise TypeError(f"cache must be a LocalCache or None, got {kind_of(cache)}")
-    check = _check if torch.compiler.is_compiling() else _kept_check
-    dtype = check(spec, inputs, cache)
+    spec = with_plain_numbers(spec)
+    check = partial(_check, spec, inputs, cache)
+    if torch.compiler.is_compiling():
+        (dtype,) = check()
+    else:
+        (dtype,) = dispatch.kept(_CHECKED, check, spec, inputs, cache.kind)
     if dtype is not None:
         q, k, v = (x.to(dtype) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v)
     return spec, inputs
 
 
-def _kept_check(spec: Spec, inputs: Inputs, cache: LocalCache) -> torch.dtype | None:
-    """``_check``, called once for all calls of one kind."""
-    try:
-        kind = dispatch.kind_of_call(spec, inputs), cache.kind
-        if kind in _CHECKED:
-            return _CHECKED[kind]
-    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type
-        return _check(spec, inputs, cache)
-    dtype = _check(spec, inputs, cache)
-    if len(_CHECKED) >= _MOST_CHECKED:
-        _CHECKED.clear()
-    _CHECKED[kind] = dtype
-    return dtype
-
-
-def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> torch.dtype | None:
-    """Refuses what does not fit; gives autocast's dtype where q, k and v are to be cast."""
+def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> tuple[torch.dtype | None]:
+    """Refuses what does not fit; gives what ``_CHECKED`` holds."""
     for name in ("documents", "q_offset", "kv_offset"):
         if getattr(inputs, name) is not None:
             raise ValueError(f"{name} must be None with a cache, which counts positions itself")
-    check_call(spec, inputs)
+    _, cast = dispatch.checked(spec, inputs)
     if spec.rule != cache.window:
         raise ValueError(f"cache must have the window {spec.rule!r}, got one for {cache.window!r}")
     if spec.dropout:
         raise ValueError(
             f"dropout must be 0 with a cache, got {spec.dropout}: put the module into eval mode"
         )
-    q, k, v, mask = inputs[:4]
+    q, k, v, mask = cast[:4]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
             "cache must be None where q, k or v requires a gradient: call under torch.no_grad()"
         )
-    dtype = autocast_dtype(q.device)
-    if dtype is not None and q.dtype == torch.float64:
-        dtype = None
     for name, x, held in (("k", k, cache.keys), ("v", v, cache.values)):
         wanted = (*held.shape[:2], x.shape[-2], held.shape[-1])
         if tuple(x.shape) != wanted:
             raise ValueError(
                 f"{name} must have the shape {wanted} for its cache, got {tuple(x.shape)}"
             )
-        given = x.dtype if dtype is None else dtype
-        if given != held.dtype or x.device != held.device:
+        if x.dtype != held.dtype or x.device != held.device:
             raise ValueError(
-                f"{name} must be {held.dtype} on {held.device} as its cache is, got {given} on "
+                f"{name} must be {held.dtype} on {held.device} as its cache is, got {x.dtype} on "
                 f"{x.device}"
             )
     if mask is not None and mask.shape[0] != q.shape[0]:
         raise ValueError(
             f"mask must have a row for each of the cache's {q.shape[0]}, got {tuple(mask.shape)}"
         )
-    return dtype
+    return (q.dtype if any(x.dtype != q.dtype for x in inputs[:3]) else None,)

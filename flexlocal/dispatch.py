@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,9 @@ Prepared = tuple[Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], torch.dtype
 """What all calls of one kind share: the path, and the dtype that autocast wants for q, k and v."""
 
 _PREPARED: dict[object, Prepared] = {}
-_MOST_PREPARED = 1024
+_MOST_KEPT = 1024
+
+Made = TypeVar("Made")
 
 
 def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         refuse_old_onnx()
         run, dtype = _prepare(spec, inputs)
     else:
-        run, dtype = _kept(spec, inputs)
+        run, dtype = kept(_PREPARED, partial(_prepare, spec, inputs), spec, inputs)
     q = inputs.q
     if spec.dropout == 0:
         if inputs.seed is not None:
@@ -123,22 +125,29 @@ def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
     return resolved(spec, inputs), inputs
 
 
-def _kept(spec: Spec, inputs: Inputs) -> Prepared:
-    """``_prepare``, called once for all calls of one kind."""
+def kept(
+    made: dict[object, Made], make: Callable[[], Made], spec: Spec, inputs: Inputs, *more: object
+) -> Made:
+    """``make()``, called once for all calls of one kind.
+
+    Args:
+        made: what was made for other kinds, and is kept.
+        more: what it depends on beside the call; hashable.
+    """
     try:
-        kind = kind_of_call(spec, inputs)
-        prepared = _PREPARED.get(kind)
+        kind = _kind(spec, inputs), *more
+        found = made.get(kind)
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type
-        return _prepare(spec, inputs)
-    if prepared is None:
-        prepared = _prepare(spec, inputs)
-        if len(_PREPARED) >= _MOST_PREPARED:
-            _PREPARED.clear()
-        _PREPARED[kind] = prepared
-    return prepared
+        return make()
+    if found is None:
+        found = make()
+        if len(made) >= _MOST_KEPT:
+            made.clear()
+        made[kind] = found
+    return found
 
 
-def kind_of_call(spec: Spec, inputs: Inputs) -> object:
+def _kind(spec: Spec, inputs: Inputs) -> object:
     """All that the checks and the preparation of a call depend on."""
     if spec.kernel_options is not None:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))

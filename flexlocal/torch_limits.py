@@ -311,15 +311,17 @@ def number_in_memory(n: int, device: torch.device) -> Tensor:
 # Values.
 
 
-def assert_none(found: Tensor, message: str) -> None:
-    """No element of boolean ``found`` is True. Compiled, it is asked when the model runs.
+def stop_unless(true: Tensor, message: str, *, waits: bool = False) -> None:
+    """Raises ``ValueError`` unless the 0-d ``true`` is; a GPU stops the program some time later.
 
-    Raises:
-        ValueError: one is; in a compiled model a RuntimeError.
+    Compiled, it is asked when the program runs, and raises a ``RuntimeError``.
+
+    Args:
+        waits: wait for a GPU, and raise at once.
     """
-    if torch.compiler.is_compiling():
-        torch._assert_async(~found.any(), message)
-    elif bool(found.any()):
+    if torch.compiler.is_compiling() or not waits and true.device.type != "cpu":
+        torch._assert_async(true, message)
+    elif not true:
         raise ValueError(message)
 
 
@@ -330,17 +332,6 @@ def assert_none(found: Tensor, message: str) -> None:
 def is_exporting() -> bool:
     """Whether ``torch.export`` is at work, or ``torch.jit.trace``."""
     return torch.compiler.is_exporting() or is_tracing()
-
-
-def stop_unless(true: Tensor, message: str) -> None:
-    """Raises ``ValueError`` unless the 0-d ``true`` is; a GPU stops the program some time later.
-
-    Compiled, it is asked when the program runs, and raises a ``RuntimeError``.
-    """
-    if true.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(true, message)
-    elif not true:
-        raise ValueError(message)
 
 
 def mark_length_dynamic(x: Tensor, dim: int) -> None:

@@ -77,7 +77,7 @@ def test_a_plan_knows_how_tensors_lie(monkeypatch):
 
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(dispatch, "_PREPARED", {})
-    monkeypatch.setattr(dispatch, "_MOST_PREPARED", 4)
+    monkeypatch.setattr(dispatch, "_MOST_KEPT", 4)
     for n in range(1, 12):
         call(q=Q[:, :, :n], k=K[:, :, :n], v=V[:, :, :n])
         assert len(dispatch._PREPARED) <= 4

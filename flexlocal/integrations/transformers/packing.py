@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dispatch import warn_once
 from ...masks import documents_from_cu_seqlens, documents_from_positions
-from ...torch_limits import assert_none
+from ...torch_limits import stop_unless
 
 
 def documents_of_mask(
@@ -32,10 +32,11 @@ def documents_of_mask(
     later = torch.arange(1, n, device=device)
     follows = mask_function(entry, head, later, later - 1).expand(batch, n - 1)
     ahead = mask_function(entry, head, later - 1, later)
-    assert_none(
-        ahead,
+    stop_unless(
+        ~ahead.any(),
         "attn_implementation='flexlocal' serves causal windows; here tokens of one block (an "
         "image, as block_sequence_ids has it) see each other both ways. 'sdpa' and 'eager' do that",
+        waits=True,
     )
     return F.pad((~follows).cumsum(-1, dtype=torch.int32), (1, 0))
 
