@@ -24,7 +24,9 @@ from flexlocal import LocalCache, Window, local_attention
 from . import machine
 from .options import count
 from .terminal import number, table
-from .timing import ROUNDS, median_ms, ratio_of_rounds, synchronize
+from .timing import ROUNDS, Timing, in_turns, median_ms, ratio_of_rounds
+
+SECONDS = 0.06 * ROUNDS  # of timed calls, each
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 """One new token's q, k and v, ``(batch, heads, 1, d)``, to its output."""
@@ -105,15 +107,6 @@ def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def in_turns(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each by round."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name].append(median_ms(run, device, 0.06))
-    return found
-
-
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """By name: milliseconds of a step by round, ``captured`` inside a CUDA graph."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -126,6 +119,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     k, v = (draw(options.kv_heads, tokens) for _ in range(2))
     new = draw(heads, 1), draw(options.kv_heads, 1), draw(options.kv_heads, 1)
     record: dict[str, Any] = {}
+    timing = Timing(device, SECONDS)
     with torch.no_grad():
         steps = steps_of(k, v)
         truth = steps["by hand"](*new).float()
@@ -134,7 +128,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             if not off < (2e-2 if dtype == torch.bfloat16 else 1e-4):
                 sys.exit(f"not timed, {name} is wrong by {off}")
         runs = {name: (lambda step=step: step(*new)) for name, step in steps.items()}
-        record["host"] = in_turns(runs, device)
+        record["host"] = in_turns(runs, timing, median_ms)
         if device.type == "cuda":
             captured = {"copying the keys and values": lambda: (k.clone(), v.clone())}
             groups = heads // options.kv_heads
@@ -144,7 +138,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             for name in ("flexlocal, compiled", "flexlocal", "by hand"):
                 captured[name] = runs[name]
             captured = {name: in_a_graph(run) for name, run in captured.items()}
-            record["captured"] = in_turns(captured, device)
+            record["captured"] = in_turns(captured, timing, median_ms)
         if options.prompt:
             record["prompt"] = _prompt(options, draw, device)
     return record
@@ -170,12 +164,11 @@ def _prompt(
     off = (in_pieces().float() - whole().float()).abs().max().item()
     if not off < 2e-2:
         sys.exit(f"not timed, a prompt in pieces is wrong by {off}")
-    synchronize(device)
     runs = {"in pieces": in_pieces, "in one": whole}
     if device.type == "cuda":
         compiled = torch.compile(local_attention, fullgraph=True)
         runs["in pieces, compiled"] = partial(in_pieces, compiled)
-    return in_turns(runs, device)
+    return in_turns(runs, Timing(device, SECONDS), median_ms)
 
 
 def text(record: dict[str, Any]) -> str:

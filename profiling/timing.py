@@ -65,8 +65,16 @@ def kernels_ms(run: Run, device: torch.device, seconds: float = 0.0, calls: int 
     return sum(each.self_device_time_total for each in profiler.key_averages()) / calls / 1e3
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What ``in_turns`` asks of a task, for calls that are no problem's."""
+
+    device: torch.device
+    seconds: float
+
+
 def in_turns(
-    runs: Mapping[str, Run], task: Task, clock: Callable[[Run, torch.device, float], float]
+    runs: Mapping[str, Run], task: Task | Timing, clock: Callable[[Run, torch.device, float], float]
 ) -> dict[str, list[float]]:
     """Milliseconds of each call by round; ``task.seconds`` are for all of ``ROUNDS`` rounds."""
     for run in runs.values():

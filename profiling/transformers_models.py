@@ -29,7 +29,7 @@ from . import machine
 from .bench import trouble
 from .options import reader
 from .terminal import number, table
-from .timing import Run, first_call, in_turns, ratio_of_rounds, synchronize
+from .timing import Run, Timing, first_call, in_turns, ratio_of_rounds, synchronize
 
 OURS = "flexlocal"
 IMPLEMENTATIONS = {
@@ -63,14 +63,6 @@ class Case:
     config: Any
     checked: tuple[int, int]
     timed: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What ``in_turns`` asks of a task."""
-
-    device: torch.device
-    seconds: float
 
 
 def cases(tiny: bool) -> list[Case]:
