@@ -5,15 +5,15 @@ several ranks (there called py, as tests/package/test_docs.py runs those called 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformer import batch, seeded
+from transformer import batch, seeded, trained
 
 from flexlocal.distributed import shard_sequence
 
@@ -62,19 +62,8 @@ def made(device, full):
     return model
 
 
-def trained(model, run, inputs, targets):
-    """Gradients and, a step of the optimizer later, the parameters, by name."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    F.cross_entropy(run(inputs).flatten(0, 1), targets.flatten()).backward()
-    named = list(model.named_parameters())
-    found = {f"gradient of {name}": whole(parameter.grad) for name, parameter in named}
-    optimizer.step()
-    return found | {name: whole(parameter) for name, parameter in named}
-
-
-def whole(x):
-    x = x.detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+def loss_of_run(model, inputs, targets):
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
 def check_training(rank, way, sequence, full, device="cpu"):
@@ -82,7 +71,7 @@ def check_training(rank, way, sequence, full, device="cpu"):
     tokens = batch(device, n=TOKENS, sequences=SEQUENCES)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     one = made(device, full)
-    expected = trained(one, one, inputs, targets)
+    expected = trained(one, partial(loss_of_run, one, inputs, targets))
 
     ranks = dist.get_world_size()
     mesh = init_device_mesh(device, (sequence, ranks // sequence), mesh_dim_names=("s", "data"))
@@ -97,7 +86,7 @@ def check_training(rank, way, sequence, full, device="cpu"):
     inputs, targets = (
         shard_sequence(x.chunk(ranks // sequence)[rows], mesh["s"]) for x in (inputs, targets)
     )
-    found = trained(model, run, inputs, targets)
+    found = trained(model, partial(loss_of_run, run, inputs, targets))
     names = {name: name.removeprefix("module.") for name in found}
     assert set(names.values()) == expected.keys()
     for name, x in found.items():

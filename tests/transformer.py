@@ -5,6 +5,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention
@@ -84,3 +85,22 @@ def batch(device="cpu", seed=1, n=TOKENS, sequences=2):
 def loss_of(model, tokens):
     logits = model(tokens)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, tokens[:, 1:].flatten())
+
+
+def trained(model, loss):
+    """Gradients of ``loss()`` and, a step of the optimizer later, the parameters, whole, by name.
+
+    The optimizer is made first: FSDP2 leaves other parameters in the model after a forward pass.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss().backward()
+    named = list(model.named_parameters())
+    found = {f"gradient of {name}": whole(parameter.grad) for name, parameter in named}
+    optimizer.step()
+    return found | {name: whole(parameter) for name, parameter in named}
+
+
+def whole(x):
+    """A parameter on the CPU, also one that FSDP2 has spread over processes."""
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()

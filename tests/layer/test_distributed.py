@@ -11,9 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformer import batch, loss_of, seeded
+from transformer import batch, loss_of, seeded, trained
 
 PROCESSES = 2
 SEQUENCES = 6
@@ -48,21 +47,6 @@ def sharded(model, device):
 WAYS = {"DDP": replicated, "FSDP2": sharded}
 
 
-def step(model, run, tokens):
-    """Gradients and, a step of the optimizer later, the parameters, by name."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss_of(run, tokens).backward()
-    named = list(model.named_parameters())
-    found = {f"gradient of {name}": whole(parameter.grad) for name, parameter in named}
-    optimizer.step()
-    return found | {name: whole(parameter) for name, parameter in named}
-
-
-def whole(x):
-    x = x.detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
-
-
 def one_process(rank, way, device, where):
     """What each process runs; the first one leaves its results in a file."""
     torch.set_num_threads(1)
@@ -78,7 +62,8 @@ def one_process(rank, way, device, where):
     try:
         model = seeded(device, layers=LAYERS)
         half = batch(device, sequences=SEQUENCES).chunk(PROCESSES)[rank]
-        found = step(model, WAYS[way](model, device), half)
+        run = WAYS[way](model, device)
+        found = trained(model, lambda: loss_of(run, half))
         if rank == 0:
             torch.save(found, f"{where}/found")
     finally:
@@ -94,7 +79,7 @@ def test_two_processes_train_as_one(way, device, tmp_path):
     processes.spawn(one_process, args=(way, device, str(tmp_path)), nprocs=PROCESSES)
     found = torch.load(tmp_path / "found", weights_only=True)
     model = seeded(device, layers=LAYERS)
-    expected = step(model, model, batch(device, sequences=SEQUENCES))
+    expected = trained(model, lambda: loss_of(model, batch(device, sequences=SEQUENCES)))
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6, msg=f"{name} differs")
