@@ -145,7 +145,10 @@ def _near(x: Tensor) -> Tensor:
     most = limits(x.device)
     if most is None or _extent(x) <= most.elements:
         return x
-    return written_out(x.contiguous())
+    for dim in reversed(range(x.dim())):
+        if x.shape[dim] == 1:  # whose stride is the whole tensor's, and leads nowhere
+            x = x.squeeze(dim).unsqueeze(dim)
+    return x if _extent(x) <= most.elements else written_out(x.contiguous())
 
 
 def _from_row(x: Tensor | None, first: int) -> Tensor | None:
@@ -198,5 +201,9 @@ def _elements_of_a_head(spec: Spec, inputs: Inputs) -> int:
 
 
 def _extent(x: Tensor) -> int:
-    """Elements from the first to the last of ``x`` in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    """Elements from the first to the last of ``x`` in memory, or the largest stride, if larger.
+
+    Kernels are given the strides of single batch entries and heads too.
+    """
+    apart = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return max(1 + apart, *x.stride())

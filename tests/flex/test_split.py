@@ -116,6 +116,19 @@ def test_no_gradient_is_as_large_as_the_whole_for_each_part(small):
     assert seen == [((1, 1, 100, 16), (1600, 1600, 16, 1))] * 6
 
 
+def test_heads_of_one_entry_have_strides_that_a_kernel_can_count(small):
+    """The stride of the entry is that of the whole, and kernels are given it."""
+    small(65535, 3 * 16 * 100)
+    q, sizes = torch.randn(1, 6, 100, 16), []
+
+    def run(part):
+        sizes.append((part.q.shape, part.q.stride(0) <= 3 * 16 * 100, part.q._base is not None))
+        return part.q
+
+    in_parts(parts_of(Spec(Window(8)), Inputs(q, q, q)), Inputs(q, q, q), lambda part: run)
+    assert sizes == [((1, 3, 100, 16), True, True)] * 2  # views: no copy is needed
+
+
 def test_what_cannot_be_split_is_refused_by_name(small):
     small(4, 1000)
     q = torch.randn(1, 2, 100, 16)

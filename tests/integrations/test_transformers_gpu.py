@@ -1,8 +1,11 @@
 """On a GPU models run on the fused kernel: the same logits, gradients and tokens."""
 
+from inspect import signature
+
 import pytest
 import torch
 from tiny_models import DECODERS, FAMILIES, largest, padded, tiny, words
+from transformers import masking_utils
 
 from flexlocal import dispatch
 from flexlocal.integrations.transformers import compare_logits, register
@@ -47,11 +50,15 @@ def test_gradients_on_a_gpu(family):
 @pytest.mark.parametrize("family", [name for name in DECODERS if name in ("Mistral", "Llama 4")])
 def test_tokens_on_a_gpu(family, cache):
     """Transformers compiles a step of a static cache there."""
+    chunks = signature(masking_utils.create_chunked_causal_mask).parameters
+    if (family, cache) == ("Llama 4", "static") and "block_sequence_ids" not in chunks:
+        pytest.skip("this Transformers hands its own mask of chunks an argument that it refuses")
     ids, mask = words(2, 19, seed=7).cuda(), torch.ones(2, 19, dtype=torch.long).cuda()
     mask[0, :9] = 0
     model = on_gpu(family)
     found = []
-    for implementation in ("eager", "flexlocal"):
+    # The same tokens, with either cache. Inductor warns of a softmax in a compiled eager step.
+    for implementation, kind in (("eager", "dynamic"), ("flexlocal", cache)):
         model.set_attn_implementation(implementation)
         found.append(
             model.generate(
@@ -61,7 +68,7 @@ def test_tokens_on_a_gpu(family, cache):
                 min_new_tokens=40,
                 do_sample=False,
                 pad_token_id=0,
-                cache_implementation=cache,
+                cache_implementation=kind,
             )
         )
     assert torch.equal(*found)
