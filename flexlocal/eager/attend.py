@@ -1,11 +1,11 @@
 """The eager path: plain tensor operations, for every argument, device and dtype.
 
 Queries are cut into tiles, each of which sees one interval of keys. Tiles are computed a portion at
-a time (``autograd``). Inside a compiler, ``torch.export`` or a transform of ``torch.func`` all of
-them are computed at once, by operators that these know. Shapes are those of ``spec`` and ``tiles``.
+a time (``autograd``). A compiler takes that for one operator (``operator``). ``torch.export`` and
+the transforms of ``torch.func`` are shown all tiles at once, in operators that these know. Shapes
+are those of ``spec`` and ``tiles``.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,18 +29,12 @@ from ..spec import (
     positions,
     rule_of,
 )
-from ..torch_limits import is_exporting, is_symbolic, is_transformed
-from . import dense
-from .autograd import attend_in_portions, portions, scores_in_a_portion
-from .formula import Formula, Operands, formula_of
-from .tiles import Sizes, every_tile
-
-_LEAST_TILE = 64
-"""Fewest queries in a tile: a processor spends most of smaller matrix products on overhead."""
-
-
-_VECTOR = 16
-"""Numbers in a vector of the processor."""
+from ..torch_limits import is_transformed
+from . import dense, operator
+from .autograd import attend_in_portions, portions
+from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of
+from .formula import Operands, formula_of
+from .tiles import every_tile
 
 
 def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,15 +52,16 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     rule = rule_of(spec, inputs)
     if is_placed(inputs):
         rule, inputs = _near_queries(spec, rule, inputs)
-    q, k, v, mask, bias, seed, *_ = inputs
+    q, k, v, mask, _, seed, *_ = inputs
     if mask is not None:
         with region("key mask"):
             q = _finite_padding(rule, inputs)
             k, v = without_padding(k, mask), without_padding(v, mask)
     q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
+    inputs = inputs._replace(q=q, k=k, v=v)
     if dense.serves(spec, rule, inputs):
         with without_autocast(q.device), region("attention"):
-            return dense.attend(spec, rule, inputs._replace(q=q, k=k, v=v))
+            return dense.attend(spec, rule, inputs)
     b, h, n, _ = q.shape
     draws = None
     if spec.dropout > 0:
@@ -74,25 +69,14 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         query, key = first_positions(inputs, rule)
         with region("dropout"):
             draws = query_draws(seed, b * h, n, query), key_draws(seed, b * h, k.shape[2], key)
-    xpos = spec.xpos_base is not None
-    one_window = rule.is_window and (bias is not None or xpos)
-    sizes = _sizes(
-        q,
-        k,
-        rule,
-        one_window,
-        slides=rule.is_window or xpos,
-        may_shorten=bias is None or not rule.is_window,
-    )
-    if not is_symbolic(n):
-        sizes, bias = _cropped(sizes, bias, rule)
-    formula = formula_of(spec, rule, inputs, sizes, draws)
-    operands = Operands(q, k, v, _cleared(bias, formula), inputs.sinks, mask)
     with without_autocast(q.device), region("attention"):
-        if torch.compiler.is_compiling() or is_transformed():
-            out, lse = formula.output(every_tile(sizes), operands)
+        if not (torch.compiler.is_compiling() or is_transformed()):
+            out, lse = attend_in_portions(*in_tiles(spec, rule, inputs, draws))
+        elif operator.serves(spec, rule, inputs):
+            out, lse = operator.attend(spec, rule, inputs, draws)
         else:
-            out, lse = attend_in_portions(operands, formula, sizes)
+            operands, formula, sizes = in_tiles(spec, rule, inputs, draws)
+            out, lse = formula.output(every_tile(sizes), operands)
     return out if lse is None else (out, lse)
 
 
@@ -109,9 +93,11 @@ def weights(spec: Spec, inputs: Inputs) -> Tensor:
     if mask is not None:
         q, k = _finite_padding(rule, inputs), without_padding(k, mask)
     q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
-    sizes, bias = _cropped(_sizes(q, k, rule, True, slides=True, may_shorten=False), bias, rule)
+    sizes = cropped(sizes_of(q, k, rule, True, slides=True, may_shorten=False))
     formula = formula_of(spec, rule, inputs, sizes)
-    operands = Operands(q, k, k, _cleared(bias, formula), inputs.sinks, mask)
+    if bias is not None:
+        bias = cleared(bias_within(bias, sizes, rule), formula)
+    operands = Operands(q, k, k, bias, inputs.sinks, mask)
     out = q.new_zeros((*q.shape[:-1], window.span), dtype=formula.compute)
     first = window.before - sizes.before
     columns = slice(first, first + sizes.span)
@@ -167,73 +153,3 @@ def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
             q = rotate(q, query + shift, inv_freq).to(q.dtype)
             k = rotate(k, key, inv_freq).to(k.dtype)
     return q, k
-
-
-def _sizes(
-    q: Tensor, k: Tensor, rule: Rule, one_window: bool, slides: bool, may_shorten: bool
-) -> Sizes:
-    """The shape of tiles: some of the rule's steps, or one window.
-
-    Shorter tiles compute fewer scores that are hidden. Inside a compiler a tile is at least as long
-    as its keys before and after it, because each further piece of keys is an operator of its own.
-
-    Args:
-        one_window: a tile is to be one window, because a bias or xpos's factors are laid out so.
-        may_shorten: a tile may be shorter than these, so that long windows take little memory.
-        slides: a tile's keys are to slide with its queries. They may else be all keys there are.
-    """
-    b, h, n, _ = q.shape
-    reach, m = rule.reach, k.shape[2]
-    at_once = is_symbolic(n) or torch.compiler.is_compiling() or is_transformed()
-    if not isinstance(rule.lead, int) or not slides and not is_symbolic(m) and m <= _LEAST_TILE:
-        tile = n if at_once else _shortened(q.device, n, m)
-        if tile < n:  # of each tile, its portion takes those keys that exist
-            return Sizes(b, h, k.shape[1], n, m, tile, before=n, after=m)
-        return Sizes(b, h, k.shape[1], n, m, tile=n, before=0, after=m - n)
-    if one_window:
-        tile = rule.window.size
-        before, after = rule.window.before, rule.window.after
-    else:
-        least = _LEAST_TILE
-        if torch.compiler.is_compiling():
-            least = max(least, reach.back, reach.ahead)
-        step = max(1, reach.step)
-        if step > 1:
-            least = _LEAST_TILE
-        tile = -(-least // step) * step
-        # Rows of scores that are whole vectors long make matrix products faster.
-        before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
-    if may_shorten and not at_once:
-        short = _shortened(q.device, min(tile, n), min(before + tile + after, m))
-        if short < min(tile, n):
-            tile = short
-            before, after = reach.around(tile)
-    any_length = is_symbolic(n) and is_exporting()
-    return Sizes(b, h, k.shape[1], n, m, tile, before, after, rule.lead, any_length)
-
-
-def _shortened(device: torch.device, queries: int, keys: int) -> int:
-    """Queries in a tile of so many keys that its scores fill one portion; ``queries`` at most."""
-    if queries * keys <= 4 * scores_in_a_portion(device):
-        return queries
-    fitting = scores_in_a_portion(device) // keys // _VECTOR * _VECTOR
-    return min(queries, max(_VECTOR, fitting))
-
-
-def _cropped(sizes: Sizes, bias: Tensor | None, rule: Rule) -> tuple[Sizes, Tensor | None]:
-    """``sizes`` without keys that lie outside the sequence for every tile; the bias accordingly."""
-    tile = sizes.n if 0 < sizes.n <= sizes.tile else sizes.tile
-    last = max(0, sizes.tiles - 1) * sizes.tile
-    before = min(sizes.before, max(0, last + sizes.lead))
-    after = min(sizes.after, max(last, sizes.m - sizes.lead - tile))
-    if bias is not None and rule.is_window:
-        first = sizes.before - before
-        bias = bias[:, :tile, first : first + before + tile + after]
-    return replace(sizes, tile=tile, before=before, after=after), bias
-
-
-def _cleared(bias: Tensor | None, formula: Formula) -> Tensor | None:
-    """``bias`` with zeros where the window hides a key: a NaN there would spread."""
-    if bias is None or formula.same is None:
-        return bias
-    return bias.masked_fill(~formula.same, 0.0)

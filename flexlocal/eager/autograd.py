@@ -40,20 +40,7 @@ class _Tiled(torch.autograd.Function):
     def forward(
         formula: Formula, sizes: Sizes, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        operands = Operands(*tensors)  # type: ignore[arg-type]
-        q, v = operands.q, operands.v
-        out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else _empty(q, v.shape[-1])
-        lse = None
-        if formula.spec.return_lse:
-            lse = q.new_empty(q.shape[:-1], dtype=formula.compute)
-        for tiles in map(formula.narrowed, portions(sizes, q.device)):
-            part, part_lse = formula.output(tiles, operands)
-            start = tiles.first * sizes.tile
-            place = tiles.batch, tiles.heads, slice(start, start + part.shape[2])
-            out[place] = part
-            if lse is not None and part_lse is not None:
-                lse[place] = part_lse
-        return out, lse
+        return outputs(Operands(*tensors), formula, sizes)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -64,15 +51,32 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = Operands(*ctx.saved_tensors)
         plain = torch.is_grad_enabled() or is_transformed()
-        found = _differentiable_gradients if plain else _gradients
+        found = differentiable_gradients if plain else gradients
         with without_autocast(grad.device), region("attention backward"):
-            of = partial(found, ctx.formula, ctx.sizes, operands)
+            of = partial(found, operands, ctx.formula, ctx.sizes)
             grads = for_each_gradient(of, grad, grad_lse)
         return (None, None, *grads, None)
 
 
-def _gradients(
-    formula: Formula, sizes: Sizes, operands: Operands, grad: Tensor, grad_lse: Tensor | None
+def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
+    """All tiles' output and log-sum-exps, of which autograd knows nothing."""
+    q, v = operands.q, operands.v
+    out = empty_output(q, v)
+    lse = None
+    if formula.spec.return_lse:
+        lse = q.new_empty(q.shape[:-1], dtype=formula.compute)
+    for tiles in map(formula.narrowed, portions(sizes, q.device)):
+        part, part_lse = formula.output(tiles, operands)
+        start = tiles.first * sizes.tile
+        place = tiles.batch, tiles.heads, slice(start, start + part.shape[2])
+        out[place] = part
+        if lse is not None and part_lse is not None:
+            lse[place] = part_lse
+    return out, lse
+
+
+def gradients(
+    operands: Operands, formula: Formula, sizes: Sizes, grad: Tensor, grad_lse: Tensor | None
 ) -> _Gradients:
     """Gradients as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
     q, k, v, bias, sinks, _ = operands
@@ -110,8 +114,8 @@ def _gradients(
     ]
 
 
-def _differentiable_gradients(
-    formula: Formula, sizes: Sizes, operands: Operands, grad: Tensor, grad_lse: Tensor | None
+def differentiable_gradients(
+    operands: Operands, formula: Formula, sizes: Sizes, grad: Tensor, grad_lse: Tensor | None
 ) -> _Gradients:
     """The same gradients by autograd, for gradients of gradients and for batches of gradients."""
     again = torch.is_grad_enabled()
@@ -136,5 +140,7 @@ def scores_in_a_portion(device: torch.device) -> int:
     return _SCORES_ON_CPU if device.type == "cpu" else _SCORES_ELSEWHERE
 
 
-def _empty(q: Tensor, d_v: int) -> Tensor:
-    return q.new_empty((*q.shape[:-1], d_v))
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """Memory for the output of these queries and values, as the queries lie where it can be."""
+    same = v.shape[-1] == q.shape[-1]
+    return torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
