@@ -148,7 +148,7 @@ def test_a_model_of_all_that_users_wrap_around_it():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(block, fullgraph=True)
-    for n in (40, 72, 99):
+    for n in (40, 99):
         x = torch.randn(2, n, 16, requires_grad=True)
         ours, plain = (
             torch.autograd.grad(run(x).square().sum(), [x, *block.parameters()])
