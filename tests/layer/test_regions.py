@@ -7,7 +7,9 @@ from flexlocal import LocalAttention
 from flexlocal.regions import labelled, region
 
 
-def test_no_region_in_a_compiled_graph():
+@pytest.mark.parametrize("shown", [False, True], ids=["one operator", "all tiles"])
+def test_no_region_in_a_compiled_graph(shown):
+    """Documents with shared_qk are no call of the eager path's operator: the graph shows it."""
     graphs = []
 
     def look(graph, inputs):
@@ -15,14 +17,15 @@ def test_no_region_in_a_compiled_graph():
         return graph.forward
 
     torch.compiler.reset()
-    layer = torch.compile(LocalAttention(4, dim=4, dropout=0.0), fullgraph=True, backend=look)
-    q = torch.randn(1, 1, 8, 4)
+    attend = LocalAttention(4, dim=4, dropout=0.0, shared_qk=shown)
+    layer = torch.compile(attend, fullgraph=True, backend=look)
+    q, documents = torch.randn(1, 1, 8, 4), torch.arange(8) // 3 if shown else None
     with labelled():
-        layer(q, q, q)
+        layer(q, q, q, documents=documents)
     called = [str(node.target) for node in graphs[0].graph.nodes]
-    assert any("softmax" in target for target in called)
+    assert any(("softmax" if shown else "attend_in_tiles") in target for target in called)
     assert not any("record_function" in target for target in called)
-    layer(q, q, q)
+    layer(q, q, q, documents=documents)
     assert len(graphs) == 1  # whether labels are wanted is none of the graph's business
 
 
