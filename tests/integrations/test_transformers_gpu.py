@@ -46,6 +46,8 @@ def test_gradients_on_a_gpu(family):
         assert largest(grad - found["flexlocal"][name]) < 1e-4, name
 
 
+# Inductor captures an empty graph before its first one, and means to hide torch's warning of it.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", [name for name in DECODERS if name in ("Mistral", "Llama 4")])
 def test_tokens_on_a_gpu(family, cache):
