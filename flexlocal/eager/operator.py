@@ -8,7 +8,7 @@ Shapes are those of ``spec``.
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -181,11 +181,17 @@ class _Call(NamedTuple):
 
 _TENSORS = _Call._fields.index("numbers")
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? query_draws, "
-    "Tensor? key_draws, Tensor? zeta, Tensor? first, Tensor? last, SymInt[] numbers, float scale, "
-    "float? softcap, float dropout, float? xpos_base, bool shared_qk, bool return_lse"
-)
+_IN_SCHEMAS: dict[object, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[int]: "SymInt[]",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+}
+
+_ARGUMENTS = ", ".join(f"{_IN_SCHEMAS[kind]} {x}" for x, kind in get_type_hints(_Call).items())
+"""``_Call`` as an operator's schema has it."""
 
 
 @torch.library.custom_op(
