@@ -19,6 +19,7 @@ from .checks import check_call
 from .eager import attend as eager
 from .flex import compile as flex
 from .flex import flash, support, tuning
+from .flex.flash import Way
 from .masks import Rule
 from .spec import Inputs, Spec, resolved, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
@@ -31,20 +32,24 @@ class Choice:
     Attributes:
         backend: ``"flex"`` or ``"eager"``.
         reason: why, in a line.
-        flash: the fused kernel is FlashAttention 4's instead of Triton's.
+        flash: how FlashAttention 4's kernels are called; None where Triton's serve.
         fault: what is wrong with an installed FlashAttention 4 that would be faster; None else.
     """
 
     backend: Literal["flex", "eager"]
     reason: str
-    flash: bool = False
+    flash: Way | None = None
     fault: str | None = None
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
 
 
-_KERNEL = {False: "", True: ", FlashAttention 4's: measured to be faster at this size"}
+_KERNEL = {
+    None: "",
+    "directly": ", FlashAttention 4's, called directly: measured to be faster at this size",
+    "by FlexAttention": ", FlashAttention 4's: measured to be faster at this size",
+}
 
 
 def choose(spec: Spec, inputs: Inputs) -> Choice:
@@ -61,10 +66,10 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
     else:
         refusal = support.refusal(spec, inputs)
     if refusal is None:
-        by_flash, fault = flash.preferred(spec, inputs)
+        way, fault = flash.preferred(spec, inputs)
         reason = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
         note = "" if fault is None else f"; FlashAttention 4's would be faster, but {fault}"
-        return Choice("flex", reason + _KERNEL[by_flash] + note, by_flash, fault)
+        return Choice("flex", reason + _KERNEL[way] + note, way, fault)
     if spec.backend == "auto":
         unused = spec.kernel_options is not None
         note = "; kernel_options have no kernel to go to" if unused else ""

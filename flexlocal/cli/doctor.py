@@ -23,7 +23,7 @@ EXTRAS = (
     ("tensorboard", "profiles in the browser", "pip install 'flexlocal[profile]'"),
     ("torch-tb-profiler", "its plugin for profiles", "pip install 'flexlocal[profile]'"),
     ("transformers", "its models on flexlocal", "pip install 'flexlocal[transformers]'"),
-    ("flash-attn-4", "FlexAttention's FLASH kernels", "pip install 'flexlocal[flash]'"),
+    ("flash-attn-4", "FlashAttention 4's kernels", "pip install 'flexlocal[flash]'"),
 )
 
 

@@ -21,7 +21,7 @@ from ..masks.rule import Rule
 from ..mods.bias import with_margin
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import ends_alone, own_score_mended, unit_keys
-from ..rotary import Xpos, most_windows, rotate
+from ..rotary import most_windows
 from ..spec import (
     Inputs,
     Spec,
@@ -29,7 +29,6 @@ from ..spec import (
     first_positions,
     is_placed,
     mask_of_queries,
-    positions,
     rule_of,
     xpos_of,
 )
@@ -46,6 +45,7 @@ from ..torch_limits import (
 from .kernel import Blocks, Kernel
 from .renormalised import attend_renormalised, attend_with_lse
 from .tuning import STOCK_BLOCK, Tuning
+from .turned import turned
 
 
 def attend(
@@ -110,7 +110,7 @@ def _attend(
     if layout is not None:
         v = layout.in_slots(v)
     if inputs.inv_freq is not None:
-        q, k = _turned(call_rule, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
+        q, k = turned(call_rule, layout, inputs._replace(q=q, k=k), xpos_of(spec, inputs))
     draws = None
     if spec.dropout > 0:
         assert seed is not None
@@ -226,52 +226,6 @@ def blocks_of(spec: Spec, rule: Rule, inputs: Inputs, tuning: Tuning) -> Blocks:
 def _scale(spec: Spec) -> float:
     assert spec.scale is not None
     return spec.scale if spec.softcap is None else spec.scale / spec.softcap
-
-
-def _turned(
-    rule: Rule, layout: KeyLayout | None, inputs: Inputs, xpos: Xpos | None
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated, in their own dtypes; keys in their slots, if there is a layout."""
-    q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
-    assert inv_freq is not None
-    shift = 0 if rule.window is None else rule.window.after
-    q_factor = k_factor = None
-    if xpos is not None:
-        q_factor, k_factor = _xpos_factors(xpos, rule, layout, q.shape[-2])
-    slots = k.shape[2] if layout is None else layout.all_slots
-    query, key = positions(rule if layout is None else layout, q, slots)
-    # No `query + 0`: from the same expression Inductor makes one table for q and k.
-    turned_q = _rotated(q, query + shift if shift else query, inv_freq, q_factor)
-    if layout is None:
-        turned_k = _rotated(k, key, inv_freq, k_factor)
-    else:
-        turned_k = rotate(k, key, inv_freq, k_factor, layout)
-    return turned_q.to(q.dtype), turned_k.to(k.dtype)
-
-
-def _xpos_factors(
-    xpos: Xpos, rule: Rule, layout: KeyLayout | None, n: int
-) -> tuple[Tensor, Tensor]:
-    """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
-    shift, dtype = rule.window.after, torch.float32
-    if layout is None:
-        return xpos.scales(n, 0, 0, shift, dtype)
-    query, slot = xpos.scales(layout.segment, layout.before, layout.after, shift, dtype)
-    return query.repeat(layout.count, 1)[:n], slot.repeat(layout.count, 1)
-
-
-def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
-    """As ``rotate``, with the result in ``x``'s order in memory.
-
-    FlexAttention's output takes its query's order. In another one, a user's view that joins the
-    heads again would become a copy.
-    """
-    if x.stride(1) >= x.stride(2):
-        return rotate(x, position, inv_freq, factor)
-    by_token = x.transpose(1, 2)
-    position = position[:, None] if position.dim() == 1 else position.transpose(1, 2)
-    factor = None if factor is None else factor[:, None]
-    return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
 
 
 def _by_slot(layout: KeyLayout | None, x: Tensor) -> Tensor:

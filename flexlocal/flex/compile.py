@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..spec import Inputs, Spec, is_placed
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
+from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
+from .flash import Way
 from .kernel import Blocks
 from .split import in_parts, parts_of
 from .threads import GATE
 from .tuning import Tuning, tuning_of
+from .turned import turned
 
 _Lists = tuple[Tensor, ...]
 """The index tensors of a block mask."""
@@ -23,13 +26,13 @@ _Result = Tensor | tuple[Tensor, Tensor]
 """The output, and the log-sum-exps where these are asked for."""
 
 
-def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Result]:
+def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], _Result]:
     """Local attention in one fused kernel, for calls like this one.
 
     Args:
         spec: the call, resolved.
         inputs: its tensors, shaped.
-        flash: take FlashAttention 4's kernel.
+        flash: how FlashAttention 4's kernels are called, if they are.
 
     Returns:
         A function of a call's shaped tensors, with the result of ``attend``.
@@ -50,20 +53,44 @@ def prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Res
     return lambda inputs: in_parts(parts, inputs, run_of)
 
 
-def _prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Result]:
+def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], _Result]:
     """``prepared`` of calls that one launch of a kernel serves."""
-    tuning = tuning_of(spec, inputs, flash)
+    if flash == "directly":
+        return _called_directly(spec, inputs)
+    tuning = tuning_of(spec, inputs, flash is not None)
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)
+    return _with_own_graph(spec, inputs, tuning)
+
+
+def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], _Result]:
+    """By FlashAttention 4's own functions: only what turns queries and keys is compiled here."""
+    attend = partial(flash_attention.attend, spec)
+    if inputs.inv_freq is None or torch.compiler.is_compiling():
+        return attend
+    turned = _with_own_graph(spec, inputs, None)
+
+    def run(inputs: Inputs) -> _Result:
+        q, k = turned(inputs)
+        return attend(inputs._replace(q=q, k=k, inv_freq=None))
+
+    return run
+
+
+def _with_own_graph(
+    spec: Spec, inputs: Inputs, tuning: Tuning | None
+) -> Callable[[Inputs], _Result]:
+    """``attend`` with ``tuning``, compiled; without one, queries and keys, turned."""
     q, k, v, mask, bias, _, inv_freq, *_ = inputs
     # Each kernel has a callable of its own, so that torch's recompile limit counts for it alone.
     kind = [(x.dtype, x.device, x.shape[-1], x.requires_grad) for x in (q, k, v)]
+    decodes = tuning is not None and tuning.decodes(q.shape[2])
     optional = (
         mask is not None,
         None if bias is None else bias.shape[0],
         inv_freq is not None,
         *(x is not None for x in inputs[_FIRST_OPTIONAL:]),
-        len(q) if tuning.decodes(q.shape[2]) else None,  # what such a kernel is compiled for
+        len(q) if decodes else None,  # what such a kernel is compiled for
     )
     compiled = _compiled(
         spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *optional,
@@ -72,7 +99,7 @@ def _prepared(spec: Spec, inputs: Inputs, flash: bool) -> Callable[[Inputs], _Re
     device, placed = q.device, is_placed(inputs)
     warm = False  # once this kind of call has been compiled, with its backward pass
     blocks = None  # where the graph makes the lists of each call
-    if mask is None and not inputs.rule_tensors and not placed:
+    if tuning is not None and mask is None and not inputs.rule_tensors and not placed:
         blocks = blocks_of(spec, spec.rule, inputs, tuning)
 
     def run(inputs: Inputs) -> _Result:
@@ -100,13 +127,15 @@ def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> _Result:
 
 
 @lru_cache(maxsize=256)
-def _compiled(spec: Spec, tuning: Tuning, *kind: object) -> Callable[..., _Result]:
+def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[..., _Result]:
     def call(lists: _Lists | None, *inputs: Any) -> _Result:
         if not torch.compiler.is_compiling():  # FlexAttention would hold every score
             raise RuntimeError(
                 "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
                 "backend must be 'eager' here"
             )
+        if tuning is None:
+            return turned(spec.rule, None, Inputs(*inputs), None)
         return attend(spec, Inputs(*inputs), tuning, lists)
 
     # torch counts recompiles by code object, so that each callable needs one of its own. Its

@@ -1,4 +1,4 @@
-"""FlashAttention 4's kernel, by way of FlexAttention: whether it is there, and for which calls.
+"""FlashAttention 4's kernels: whether they are there, and which calls are theirs.
 
 It comes with the package flash-attn-4, which is young: an install may lack its compiler.
 """
@@ -7,44 +7,74 @@ import importlib.metadata
 import importlib.util
 import re
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
 from ..spec import Inputs, Spec, is_placed
 from ..torch_limits import seen_as_constant
-from .tuning import STOCK_BLOCK, capability, nearest
+from . import flash_attention
+from .tuning import FLASH, STOCK_BLOCK, capability, nearest, overridden
+
+Way = Literal["directly", "by FlexAttention"]
+"""How the kernels are called: by ``flash_attention``, or by FlexAttention's backend FLASH."""
 
 _LEAST_VERSION = (4, 0, 0, 36)
 """4.0.0b36: the backward pass of those before it reads memory that was not written, on Hopper."""
 
 
-def preferred(spec: Spec, inputs: Inputs) -> tuple[bool, str | None]:
-    """Whether the kernel is there, faster, and known to run a call right.
+def preferred(spec: Spec, inputs: Inputs) -> tuple[Way | None, str | None]:
+    """How the kernels are to be called, where they are there and the faster ones; None elsewhere.
 
-    It gets only calls like those it was tested on: bf16, heads of 128, contiguous tensors, as many
-    key heads as query heads, a length of whole blocks, and scores that nothing but the window and
-    rotary decides. Callers' ``kernel_options`` are left alone.
+    Callers' ``kernel_options`` are left alone.
 
     Returns:
         That, and what is wrong with the install where nothing else speaks against it.
     """
-    q, k, v, mask, bias, *_ = inputs
-    plain = mask is None and bias is None and not spec.shared_qk and spec.dropout == 0
-    plain = plain and spec.xpos_base is None and spec.rule.is_window and not is_placed(inputs)
-    plain = plain and spec.softcap is None and not spec.return_lse and inputs.sinks is None
-    if not plain or spec.kernel_options is not None or q.device.type != "cuda":
-        return False, None
-    if q.dtype != torch.bfloat16 or q.shape[-1] != 128 or not installed():
-        return False, None
-    entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
-    if entry is None or not entry.flash:
-        return False, None
+    q = inputs.q
+    if not _takes(spec, inputs) or spec.kernel_options is not None or not installed():
+        return None, None
+    kind = "standing"
+    if spec.rule.window.exact:
+        learned = inputs.q, inputs.k, inputs.v, inputs.sinks
+        wanted = any(x is not None and x.requires_grad for x in learned)
+        kind = "training" if torch.is_grad_enabled() and wanted else "forward"
+    if overridden() is None:
+        entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
+        if entry is None or entry.head_size != q.shape[-1] or kind not in entry.flash:
+            return None, None
+    elif overridden() != FLASH:
+        return None, None
     # Asked last, because it guards on the length: one graph for whole blocks, one for the others.
-    fits = q.shape == k.shape == v.shape and q.shape[-2] % STOCK_BLOCK == 0
-    if not fits or not all(x.is_contiguous() for x in (q, k, v)):
-        return False, None
+    if kind == "standing" and not _fits_blocks(spec, inputs):
+        return None, None
     fault = broken()
-    return fault is None, fault
+    if fault is not None:
+        return None, fault
+    return "by FlexAttention" if kind == "standing" else "directly", None
+
+
+def _takes(spec: Spec, inputs: Inputs) -> bool:
+    """Whether the kernels know all that a call asks for, and are known to compute it right."""
+    q, k, v, mask, bias, *_ = inputs
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if inputs.sinks is not None:
+        by_head = q.dim() == 4 and inputs.sinks.shape[0] == q.shape[1]
+        if not by_head or inputs.sinks.dtype == torch.float64:
+            return False
+    if not spec.rule.is_window or is_placed(inputs) or mask is not None or bias is not None:
+        return False
+    plain = not spec.shared_qk and spec.dropout == 0 and spec.xpos_base is None
+    return plain and q.shape[-2:] == k.shape[-2:] == v.shape[-2:]
+
+
+def _fits_blocks(spec: Spec, inputs: Inputs) -> bool:
+    """Whether FlexAttention's FLASH was tried on such a call: bf16, contiguous, in whole blocks."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    plain = spec.softcap is None and not spec.return_lse and inputs.sinks is None
+    plain = plain and q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
+    return plain and q.shape[2] % STOCK_BLOCK == 0 and all(x.is_contiguous() for x in (q, k, v))
 
 
 @seen_as_constant
@@ -70,14 +100,16 @@ def _installed() -> bool:
 @lru_cache
 def _broken() -> str | None:
     version = _version()
+    name = "flash-attn-4" if version is None else f"flash-attn-4 {version}"
     if version is not None and _number(version) < _LEAST_VERSION:
-        return f"flash-attn-4 {version} gives wrong gradients, 4.0.0b36 or later would do"
+        return f"{name} gives wrong gradients, 4.0.0b36 or later would do"
     try:
-        importlib.import_module("flash_attn.cute")
+        interface = importlib.import_module("flash_attn.cute.interface")
     except Exception as error:  # of whatever it is made of
         first = next(iter(str(error).strip().splitlines()), "")
         return f"flash-attn-4 cannot be imported ({type(error).__name__}: {first})"
-    return None
+    lacking = flash_attention.lacking(interface)
+    return None if lacking is None else f"{name} has no {lacking}, which 4.0.0b36 has"
 
 
 def _version() -> str | None:

@@ -69,14 +69,15 @@ class Entry:
     """A line of the table: what was fastest for ``reach`` keys on ``capability``.
 
     Attributes:
-        flash: FlashAttention 4's kernel is faster still, where it can be had.
+        flash: for which calls FlashAttention 4's kernels are faster still, where they can be had:
+            the "forward" pass alone and "training", over sliding windows, and "standing" windows.
     """
 
     capability: tuple[int, int]
     head_size: int
     reach: int
     tuning: Tuning
-    flash: bool
+    flash: frozenset[str]
 
 
 def _table() -> tuple[Entry, ...]:
@@ -87,7 +88,7 @@ def _table() -> tuple[Entry, ...]:
             line["head_size"],
             line["reach"],
             Tuning(line["block"], tuple(sorted(line["options"].items())), line["one_list"]),
-            line["flash"],
+            frozenset(line["flash"]),
         )
         for line in lines
     )

@@ -8,7 +8,8 @@ import torch
 
 from flexlocal import Rotary, Window, dispatch
 from flexlocal.cli import doctor
-from flexlocal.flex import flash
+from flexlocal.flex import flash, flash_attention
+from flexlocal.flex.tuning import FLASH, STOCK, Entry, overriding
 from flexlocal.spec import Inputs, Spec
 
 H100 = (9, 0)
@@ -24,51 +25,100 @@ def on_gpu(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype).as_subclass(OnGPU)
 
 
-def preferred(**arguments):
-    """Of a call over a sliding window; arguments are fields of ``Spec`` and ``Inputs``."""
+SLIDES, STANDS = (Window(1024, causal=True, exact=exact) for exact in (True, False))
+
+
+def preferred(window=SLIDES, **arguments):
+    """Of a call over ``window``; arguments are fields of ``Spec`` and ``Inputs``."""
     known = {name: arguments.pop(name) for name in Spec._fields if name in arguments}
-    return flash.preferred(Spec(SLIDES, **known), Inputs(**arguments))
+    return flash.preferred(Spec(window, **known), Inputs(**arguments))
 
 
-SLIDES = Window(1024, causal=True, exact=True)
-Q = on_gpu(2, 4, 2048, 128)
-VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
+@pytest.fixture
+def measured(monkeypatch):
+    """A function that says for which calls the kernels are the faster ones, all heads of 128."""
 
+    def faster(*kinds):
+        known = Entry(H100, 128, 1025, STOCK, frozenset(kinds))
+        monkeypatch.setattr(flash, "nearest", lambda *_: known)
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q": VIEW},
-        {"v": VIEW},
-        dict.fromkeys("qkv", on_gpu(2, 4, 2000, 128)),
-        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
-        dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
-        dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
-        {"v": on_gpu(2, 4, 2048, 64)},
-        {"mask": torch.ones(2, 2048, dtype=torch.bool)},
-        {"bias": torch.zeros(4, 1024, 2048)},
-        {"shared_qk": True},
-        {"dropout": 0.1},
-        {"xpos_base": 512.0},
-        {"kernel_options": ()},
-        {"softcap": 30.0},
-        {"return_lse": True},
-        {"sinks": torch.zeros(4)},
-        {"documents": torch.zeros(2048, dtype=torch.int32)},
-        {"q_offset": 1, "kv_offset": 1},
-    ],
-    ids=lambda changes: " ".join(changes),
-)
-def test_flash_attention_4_gets_what_it_was_tried_on(changes, monkeypatch):
     monkeypatch.setattr(flash, "capability", lambda device: H100)
     monkeypatch.setattr(flash, "installed", lambda: True)
     monkeypatch.setattr(flash, "broken", lambda: None)
+    return faster
+
+
+Q = on_gpu(2, 4, 2048, 128)
+VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
+UNKNOWN = [
+    dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
+    dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float32)),
+    {"v": on_gpu(2, 4, 2048, 64)},
+    {"k": on_gpu(2, 4, 1999, 128), "v": on_gpu(2, 4, 1999, 128), "q_offset": 0},
+    {"mask": torch.ones(2, 2048, dtype=torch.bool)},
+    {"bias": torch.zeros(4, 1024, 2048)},
+    {"shared_qk": True},
+    {"dropout": 0.1},
+    {"xpos_base": 512.0},
+    {"kernel_options": ()},
+    {"sinks": torch.zeros(2)},
+    {"sinks": torch.zeros(4, dtype=torch.float64)},
+    {"documents": torch.zeros(2048, dtype=torch.int32)},
+    {"q_offset": 1, "kv_offset": 1},
+]
+KNOWN_DIRECTLY = [
+    {"q": VIEW},
+    {"v": VIEW},
+    dict.fromkeys("qkv", on_gpu(2, 4, 2001, 128)),
+    dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
+    dict.fromkeys("qkv", on_gpu(5, 2048, 128)),
+    dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
+    {"softcap": 30.0},
+    {"return_lse": True},
+    {"sinks": torch.zeros(4)},
+    {"inv_freq": Rotary(128).inv_freq},
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [*((changes, None) for changes in UNKNOWN), *((x, "directly") for x in KNOWN_DIRECTLY)],
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
+)
+def test_flash_attention_4_gets_what_it_was_tried_on(changes, way, measured):
+    measured("forward", "standing")
     tried = {"q": Q, "k": Q, "v": Q}
-    assert preferred(**tried) == (True, None)
-    assert preferred(**tried, inv_freq=Rotary(128).inv_freq)[0]
-    assert preferred(**{**tried, **changes}) == (False, None)
-    monkeypatch.setattr(flash, "nearest", lambda *_: None)  # it was measured nowhere near
-    assert preferred(**tried) == (False, None)
+    assert preferred(**tried) == ("directly", None)
+    assert preferred(STANDS, **tried) == ("by FlexAttention", None)
+    assert preferred(**{**tried, **changes}) == (way, None)
+    as_tried = "inv_freq" in changes or changes.get("q", Q).dim() == 3
+    by_lists = "by FlexAttention" if as_tried else None
+    assert preferred(STANDS, **{**tried, **changes}) == (by_lists, None)
+
+
+def test_flash_attention_4_gets_what_it_was_measured_to_be_faster_at(measured, monkeypatch):
+    tried = {"q": Q, "k": Q, "v": Q}
+    wanting = {**tried, "k": on_gpu(2, 4, 2048, 128).requires_grad_()}
+    measured("training")
+    assert preferred(**tried) == preferred(STANDS, **wanting) == (None, None)
+    assert preferred(**wanting) == ("directly", None)
+    with torch.no_grad():
+        assert preferred(**wanting) == (None, None)
+    measured("forward")
+    assert preferred(**wanting) == (None, None)
+    monkeypatch.setattr(flash, "nearest", lambda *_: None)  # measured nowhere near
+    assert preferred(**tried) == preferred(**wanting) == (None, None)
+
+
+def test_a_sweep_gets_what_it_asks_for(measured):
+    tried = {"q": Q, "k": Q, "v": Q}
+    measured()
+    with overriding(FLASH):
+        assert preferred(**tried) == ("directly", None)
+        assert preferred(STANDS, **tried) == ("by FlexAttention", None)
+    measured("forward", "standing")
+    with overriding(STOCK):
+        assert preferred(**tried) == preferred(STANDS, **tried) == (None, None)
 
 
 @pytest.fixture
@@ -79,13 +129,14 @@ def install(tmp_path, monkeypatch):
         package = tmp_path / "flash_attn" / "cute"
         package.mkdir(parents=True)
         (package.parent / "__init__.py").touch()
-        (package / "__init__.py").write_text(code)
+        (package / "__init__.py").touch()
+        (package / "interface.py").write_text(code)
         if version is not None:
             metadata = tmp_path / f"flash_attn_4-{version}.dist-info" / "METADATA"
             metadata.parent.mkdir()
             metadata.write_text(f"Metadata-Version: 2.1\nName: flash-attn-4\nVersion: {version}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        for name in ("flash_attn", "flash_attn.cute"):
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
             monkeypatch.delitem(sys.modules, name, raising=False)
 
     def forgotten():
@@ -94,9 +145,16 @@ def install(tmp_path, monkeypatch):
 
     forgotten()
     yield made
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+    monkeypatch.undo()  # before anybody asks again
     forgotten()
 
 
+WHOLE = "\n".join(
+    f"def {name}(q, k, v, {', '.join(asked)}): ..." for name, asked in flash_attention.ASKED.items()
+)
+OTHER = WHOLE.replace("deterministic", "repeatable")
 RAISES = "raise RuntimeError('no compiler\\nat all')"
 FAULT = r"flash-attn-4 cannot be imported \(RuntimeError: no compiler\)"
 
@@ -104,12 +162,14 @@ FAULT = r"flash-attn-4 cannot be imported \(RuntimeError: no compiler\)"
 @pytest.mark.parametrize(
     ("version", "code", "fault"),
     [
-        ("4.0.0b36", "", None),
-        ("4.0.0b40", "", None),
-        ("4.0.0", "", None),
-        ("4.1.2b1", "", None),
-        (None, "", None),
+        ("4.0.0b36", WHOLE, None),
+        ("4.0.0b40", WHOLE, None),
+        ("4.0.0", WHOLE, None),
+        ("4.1.2b1", WHOLE, None),
+        (None, WHOLE, None),
         ("4.0.0b35", "", "flash-attn-4 4.0.0b35 gives wrong gradients, 4.0.0b36 or later would do"),
+        ("4.0.0b50", OTHER, "flash-attn-4 4.0.0b50 has no _flash_attn_bwd(deterministic=)"),
+        ("4.0.0b50", "", "flash-attn-4 4.0.0b50 has no _flash_attn_fwd"),
         ("4.0.0b9", RAISES, "flash-attn-4 4.0.0b9 gives wrong gradients"),
         ("4.0.0b36", RAISES, "flash-attn-4 cannot be imported (RuntimeError: no compiler)"),
         (None, "import nothing_of_that_name", "flash-attn-4 cannot be imported (ModuleNotFound"),
@@ -132,11 +192,11 @@ def test_auto_goes_on_without_a_broken_install_and_says_so_once(install, monkeyp
     monkeypatch.setattr(dispatch.flex, "prepared", lambda spec, inputs, flash: flash)
     spec = Spec(SLIDES)
     choice = dispatch.choose(spec, Inputs(Q, Q, Q))
-    assert (choice.backend, choice.flash) == ("flex", False)
+    assert (choice.backend, choice.flash) == ("flex", None)
     assert "FlashAttention 4's would be faster, but flash-attn-4 cannot be" in choice.reason
     with pytest.warns(UserWarning, match=f"goes on without FlashAttention 4's kernel: {FAULT}"):
         run, _ = dispatch._prepare(spec, Inputs(Q, Q, Q))
-    assert run is False  # no kernel of FlashAttention's
+    assert run is None  # no kernel of FlashAttention's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch._prepare(spec, Inputs(Q, Q, Q))

@@ -57,7 +57,7 @@ def test_the_fastest_is_printed_recorded_and_shipped(tmp_path, gpu, capsys):
     new = after.pop(257)
     assert after == {reach: entry for reach, entry in before.items() if reach != 257}
     assert new["problem"] == "slide256" and new["dtype"] == "bfloat16"
-    assert (new["capability"], new["head_size"], new["flash"]) == ([9, 0], 64, False)
+    assert (new["capability"], new["head_size"], new["flash"]) == ([9, 0], 64, [])
     assert (new["block"], new["one_list"], new["options"]) == (64, True, options)
     assert new["torch"] == torch.__version__ and new["device"] == "a GPU"
 
@@ -122,44 +122,60 @@ def test_noise_of_the_final_is_said():
 
 
 @pytest.mark.parametrize(
-    ("forward", "training", "faster"),
-    [(0.9, 4.9, True), (1.1, 4.9, False), (0.9, 5.1, False), (None, None, False)],
+    ("forward", "training", "sliding", "standing"),
+    [
+        (0.9, 4.9, ["forward", "training"], ["standing"]),
+        (1.1, 4.9, ["training"], []),
+        (0.9, 5.1, ["forward"], []),
+        (None, None, [], []),
+    ],
 )
-def test_flash_must_be_faster_in_both_passes(forward, training, faster):
+def test_flash_must_be_faster(forward, training, sliding, standing):
     rounds = {"forward": {FASTEST: [1.0] * 3}, "training": {FASTEST: [5.0] * 3}}
     if forward is not None:
         rounds["forward"][FLASHED] = [forward] * 3
         rounds["training"][FLASHED] = [training] * 3
-    assert tune.faster(rounds, FLASHED, FASTEST) is faster
+    assert tune.for_flash(rounds, Window(64, exact=True)) == sliding
+    assert tune.for_flash(rounds, Window(64)) == standing
 
 
 # The table that flexlocal reads.
 
 
-def entry(reach=257, flash=False, capability=(9, 0), head_size=64, **more):
+def entry(reach=257, flash=(), capability=(9, 0), head_size=64, **more):
     numbers = {"capability": list(capability), "head_size": head_size, "reach": reach}
     options = {"fwd_BLOCK_M": 64, "bwd_num_warps": 4, "bwd_USE_TMA": True}
-    return {**numbers, "block": 64, "one_list": True, "flash": flash, "options": options, **more}
+    return {**numbers, "block": 64, "one_list": True, "flash": [*flash], "options": options, **more}
 
 
 def test_an_entry_is_added_replaced_and_the_others_stay():
     first, second = entry(257), entry(1025)
-    table = merged(merged({"torch": "2.11.0", "entries": []}, first), second)
+    table = merged(merged({"torch": "2.11.0", "entries": []}, first, True), second, True)
     assert table == {"torch": "2.11.0", "entries": [first, second]}
     better = entry(257, block=128)
-    assert merged(table, better)["entries"] == [better, second]
+    assert merged(table, better, True)["entries"] == [better, second]
     assert table["entries"] == [first, second]  # as it was
     for other in (entry(258), entry(capability=(10, 0)), entry(head_size=128)):
-        assert merged(table, other)["entries"] == [first, second, other]
+        assert merged(table, other, True)["entries"] == [first, second, other]
+
+
+def test_an_entry_says_what_holds_for_windows_of_both_kinds():
+    table = {"entries": [entry(flash=["standing", "forward"])]}
+    slides = merged(table, entry(flash=["training"]), slides=True)
+    assert slides["entries"] == [entry(flash=["standing", "training"])]
+    stands = merged(table, entry(flash=[]), slides=False)
+    assert stands["entries"] == [entry(flash=["forward"])]
 
 
 def test_a_table_is_read_by_flexlocal(tmp_path, monkeypatch):
-    table = merged(json.loads(SHIPPED.read_text()), entry(999, flash=True, capability=(10, 3)))
+    new = entry(999, flash=["forward"], capability=(10, 3))
+    table = merged(json.loads(SHIPPED.read_text()), new, slides=True)
     (tmp_path / "tuned.json").write_text(json.dumps(table))
     monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
     *others, last = tuning._table()
     assert tuple(others) == TABLE
-    assert (last.capability, last.head_size, last.reach, last.flash) == ((10, 3), 64, 999, True)
+    assert (last.capability, last.head_size, last.reach) == ((10, 3), 64, 999)
+    assert last.flash == {"forward"}
     assert last.tuning == Trial("", 64, True, entry()["options"]).tuning
 
 

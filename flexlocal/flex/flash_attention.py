@@ -1,0 +1,234 @@
+"""FlashAttention 4's kernels, called directly, for windows that slide with their queries.
+
+Such a window is two numbers to them: how many keys before and after itself a query sees. Nothing is
+compiled but the kernels, by themselves. Inside a compiler the two passes are operators, which it
+keeps whole. arXiv:2307.08691; https://github.com/Dao-AILab/flash-attention, ``flash_attn/cute``.
+
+Shapes are those of ``spec``; theirs are ``(b, n, h, d)``. Of their functions torch takes the same
+two for FlexAttention's backend FLASH.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Inputs, Spec
+from .turned import turned
+
+
+def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+    """Local attention over a sliding window.
+
+    Args:
+        spec: the call, resolved; ``flash.takes`` says which there are.
+        inputs: its tensors, shaped.
+
+    Returns:
+        ``(b, h, n, d)`` in ``q``'s order in memory, and with ``return_lse`` the log-sum-exps
+        ``(b, h, n)``.
+    """
+    q, k, v, sinks, window = inputs.q, inputs.k, inputs.v, inputs.sinks, spec.rule.window
+    if inputs.inv_freq is not None:
+        q, k = turned(spec.rule, None, inputs, None)
+    assert spec.scale is not None
+    numbers = spec.scale, spec.softcap or 0.0, window.before, window.after
+    if torch.compiler.is_compiling():
+        out, lse = _forward_operator(q, k, v, sinks, *numbers)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in _learned(q, k, v, sinks)):
+        out, lse = _Flash.apply(q, k, v, sinks, *numbers)  # type: ignore[no-untyped-call]
+    else:
+        out, lse = _forward(q, k, v, sinks, *numbers)
+    return (out, lse) if spec.return_lse else out
+
+
+ASKED = {
+    "_flash_attn_fwd": (
+        "softmax_scale", "softcap", "window_size_left", "window_size_right", "learnable_sink",
+        "return_lse", "out",
+    ),
+    "_flash_attn_bwd": (
+        "softmax_scale", "softcap", "window_size_left", "window_size_right", "learnable_sink",
+        "deterministic", "dq", "dk", "dv", "dlse",
+    ),
+}  # fmt: skip
+"""Functions of ``flash_attn.cute.interface``, and arguments that are given by name here."""
+
+
+def lacking(interface: Any) -> str | None:
+    """What ``flash_attn.cute.interface`` does not have of ``ASKED``."""
+    for name, asked in ASKED.items():
+        function = getattr(interface, name, None)
+        if function is None:
+            return name
+        known = inspect.signature(function).parameters
+        for argument in asked:
+            if argument not in known:
+                return f"{name}({argument}=)"
+    return None
+
+
+def _learned(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """``(b, h, n, d)`` as ``(b, n, h, d)``; a view."""
+    return x.transpose(1, 2)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    before: int,
+    after: int,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exps."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out = torch.empty_like(q)
+    with torch.cuda.device_of(q):
+        _, lse, *_ = _flash_attn_fwd(
+            _by_token(q),
+            _by_token(k),
+            _by_token(v),
+            softmax_scale=scale,
+            softcap=softcap,
+            window_size_left=before,
+            window_size_right=after,
+            learnable_sink=sinks,
+            return_lse=True,
+            out=_by_token(out),
+        )
+    return out, lse
+
+
+def _backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+    before: int,
+    after: int,
+) -> list[Tensor]:
+    """Gradients of q, k, v and, where there are any, of sinks."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    # By themselves they would take the order in memory of copies, where they have to make any.
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    dq, dk, dv = map(_by_token, grads)
+    with torch.cuda.device_of(q):
+        *_, last = _flash_attn_bwd(
+            _by_token(q),
+            _by_token(k),
+            _by_token(v),
+            _by_token(out),
+            _by_token(grad),
+            lse,
+            softmax_scale=scale,
+            softcap=softcap,
+            window_size_left=before,
+            window_size_right=after,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            dlse=grad_lse,
+            learnable_sink=sinks,
+        )
+    return grads if sinks is None else [*grads, last]
+
+
+def _gradients(
+    ctx: Any,
+    run: Callable[..., Sequence[Tensor]],
+    grad: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What autograd wants of either way: a gradient, or None, for each argument."""
+    *tensors, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    found = run(grad, grad_lse, *tensors, out, lse, *ctx.numbers)
+    return *found, *[None] * (len(tensors) + len(ctx.numbers) - len(found))
+
+
+class _Flash(torch.autograd.Function):
+    """Both passes outside a compiler, where an operator's dispatch would only cost time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *numbers: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, sinks, *numbers)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.numbers = numbers
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        again = torch.is_grad_enabled()  # by create_graph=True
+        return _gradients(ctx, _Once.apply if again else _backward, grad, grad_lse)
+
+
+class _Once(torch.autograd.Function):
+    """The gradients, of which there is no other gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_backward(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "FlashAttention 4's kernels have no second derivative: backend must be 'eager' here"
+        )
+
+
+_forward_operator: Any = torch.library.custom_op(
+    "flexlocal::flash_forward", _forward, mutates_args=()
+)
+_backward_operator: Any = torch.library.custom_op(
+    "flexlocal::flash_backward", _backward, mutates_args=()
+)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    *others: object,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(x) for x in _learned(q, k, v, sinks)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.numbers = *inputs[:4], inputs[4:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_operator(
+    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _backward_operator, grad, grad_lse)
+
+
+_forward_operator.register_fake(_fake_forward)
+_backward_operator.register_fake(_fake_backward)
+_forward_operator.register_autograd(_backward_of_operator, setup_context=_keep)

@@ -1,0 +1,58 @@
+"""Queries and keys as the flex path turns them, by rotary embeddings and xpos, before a kernel.
+
+Shapes are those of ``spec``.
+"""
+
+import torch
+from torch import Tensor
+
+from ..masks.key_layout import KeyLayout
+from ..masks.rule import Rule
+from ..rotary import Xpos, rotate
+from ..spec import Inputs, positions
+
+
+def turned(
+    rule: Rule, layout: KeyLayout | None, inputs: Inputs, xpos: Xpos | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated, in their own dtypes; keys in their slots, if there is a layout."""
+    q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
+    assert inv_freq is not None
+    shift = 0 if rule.window is None else rule.window.after
+    q_factor = k_factor = None
+    if xpos is not None:
+        q_factor, k_factor = _xpos_factors(xpos, rule, layout, q.shape[-2])
+    slots = k.shape[2] if layout is None else layout.all_slots
+    query, key = positions(rule if layout is None else layout, q, slots)
+    # No `query + 0`: from the same expression Inductor makes one table for q and k.
+    turned_q = _rotated(q, query + shift if shift else query, inv_freq, q_factor)
+    if layout is None:
+        turned_k = _rotated(k, key, inv_freq, k_factor)
+    else:
+        turned_k = rotate(k, key, inv_freq, k_factor, layout)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _xpos_factors(
+    xpos: Xpos, rule: Rule, layout: KeyLayout | None, n: int
+) -> tuple[Tensor, Tensor]:
+    """What queries and key slots are multiplied by, ``(n, d / 2)`` and ``(slots, d / 2)``."""
+    shift, dtype = rule.window.after, torch.float32
+    if layout is None:
+        return xpos.scales(n, 0, 0, shift, dtype)
+    query, slot = xpos.scales(layout.segment, layout.before, layout.after, shift, dtype)
+    return query.repeat(layout.count, 1)[:n], slot.repeat(layout.count, 1)
+
+
+def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
+    """As ``rotate``, with the result in ``x``'s order in memory.
+
+    FlexAttention's output takes its query's order. In another one, a user's view that joins the
+    heads again would become a copy.
+    """
+    if x.stride(1) >= x.stride(2):
+        return rotate(x, position, inv_freq, factor)
+    by_token = x.transpose(1, 2)
+    position = position[:, None] if position.dim() == 1 else position.transpose(1, 2)
+    factor = None if factor is None else factor[:, None]
+    return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
