@@ -1,6 +1,7 @@
 """Times training steps of Transformers models by implementation of attention, in turns.
 
-    python -m profiling.transformers_models [--model NAME ...] [--seconds S] [--json FILE] [--tiny]
+    python -m profiling.transformers_models [--model NAME ...] [--implementation NAME ...]
+        [--seconds S] [--json FILE] [--tiny]
 
 The models have random weights and no head. A step is forward and backward, in bf16 on a GPU. Before
 anything is timed, each output is compared with sdpa's in fp32, on more tokens than a window has. It
@@ -116,22 +117,26 @@ def cases(tiny: bool) -> list[Case]:
     ]
 
 
-def models_of(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module | str]:
+def models_of(
+    case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Module | str]:
     """The model by each implementation, over the same weights; the reason where there is none."""
     made: dict[str, nn.Module | str] = {}
     weights: dict[str, Tensor] = {}
-    for name, (implementation, full) in IMPLEMENTATIONS.items():
+    for name in names:
+        implementation, full = IMPLEMENTATIONS[name]
         register(full_attention=full)
         try:
-            model = getattr(transformers, case.model)._from_config(
-                type(case.config)(**case.config.to_dict()),
-                attn_implementation=implementation,
-                dtype=dtype,
-            )
+            with device:  # to draw weights on a processor takes longer than all that follows
+                model = getattr(transformers, case.model)._from_config(
+                    type(case.config)(**case.config.to_dict()),
+                    attn_implementation=implementation,
+                    dtype=dtype,
+                )
         except Exception as missing:  # whatever it is, the others go on
             made[name] = trouble(missing)[1]
             continue
-        model = model.to(device).train()
+        model = model.train()
         if weights:
             model.load_state_dict(weights, assign=True)
         for weight in model.parameters() if not weights else ():
@@ -215,9 +220,11 @@ def mask_ms(device: torch.device) -> tuple[float, int]:
     return 1e3 * seconds, sum(x.nbytes for x in tensors)
 
 
-def measure(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> list[Any]:
+def measure(
+    case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype, seconds: float
+) -> list[Any]:
     """A row for each implementation and input; nothing is timed where a result is wrong."""
-    models = models_of(case, device, dtype)
+    models = models_of(case, names, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
 
     def drawn(shape: tuple[int, int]) -> Tensor:
@@ -272,7 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [case.name for case in cases(tiny=True)]
     parser.add_argument("--model", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="small models")
+    words = f"those and {OURS} and {TRUTH}, which the others are compared with"
+    known = list(IMPLEMENTATIONS)
+    parser.add_argument(
+        "--implementation", nargs="+", choices=known, default=known, metavar="NAME", help=words
+    )
     options: argparse.Namespace = parser.parse_args(arguments)
+    chosen = [name for name in known if name in {OURS, TRUTH, *options.implementation}]
     device = machine.default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = {"dtype": str(dtype), "seconds": options.seconds, "tiny": options.tiny}
@@ -283,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = False
     for case in cases(options.tiny):
         if case.name in options.model:
-            rows = measure(case, device, dtype, options.seconds)
+            rows = measure(case, chosen, device, dtype, options.seconds)
             wrong |= any(not isinstance(row["off"], str) and row["off"] > 1 for row in rows)
             wrong |= any(row["implementation"] == OURS and row["ms"] is None for row in rows)
             record["models"].append({"name": case.name, "rows": rows})
