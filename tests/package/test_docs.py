@@ -26,6 +26,8 @@ TABLES = {
     "h100_doc256.json": COMPARISON,
     "cpu.json": COMPARISON,
     "h100_rotary.json": RESULTS / "README.md",
+    "h200.json": RESULTS / "README.md",
+    "h200_rotary.json": RESULTS / "README.md",
     "h100_arguments.json": RESULTS / "README.md",
     "h100_mask_doc256.json": RESULTS / "README.md",
     "h100_mask_slide1k.json": RESULTS / "README.md",
