@@ -19,9 +19,9 @@ from torch import Tensor
 from flexlocal import Rotary, local_attention
 
 from . import machine
-from .bench import forward_of, training_of
 from .check import apart
 from .options import dtype_of, problems_of, reader
+from .peers import forward_of, training_of
 from .problems import Problem, Task
 from .terminal import number, table, watched
 from .timing import TOO_NOISY, Run, add_times, peak_bytes, ratio_of_rows

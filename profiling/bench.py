@@ -2,6 +2,7 @@
 
     python -m profiling.bench                                  # all that can run here
     python -m profiling.bench --problem slide256 --peer cuDNN "FlashAttention 2"
+    python -m profiling.bench --host               # what a call costs before its kernels run
     python -m profiling.bench --shape 2 8 8192 64 --window 128 --causal --exact --dtype fp32
 
 Every result is compared before it is timed, and a wrong one ends the program with status 1. Who
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, report
+from . import host, machine, report
 from .check import complaint, errors, results, shortened, truth
 from .options import DTYPES, dtype_of, file_to_write, problems_of, reader
-from .peers import OURS, PEERS, REFERENCE, Attend, Peer
+from .peers import OURS, PEERS, REFERENCE, Peer, forward_of, training_of
 from .problems import STANDARD, Task
 from .terminal import watched
 from .timing import Run, add_times, first_call, peak_bytes
@@ -112,17 +113,6 @@ def row_of(peer: Peer, status: str, reason: str = "", **found: Any) -> Row:
     return {"peer": peer.name, "status": status, "reason": reason, **dict.fromkeys(fields), **found}
 
 
-def forward_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
-    """A call of the forward pass."""
-    return torch.no_grad()(lambda: attend(*tensors[:-1]))
-
-
-def training_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
-    """A call of both passes; the last of the tensors is the output's gradient."""
-    *leaves, grad = tensors
-    return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
-
-
 def trouble(error: Exception) -> tuple[str, str]:
     """What kind of trouble it is, and its first line."""
     words = str(error).strip().split("\n")[0]
@@ -142,11 +132,15 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
     parser.add_argument("--rotary", action="store_true", help="compiled, before other peers")
     parser.add_argument("--views", action="store_true", help="tensors as a projection leaves them")
+    words = "what a call costs the host, and nothing else"
+    parser.add_argument("--host", action="store_true", help=words)
     parser.add_argument("--plot", type=file_to_write, metavar="FILE.png")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no GPU, got cuda")
     options.device = torch.device(options.device or machine.default_device())
+    if options.host and options.device.type != "cuda":
+        parser.error("argument --host: must be on a GPU, which a host launches kernels on")
     standard = STANDARD if options.device.type == "cuda" else ("cpu",)
     standard = standard[:1] if options.shape else standard
     found = problems_of(parser, options, standard, turned=options.rotary)
@@ -160,6 +154,10 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit status, 1 where something was wrong."""
     options = read(arguments)
+    if options.host:
+        record, status = host.run(options.seconds)
+        machine.write(record, options.json)
+        return status
     device, dtype = options.device, dtype_of(options, options.device)
     settings = {"dtype": str(dtype).removeprefix("torch."), "seconds": options.seconds}
     settings |= {"rotary": options.rotary, "views": options.views}

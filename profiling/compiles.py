@@ -19,8 +19,8 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 from flexlocal import LocalAttention, Window
 
 from . import machine
-from .bench import forward_of, training_of
 from .options import DTYPES, count, file_to_write, reader
+from .peers import forward_of, training_of
 from .problems import Problem, Task
 from .terminal import table, watched
 from .timing import Run, first_call

@@ -4,7 +4,7 @@ All of them take and give ``(batch, heads, n, d)``.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -21,6 +21,7 @@ from flexlocal.rotary import rotate
 from .check import visible
 from .cudnn_attention import Cudnn
 from .problems import Problem
+from .timing import Run
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k and v to the output, all ``(batch, heads, n, d)``."""
@@ -192,3 +193,14 @@ _ALL = (
 )
 PEERS = {peer.name: peer for peer in _ALL}
 """By name, in the order of the tables."""
+
+
+def forward_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
+    """A call of the forward pass."""
+    return torch.no_grad()(lambda: attend(*tensors[:-1]))
+
+
+def training_of(attend: Attend, tensors: Sequence[Tensor]) -> Run:
+    """A call of both passes; the last of the tensors is the output's gradient."""
+    *leaves, grad = tensors
+    return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)

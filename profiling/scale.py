@@ -18,9 +18,10 @@ import torch
 from flexlocal.masks import block_mask
 
 from . import machine
-from .bench import forward_of, training_of, trouble
+from .bench import trouble
 from .check import apart, shortened
 from .options import count, dtype_of, layer_of, problems_of, reader
+from .peers import forward_of, training_of
 from .problems import Task
 from .terminal import number, table, watched
 from .timing import TOO_NOISY, add_times, peak_bytes, ratio_of_rounds

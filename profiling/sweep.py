@@ -20,9 +20,9 @@ from flexlocal import local_attention
 from flexlocal.flex.tuning import Tuning, overriding
 from flexlocal.masks.block_lists import lists_have_gaps
 
-from .bench import forward_of, training_of, trouble
+from .bench import trouble
 from .check import complaint, errors, results
-from .peers import REFERENCE, Attend
+from .peers import REFERENCE, Attend, forward_of, training_of
 from .problems import Problem, Task
 from .terminal import watched
 from .timing import in_turns, median_ms

@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, tensorboa
 
 from flexlocal.regions import labelled
 
-from .bench import forward_of, training_of
 from .machine import default_device, device_name
 from .options import count, dtype_of, layer_of, problems_of, reader
+from .peers import forward_of, training_of
 from .problems import Task
 from .terminal import table
 from .timing import memory_of, synchronize
