@@ -74,7 +74,7 @@ def _fits_blocks(spec: Spec, inputs: Inputs) -> bool:
     q, k, v = inputs.q, inputs.k, inputs.v
     plain = spec.softcap is None and not spec.return_lse and inputs.sinks is None
     plain = plain and q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
-    return plain and q.shape[2] % STOCK_BLOCK == 0 and all(x.is_contiguous() for x in (q, k, v))
+    return plain and q.shape[-2] % STOCK_BLOCK == 0 and all(x.is_contiguous() for x in (q, k, v))
 
 
 @seen_as_constant

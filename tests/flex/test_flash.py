@@ -72,6 +72,7 @@ KNOWN_DIRECTLY = [
     dict.fromkeys("qkv", on_gpu(2, 4, 2001, 128)),
     dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float16)),
     dict.fromkeys("qkv", on_gpu(5, 2048, 128)),
+    dict.fromkeys("qkv", on_gpu(5, 2001, 128)),
     dict.fromkeys("kv", on_gpu(2, 2, 2048, 128)),
     {"softcap": 30.0},
     {"return_lse": True},
@@ -91,7 +92,7 @@ def test_flash_attention_4_gets_what_it_was_tried_on(changes, way, measured):
     assert preferred(**tried) == ("directly", None)
     assert preferred(STANDS, **tried) == ("by FlexAttention", None)
     assert preferred(**{**tried, **changes}) == (way, None)
-    as_tried = "inv_freq" in changes or changes.get("q", Q).dim() == 3
+    as_tried = "inv_freq" in changes or changes.get("q", Q).shape == (5, 2048, 128)
     by_lists = "by FlexAttention" if as_tried else None
     assert preferred(STANDS, **{**tried, **changes}) == (by_lists, None)
 

@@ -309,6 +309,7 @@ def job_of_a_process(job):
     return job, os.getpid(), torch._inductor.config.compile_threads
 
 
+@pytest.mark.slow
 def test_each_job_has_a_process_of_its_own():
     """A thread each is left for compiling, since the other processes compile as well."""
     found = dict(sweep.in_processes(job_of_a_process, ["one", "two"], count=1, seconds=120))
