@@ -1,0 +1,181 @@
+"""Faults of torch's compiler on the CPU, made again without what goes around them.
+
+As ``tests/eager/test_torch_faults.py``: a test that fails says that this torch has mended the
+fault, and docstrings name tests that fail when the workaround is taken away.
+"""
+
+import threading
+
+import pytest
+import torch
+from compilers import needs_compiled_kernels_on_the_cpu
+from faults import TORCH, assert_refused, is_close, mended
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from flexlocal import LocalAttention
+from flexlocal.flex.kernel import Kernel
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+def eagerly(function, **options):
+    """``function`` as Dynamo traces it."""
+    return torch.compile(function, fullgraph=True, backend="eager", **options)
+
+
+def test_what_is_traced_is_taken_for_an_export():
+    """``seen_as_constant`` of ``is_exporting``, torch 2.11: test_eager_compiled."""
+    found = eagerly(lambda x: x + torch.compiler.is_exporting())(torch.zeros(()))
+    assert found == (TORCH == (2, 11)), mended("seen_as_constant")
+
+
+def test_a_thread_that_runs_meets_another_that_traces():
+    """``flex/threads.py``: test_threads, where threads compile."""
+    tracing, go_on = threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            tracing.set()
+            go_on.wait(60)
+            return x + 1
+
+    run = eagerly(lambda x: 2 * x)
+    run(torch.zeros(3))
+    thread = threading.Thread(target=torch.fx.symbolic_trace, args=(Slow(),))
+    thread.start()
+    tracing.wait(60)
+    try:
+        if TORCH >= (2, 15):
+            run(torch.zeros(3))
+        else:
+            assert_refused(lambda: run(torch.zeros(3)), "using FX to symbolically", "Gate")
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_callables_of_the_same_code_share_a_limit():
+    """A code object for each callable in ``flex/compile.py``: test_changing_shapes."""
+
+    def make(name):
+        return eagerly(lambda x: x + len(name))
+
+    def call_nine():
+        for count in range(9):
+            make("a" * count)(torch.zeros(3))
+
+    assert_refused(call_nine, "fullgraph", "code objects of their own")
+
+
+def test_the_backward_pass_is_compiled_at_its_first_call():
+    """``force_non_lazy_backward_lowering`` in ``inductor``."""
+    compiled = []
+
+    def note(name):
+        return lambda graph, inputs: compiled.append(name) or graph
+
+    backend = aot_autograd(fw_compiler=note("forward"), bw_compiler=note("backward"))
+    x = torch.zeros(3, requires_grad=True)
+    torch.compile(lambda x: x.sin(), backend=backend)(x)
+    assert compiled == ["forward"], mended("force_non_lazy_backward_lowering")
+    torch.compiler.reset()
+    with functorch.patch(force_non_lazy_backward_lowering=True):
+        torch.compile(lambda x: x.sin(), backend=backend)(x)
+    assert compiled == ["forward", "forward", "backward"]
+
+
+def test_a_graph_is_not_retained():
+    """``donated_buffer=False`` in ``inductor``: ``test_a_graph_that_is_retained``."""
+    x, y = (torch.randn(5, 5, requires_grad=True) for _ in range(2))
+    run = torch.compile(lambda x, y: (x @ y).sin().sum(), fullgraph=True, backend="aot_eager")
+    torch.autograd.grad(run(x, y), (x, y))
+    out = run(x, y)
+    assert_refused(
+        lambda: torch.autograd.grad(out, (x, y), retain_graph=True), "donated", "donated_buffer"
+    )
+
+
+def test_no_branch_on_a_tensor_is_traced():
+    """``stop_unless``, by ``_assert_async``: test_compiled of decoding, where a ring is full."""
+
+    def check(x):
+        if not x.all():
+            raise ValueError("some are 0")
+        return x
+
+    assert_refused(lambda: eagerly(check)(torch.ones(3)), "data-dependent", "stop_unless")
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.parametrize(
+    "what", ["a gradient", pytest.param("a log-sum-exp", marks=pytest.mark.slow)]
+)
+def test_a_kernel_of_the_cpu_gives_none(what):
+    """``support.refusal`` and, under ``no_grad``, ``_detached``: test_flex_on_cpu."""
+    q, k, v = (torch.randn(1, 1, 128, 32, requires_grad=what == "a gradient") for _ in range(3))
+    aux = AuxRequest(lse=True) if what == "a log-sum-exp" else None
+    with torch.no_grad():
+        assert_refused(
+            lambda: torch.compile(flex_attention, fullgraph=True)(q, k, v, return_aux=aux),
+            "not supported on CPU|NotImplementedError",
+            f"the refusal of {what}",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dense_on_the_cpu")
+def test_dropouts_backward_pass_captures_no_symbolic_length(monkeypatch):
+    """``number_in_memory`` for ``Kernel.last_alone``."""
+    looks = {"look_backward": 0, "look_forward": 0}
+    layer = LocalAttention(3, shared_qk=True, dropout=0.3, autopad=True, backend="flex", **looks)
+    x = [torch.randn(2, 3, 130, 16, requires_grad=True) for _ in range(3)]  # the last token alone
+    for each in x:
+        torch._dynamo.mark_dynamic(each, 2)
+
+    monkeypatch.setattr(Kernel, "last_alone", False)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_refused(lambda: run(*x), "SymInt|symbolic|proxy|tracing", "number_in_memory")
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda n: torch.full((), n, dtype=torch.int32),
+        lambda n: torch.arange(n, n + 1, dtype=torch.int32).view(()),
+    ],
+    ids=["constant", "computed"],
+)
+def test_a_kernel_of_the_cpu_looks_nothing_up_that_is_no_buffer(number):
+    """``number_in_memory``, and ``written_out`` in it: ``test_lengths_with_xpos_and_a_mask``."""
+
+    def attend(q, k, v, number):
+        n = number(q.shape[2])
+
+        def mod(score, batch, head, query, key):
+            return torch.where(query == n - 1, score + 1.0 * key, score)
+
+        return flex_attention(q, k, v, score_mod=mod)
+
+    run = torch.compile(attend, fullgraph=True, dynamic=True)
+    q, k, v = (torch.randn(1, 2, 130, 32) for _ in range(3))
+    with torch.no_grad():
+        assert_refused(lambda: run(q, k, v, number), "choices|compile error", "number_in_memory")
+
+
+@needs_compiled_kernels_on_the_cpu
+@pytest.mark.slow
+def test_a_kernel_of_the_cpu_reads_keys_past_the_last_of_narrow_heads():
+    """``LEAST_HEAD_ON_CPU``: test_flex_on_cpu's ``test_nothing_behind_the_last_key_is_read``."""
+    n, d = 40, 8
+    k = torch.full((2, 3, n + 8, d), torch.nan)[:, :, :n].normal_()
+    q, v = torch.randn(2, 3, n, d), torch.randn(2, 3, n, 24)
+    vectors = torch._inductor.config.patch({"cpp.simdlen": 256})  # with AVX-512 it is right
+    with torch.no_grad(), vectors:
+        found = torch.compile(flex_attention, fullgraph=True)(q, k, v)
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    right = is_close(found, truth)
+    assert not right, mended("LEAST_HEAD_ON_CPU")
