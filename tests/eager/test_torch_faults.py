@@ -53,7 +53,7 @@ def test_an_older_vmap_cannot_add_its_batch_in_place():
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own, in forward mode
 def test_a_function_of_autograd_has_no_rules_for_transforms():
     """``is_transformed``: test_transforms."""
     x = torch.zeros(2, 5)
