@@ -5,17 +5,18 @@ fault, and docstrings name tests that fail when the workaround is taken away.
 """
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from faults import TORCH, assert_refused, is_close, mended
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config as functorch
+from torch._inductor import compile_fx
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexlocal import LocalAttention
 from flexlocal.flex.kernel import Kernel
+from flexlocal.torch_limits import inductor, is_exporting
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -26,9 +27,11 @@ def eagerly(function, **options):
 
 
 def test_what_is_traced_is_taken_for_an_export():
-    """``seen_as_constant`` of ``is_exporting``, torch 2.11: test_eager_compiled."""
+    """``seen_as_constant`` of ``is_exporting``, torch 2.11: the end of this test."""
     found = eagerly(lambda x: x + torch.compiler.is_exporting())(torch.zeros(()))
     assert found == (TORCH == (2, 11)), mended("seen_as_constant")
+    torch.compiler.reset()
+    assert eagerly(lambda x: x + is_exporting())(torch.zeros(())) == 0
 
 
 def test_a_thread_that_runs_meets_another_that_traces():
@@ -69,20 +72,20 @@ def test_callables_of_the_same_code_share_a_limit():
     assert_refused(call_nine, "fullgraph", "code objects of their own")
 
 
-def test_the_backward_pass_is_compiled_at_its_first_call():
-    """``force_non_lazy_backward_lowering`` in ``inductor``."""
-    compiled = []
+def test_the_backward_pass_is_compiled_at_its_first_call(monkeypatch):
+    """``force_non_lazy_backward_lowering`` in ``inductor``, which the end of this test needs."""
+    real, compiled = compile_fx.compile_fx, []
 
-    def note(name):
-        return lambda graph, inputs: compiled.append(name) or graph
+    def uncompiled(graph, inputs, is_backward=False, **options):
+        compiled.append("backward" if is_backward else "forward")
+        return graph.forward
 
-    backend = aot_autograd(fw_compiler=note("forward"), bw_compiler=note("backward"))
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(real, inner_compile=uncompiled))
     x = torch.zeros(3, requires_grad=True)
-    torch.compile(lambda x: x.sin(), backend=backend)(x)
-    assert compiled == ["forward"], mended("force_non_lazy_backward_lowering")
-    torch.compiler.reset()
-    with functorch.patch(force_non_lazy_backward_lowering=True):
+    for backend in (partial(real, inner_compile=uncompiled), inductor):
+        torch.compiler.reset()
         torch.compile(lambda x: x.sin(), backend=backend)(x)
+    assert compiled[:2] == ["forward", "forward"], mended("force_non_lazy_backward_lowering")
     assert compiled == ["forward", "forward", "backward"]
 
 
