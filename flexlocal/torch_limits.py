@@ -1,9 +1,9 @@
 """What torch's compiler and FlexAttention's kernels cannot do, and the ways around it.
 
 A workaround says which versions of torch need it and what goes wrong without it; one that a single
-line of a path needs stands at that line. ``tests/flex/test_torch_limits.py`` makes the faults again
-where that could be done, and fails when torch has mended one. This is also the one file that knows
-private names of torch. It imports torch only, so that any other may use it.
+line of a path needs stands at that line. ``tests/package/test_workarounds.py`` lists them all, with
+the tests that make a fault again and fail when torch has mended it. This is also the one file that
+knows private names of torch. It imports torch only, so that any other may use it.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels compute."""
 
 LEAST_HEAD, MOST_HEAD = 16, 256
-"""Channels of the narrowest and of the widest heads that kernels take on a GPU."""
+"""Channels of the narrowest and of the widest heads that kernels take on a GPU (torch 2.11)."""
 
 MOST_HEAD_BETWEEN = {torch.float32: 128}
 """Channels above which heads are padded to ``MOST_HEAD``.
@@ -158,14 +158,18 @@ def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work, forward-mode differentiation, or a tracer.
 
     They take plain operators only: an ``autograd.Function`` that writes in place has no rule for
-    ``vmap``, nor a derivative in forward mode, and ``torch.jit.trace`` cannot look inside.
+    ``vmap``, nor a derivative in forward mode, and ``torch.jit.trace`` cannot look inside (torch
+    2.11 to 2.15).
     """
     stack = torch._C._functorch.peek_interpreter_stack()
     return is_tracing() or stack is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def added_in_place(x: Tensor, y: Tensor) -> Tensor:
-    """``x.add_(y)``; a new tensor for ``vmap``, which cannot write a batch into what is none."""
+    """``x.add_(y)``; a new tensor for ``vmap``, which cannot write a batch into what is none.
+
+    torch 2.11 to 2.15.
+    """
     return x + y if is_transformed() else x.add_(y)
 
 
@@ -175,7 +179,7 @@ def for_each_gradient(
     """``function`` of gradients, called for one at a time where they come in a batch.
 
     ``is_grads_batched`` and ``jacobian(vectorize=True)`` make such batches by an older ``vmap``,
-    which knows few operators and neither slices nor writes in place (torch 2.11 to 2.15).
+    which knows few operators and cannot write a batch into what is none (torch 2.11 to 2.15).
     """
     is_batch = torch._C._functorch.is_legacy_batchedtensor
     batches = [x for x in grads if x is not None and is_batch(x)]
@@ -198,9 +202,10 @@ def for_each_gradient(
 def written_out(x: Tensor) -> Tensor:
     """``x``; inside ``torch.compile`` a contiguous buffer of its own.
 
-    Inductor computes a small table anew for every element that reads it. It may also transpose
-    block lists and captured tensors, whose strides FlexAttention's kernels take for granted (torch
-    2.11: illegal memory access). ``as_strided`` prevents both.
+    Inductor computes a small table anew for every element that reads it, and the CPU's kernel can
+    look up nothing that the graph computes (torch 2.11 to 2.15: a C++ error). It may also transpose
+    block lists and captured tensors, whose strides a GPU's kernels take for granted (torch 2.11:
+    illegal memory access). ``as_strided`` prevents all three.
     """
     return settled(x) if torch.compiler.is_compiling() else x
 
@@ -209,7 +214,7 @@ def settled(x: Tensor) -> Tensor:
     """``written_out`` for code that is traced while ``is_compiling()`` is False.
 
     Not for tensors whose elements are all equal: Inductor makes a constant of them, and may leave
-    gaps between its rows.
+    gaps between its rows (torch 2.11).
     """
     # Inductor may know the strides only as quotients of symbolic sizes. These are products.
     strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.dim())]
@@ -301,10 +306,10 @@ def _lower_fast_tanh() -> None:
 def number_in_memory(n: int, device: torch.device) -> Tensor:
     """``n`` as a 0-d int32 buffer, so that kernels load it instead of specialising on it.
 
-    A kernel cannot capture arithmetic on a symbolic int, and dropout's backward pass cannot capture
-    a symbolic int at all (torch 2.11 to 2.15).
+    Dropout's backward pass cannot capture a symbolic int (torch 2.11 to 2.15), nor a GPU's kernel
+    arithmetic on one (torch 2.11).
     """
-    # Not torch.full: Inductor would make a constant of it, and no buffer.
+    # Not torch.full: Inductor would make a constant of it, and no buffer (torch 2.11 to 2.15).
     return written_out(torch.arange(n, n + 1, dtype=torch.int32, device=device).view(()))
 
 
@@ -340,7 +345,9 @@ def mark_length_dynamic(x: Tensor, dim: int) -> None:
 
 
 def refuse_old_onnx() -> None:
-    """torch's older ONNX exporter knows neither how to unfold a tensor nor how to pad it.
+    """torch's older ONNX exporter can neither unfold a tensor of any length nor pad it.
+
+    torch 2.11 to 2.15.
 
     Raises:
         RuntimeError: it is at work.
@@ -360,10 +367,10 @@ def keep_guard(guard: Any, settled_names: Sequence[str]) -> bool:
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """torch's compiler, told how gradients lie and that ``retain_graph=True`` may come.
 
-    torch 2.11 takes the gradients of transposed views for contiguous, and copies them. It also
-    lets a backward pass write over what was saved for it, which a user who compiled nothing cannot
-    expect. The backward pass is compiled with the forward pass: at its own first call it would be
-    while other threads run (``flex/threads.py``).
+    torch 2.11 takes the gradients of transposed views for contiguous, and copies them. Torch 2.11
+    to 2.15 let a backward pass write over what was saved for it, and then refuse to retain a graph:
+    a user who compiled nothing cannot expect it. They compile a backward pass at its own first
+    call, while other threads may run (``flex/threads.py``); here it is with the forward pass.
     """
     from torch._functorch import config
     from torch._guards import TracingContext

@@ -47,10 +47,13 @@ class Sizes:
 
     @property
     def tiles(self) -> int:
-        """Tiles that cover the queries; never fewer than two of any length, nor just enough."""
+        """Tiles that cover the queries; never fewer than two of any length, nor just enough.
+
+        torch.export would guard on what is left over (torch 2.11 to 2.15).
+        """
         if self.any_length:
             return self.n // self.tile + 2
-        return (self.n + self.tile - 1) // self.tile  # torch.export fails on -(-n // tile)
+        return -(-self.n // self.tile)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ class Tiles:
         size, span, pieces = self.sizes.tile, self.sizes.span, self.sizes.pieces
         if not self.whole:
             return keys.unfold(2, span, size).transpose(-1, -2)
-        # No unfold in a compiler: on the CPU torch 2.13's adds up its gradient in wrong places.
+        # No unfold in a compiler: on the CPU, with several threads, torch 2.11 to 2.13 add up its
+        # gradient in wrong places.
         padded = F.pad(keys, (0, 0, 0, pieces * size - span))
         by_piece = self._apart(padded, self.count + pieces - 1)
         parts = [by_piece[:, :, piece : piece + self.count] for piece in range(pieces)]

@@ -268,8 +268,8 @@ def _as_kernels_read(
         q, k = _at_least(q, LEAST_HEAD_ON_CPU), _at_least(k, LEAST_HEAD_ON_CPU)
         return (q, k, v) if own_graph else (copied(q), copied(k), copied(v))
     q, k, v = _padded_head(q), _padded_head(k), _padded_head(v)
-    # torch 2.11 asks for the strides of a decoding kernel's query before they are settled: a query
-    # computed from a transposed view was read wrongly.
+    # torch 2.11 to 2.13 ask for the strides of a decoding kernel's query before they are settled: a
+    # query computed from a transposed view was read wrongly.
     return written_out(q) if decodes else q, k, v
 
 

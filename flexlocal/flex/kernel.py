@@ -93,8 +93,8 @@ class Blocks:
         """The block mask of ``lists``, which claims FlexAttention's own block size.
 
         ``Kernel.options`` give the true size. FlexAttention drops each candidate for the backward
-        pass whose tiles do not divide the mask's blocks, before it reads the options: had the mask
-        the true size, smaller blocks would leave no candidate.
+        pass whose tiles do not divide the mask's blocks, before it reads the options (torch 2.11 to
+        2.13): had the mask the true size, smaller blocks would leave no candidate.
         """
         return from_lists(self.lengths, lists, (STOCK_BLOCK, STOCK_BLOCK), mod)
 

@@ -200,7 +200,7 @@ class _Renormalised(torch.autograd.Function):
         along = torch.where(seeing, across - grad_total, 0.0)
         # The operator takes log-sum-exps in base 2, and 0 for queries that see no key. A tensor of
         # equal numbers would not do: Inductor makes a constant of it, and may leave gaps between
-        # its rows.
+        # its rows (torch 2.11).
         by_token: tuple[Tensor, ...] = ()
         if drawn:
             by_token = *drawn, settled(total), settled(along)
@@ -329,7 +329,7 @@ class _Scores:
         dropped = -weight * captured.along[place[:3]]  # type: ignore[index]
         if not self.learned:
             return dropped
-        # Kernels add to the bias's gradient before they apply the mask.
+        # Kernels add to the bias's gradient before they apply the mask (torch 2.11).
         visible = self.kernel.mask_mod(captured.looked_up)
         return torch.where(visible(*place), dropped, 0.0)
 

@@ -21,15 +21,16 @@ SELF_SCORE_OF_KERNELS = -49995.65625
 """``SELF_SCORE`` for kernels, which multiply scores by log2(e) and round to fp32.
 
 Where a query sees its own key alone, the backward pass computes its weight as ``exp2`` of the
-rounding error. At -5e4 that weight is off by a thousandth. This is the nearest number whose
-rounding is exact.
+rounding error. At -5e4 that weight is off by a thousandth (torch 2.11). This is the nearest number
+whose rounding is exact.
 """
 
 
 def unit_keys(key: Tensor) -> Tensor:
     """``key`` scaled to length 1 over its last dimension."""
     wide = key.to(torch.promote_types(key.dtype, torch.float32))
-    # Not F.normalize: its second derivative is NaN at 0, and a mask sets hidden keys to 0.
+    # Not F.normalize: its second derivative is NaN at 0 (torch 2.11 to 2.15), and a mask sets
+    # hidden keys to 0.
     square = wide.square().sum(-1, keepdim=True)
     return (wide / square.clamp_min(1e-24).sqrt()).to(key.dtype)
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from faults import TORCH, assert_refused, is_close, mended
+from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexlocal import LocalAttention
-from flexlocal.flex.kernel import Kernel
-from flexlocal.torch_limits import inductor, is_exporting
+from flexlocal import LocalAttention, Window
+from flexlocal.flex import compile as compiling
+from flexlocal.flex.kernel import Blocks, Kernel
+from flexlocal.flex.tuning import STOCK
+from flexlocal.torch_limits import inductor, is_exporting, mark_length_dynamic
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -111,6 +114,25 @@ def test_no_branch_on_a_tensor_is_traced():
     assert_refused(lambda: eagerly(check)(torch.ones(3)), "data-dependent", "stop_unless")
 
 
+def test_sizes_that_stay_at_first_make_a_graph_more():
+    """``mark_length_dynamic`` of block lists, whose lengths are counted in blocks."""
+    made = []
+    for mark in (lambda x, dim: None, mark_length_dynamic):
+        torch.compiler.reset()
+        counters.clear()
+        run = eagerly(lambda x, blocks: (x + 1, blocks + 1))
+        for n in (300, 380, 500):
+            blocks = torch.zeros(1, 1, -(-n // 128))
+            mark(blocks, 2)
+            run(torch.zeros(n), blocks)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[1] == 2
+    assert made[0] > 2, mended("mark_length_dynamic")
+    blocks = Blocks(Window(8), 300, 300, (1, 1), False, False, STOCK)
+    lists = compiling._lists(blocks, torch.device("cpu"))
+    assert all(2 in x._dynamo_weak_dynamic_indices for x in lists)
+
+
 @needs_compiled_kernels_on_the_cpu
 @pytest.mark.parametrize(
     "what", ["a gradient", pytest.param("a log-sum-exp", marks=pytest.mark.slow)]
@@ -153,7 +175,7 @@ def test_dropouts_backward_pass_captures_no_symbolic_length(monkeypatch):
     ids=["constant", "computed"],
 )
 def test_a_kernel_of_the_cpu_looks_nothing_up_that_is_no_buffer(number):
-    """``number_in_memory``, and ``written_out`` in it: ``test_lengths_with_xpos_and_a_mask``."""
+    """``number_in_memory``, and ``written_out`` in it."""
 
     def attend(q, k, v, number):
         n = number(q.shape[2])

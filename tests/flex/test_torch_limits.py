@@ -1,8 +1,7 @@
 """Each workaround for torch: what goes wrong without it, so that one that is not needed shows.
 
 A test here fails when torch does right what a workaround goes around, or when the workaround is
-taken away. What can be seen on a GPU alone is marked so. Where the fault was not made again, other
-tests fail without the workaround: ``test_a_graph_that_is_retained``, ``test_lengths_share_graphs``.
+taken away. ``tests/package/test_workarounds.py`` lists such tests, these and others.
 """
 
 import pytest
