@@ -74,7 +74,11 @@ def test_tables_of_the_backward_pass_lie_as_inductor_likes(monkeypatch):
         right = gradients_with_dropout(case, "eager")
         forget(monkeypatch)
         monkeypatch.setattr(renormalised, "settled", lambda x: x)
-        found[name] = is_close(gradients_with_dropout(case, "flex"), right)
+        try:
+            found[name] = is_close(gradients_with_dropout(case, "flex"), right)
+        except torch._inductor.exc.InductorError as error:  # "convert FlexibleLayout ... first"
+            print(error)
+            found[name] = False
     assert False in found.values(), mended("settled")
 
 
@@ -96,11 +100,10 @@ def test_a_bias_gathers_gradients_of_hidden_keys(monkeypatch):
     assert not as_before, mended("the mask in _of_dropped")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_mask_captures_no_symbolic_length(dropout, monkeypatch):
-    """Which ``Kernel.last_alone`` goes around, by a number in memory."""
+def test_a_mask_captures_no_symbolic_length(monkeypatch):
+    """Which ``Kernel.last_alone`` goes around, by a number in memory; with dropout alone."""
     looks = {"look_backward": 0, "look_forward": 0}
-    layer = LocalAttention(3, shared_qk=True, dropout=dropout, autopad=True, **looks)
+    layer = LocalAttention(3, shared_qk=True, dropout=0.3, autopad=True, **looks)
     seed = torch.tensor(5, device="cuda")
 
     def is_right():
