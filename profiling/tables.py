@@ -1,4 +1,4 @@
-"""Prints the Markdown table of what bench, scale or argument_costs wrote as JSON.
+"""Prints the Markdown table of what bench, scale, argument_costs or cpu wrote as JSON.
 
 python -m profiling.tables profiling/results/h100.json
 """
@@ -8,11 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import argument_costs, report, scale
+from . import argument_costs, cpu, report, scale
 from .options import reader
 
 # By the field that holds the figures.
-TABLES = {"problems": report.markdown, "lengths": scale.markdown, "rows": argument_costs.markdown}
+TABLES = {
+    "problems": report.markdown,
+    "lengths": scale.markdown,
+    "rows": argument_costs.markdown,
+    "cells": cpu.markdown,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as wrong:  # of which a text that is no JSON is one
         parser.error(f"{file}: {wrong}")
     except (KeyError, TypeError, IndexError, AttributeError):
-        parser.error(f"{file}: must hold what bench, scale or argument_costs wrote")
+        parser.error(f"{file}: must hold what bench, scale, argument_costs or cpu wrote")
     return 0
 
 

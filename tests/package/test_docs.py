@@ -35,7 +35,7 @@ TABLES = {
     "h100_scale.json": RESULTS / "README.md",
 }
 
-WRITTEN = "must hold what bench, scale or argument_costs wrote"
+WRITTEN = "must hold what bench, scale, argument_costs or cpu wrote"
 
 
 def blocks(language, pages=PAGES):
@@ -155,6 +155,7 @@ SCRIPTS = [
         "argument_costs",
         "bench",
         "compiles",
+        "cpu",
         "decoding",
         "scale",
         "tables",
@@ -254,7 +255,7 @@ def test_figures_in_sentences_are_those_of_the_results():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{}", "record must hold one of problems, lengths, rows"),
+        ("{}", "record must hold one of problems, lengths, rows, cells"),
         ("{", "Expecting"),
         ("5", WRITTEN),
         ('{"problems": [{"name": 1}]}', WRITTEN),
