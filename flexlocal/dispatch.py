@@ -17,11 +17,12 @@ from torch import Tensor
 from .autocast import autocast_dtype
 from .checks import check_call
 from .eager import attend as eager
+from .eager import fused
 from .flex import compile as flex
 from .flex import flash, support, tuning
 from .flex.flash import Way
 from .masks import Rule
-from .spec import Inputs, Spec, resolved, shaped, with_plain_numbers
+from .spec import Inputs, Spec, resolved, rule_of, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 
@@ -77,6 +78,22 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
     raise ValueError(
         f"backend 'flex' cannot run this call: {refusal}. backend must be 'auto' or 'eager' here"
     )
+
+
+def explained(spec: Spec, inputs: Inputs) -> Choice:
+    """The path for a call as it is given, and on a processor how its tiles are computed.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the fused kernel cannot run.
+    """
+    spec, inputs = checked(spec, inputs)
+    choice, inputs = choose(spec, inputs), shaped(inputs)
+    if choice.backend == "eager" and fused.serves(spec, rule_of(spec, inputs), inputs):
+        return replace(choice, reason=f"{choice.reason}; {_BY_TORCH}")
+    return choice
+
+
+_BY_TORCH = "scaled_dot_product_attention computes its tiles: measured to be faster at this size"
 
 
 Prepared = tuple[Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], torch.dtype | None]

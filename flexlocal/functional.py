@@ -196,4 +196,4 @@ def explain(
     )  # fmt: skip
     if cache is not None:
         return decoding.choose(spec, inputs, cache)
-    return dispatch.choose(*dispatch.checked(spec, inputs))
+    return dispatch.explained(spec, inputs)

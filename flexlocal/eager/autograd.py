@@ -15,6 +15,7 @@ from ..autocast import without_autocast
 from ..mods.sinks import gradient_of_sinks
 from ..regions import region
 from ..torch_limits import for_each_gradient, is_transformed
+from . import fused
 from .formula import Formula, Operands, times
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time
 
@@ -62,6 +63,10 @@ def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor,
     """All tiles' output and log-sum-exps, of which autograd knows nothing."""
     q, v = operands.q, operands.v
     out = empty_output(q, v)
+    if fused.serves(formula.spec, formula.rule, operands):
+        most = scores_in_a_portion(q.device)
+        fused.output(formula.spec, formula.rule, operands, out, most)
+        return out, None
     lse = None
     if formula.spec.return_lse:
         lse = q.new_empty(q.shape[:-1], dtype=formula.compute)

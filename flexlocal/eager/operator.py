@@ -17,10 +17,11 @@ from ..autocast import without_autocast
 from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
 from ..spec import Inputs, Spec
-from ..torch_limits import Index, at_least, at_most, is_exporting, is_transformed
+from ..torch_limits import Index, is_exporting, is_transformed
 from .autograd import empty_output, gradients, outputs
 from .cutting import bias_within, in_tiles
 from .formula import Formula, Operands
+from .fused import bounds
 from .tiles import Sizes
 
 
@@ -48,7 +49,7 @@ def attend(
         size, causal, backward, forward, exact = astuple(rule.window)
         numbers = [size, int(causal), backward, forward, int(exact)]
     else:
-        first, last = _bounds(rule, inputs)
+        first, last = bounds(rule, q, k)
         reach, lead = rule.reach, rule.lead
         assert isinstance(lead, int)
         numbers = [reach.keys, reach.back, reach.ahead, reach.align, lead]
@@ -60,21 +61,6 @@ def attend(
     )  # fmt: skip
     out, lse = attend_in_tiles(*call)
     return out, lse if spec.return_lse else None
-
-
-def _bounds(rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """First and last key that each query sees, among those that exist: ``Bounds``' tensors."""
-    b, h, n, _ = inputs.q.shape
-    device = inputs.q.device
-    batch = torch.arange(b, device=device)[:, None, None] if rule.tensors else 0
-    head = torch.arange(h, device=device)[:, None] if rule.by_head else 0
-    query = torch.arange(n, device=device)[None, None]
-    first, last = rule.keys(batch, head, query)
-    # Clipped, since a rule of a user's own may look farther than 32 bits count.
-    first = at_least(at_most(first, inputs.k.shape[2]), 0)
-    last = at_least(at_most(last, inputs.k.shape[2] - 1), -1)
-    first, last = torch.broadcast_tensors(first + 0 * query, last + 0 * query)
-    return first.to(torch.int32), last.to(torch.int32)
 
 
 @dataclass(frozen=True, eq=False)

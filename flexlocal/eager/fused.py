@@ -1,0 +1,166 @@
+"""The output by torch's fused kernel for processors, a tile of all heads at a time.
+
+``scaled_dot_product_attention`` under a mask writes no scores to memory, and reads a tile's keys
+where they lie. Its backward pass is slower than that of ``autograd``, which takes nothing from the
+forward pass. Shapes are those of ``formula``.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks.rule import Rule
+from ..spec import Inputs, Spec
+from ..torch_limits import at_least, at_most
+from .formula import Operands
+
+_LEAST_PRODUCTS = 3 * 2**20
+"""Of the numbers of queries and of keys in a tile of all heads, the fewest that repay a call of the
+kernel. On an AMD EPYC (Zen 3) with one thread, 2M took 1.05 times and 4M 0.85 times as long as
+without the kernel."""
+
+_LEAST_TILE, _MOST_TILE, _VECTOR = 64, 128, 16
+"""Queries in a tile. Shorter ones take as long for their overhead; longer ones score more keys that
+are hidden. Long windows are cut into tiles of whole vectors."""
+
+
+def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
+    """Whether the kernel can compute the call, and is faster."""
+    q, k, v = tensors.q, tensors.k, tensors.v
+    plain = spec.softcap is None and not (spec.shared_qk or spec.return_lse or spec.dropout)
+    without = tensors.bias is None and tensors.sinks is None and spec.xpos_base is None
+    fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
+    if not (plain and without and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
+        return False
+    entries = 1 if rule.tensors or tensors.mask is not None else q.shape[0]
+    tile = min(_tile(rule), q.shape[2])
+    keys = min(rule.reach.longest(tile), k.shape[2])
+    return entries * q.shape[1] * tile * keys * q.shape[3] >= _LEAST_PRODUCTS
+
+
+def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int) -> None:
+    """Fills ``out``, ``(b, h, n, d)``.
+
+    Args:
+        scores: about how many scores a tile's mask may be of.
+    """
+    q, k, v, _, _, mask = operands
+    first, last = bounds(rule, q, k)
+    if mask is None and first.shape[0] == 1:
+        _fill(spec, rule, (q, k, v), (first, last), None, out, scores)
+        return
+    for entry in range(q.shape[0]):  # each has keys of its own to leave out
+        one = slice(entry, entry + 1)
+        shown = (first, last) if first.shape[0] == 1 else (first[one], last[one])
+        kept = None if mask is None else mask[one]
+        _fill(spec, rule, (q[one], k[one], v[one]), shown, kept, out[one], scores)
+
+
+def _fill(
+    spec: Spec,
+    rule: Rule,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    out: Tensor,
+    scores: int,
+) -> None:
+    """``output`` of batch entries that share a mask."""
+    q, k, v = qkv
+    (b, h, _, d), groups = q.shape, q.shape[1] // k.shape[1]
+    step = rule.reach.step
+    repeats = step > 0 and not (rule.tensors or rule.by_head) and mask is None
+    place: tuple[int, ...] = ()
+    masks = h if rule.by_head else groups
+    for start, stop, low, high in _tiles(rule, bounds, masks, scores):
+        here = start % max(1, step), stop - start, low - start, high - start
+        queries, keys = slice(start, stop), slice(low, high)
+        if not repeats or place != here:
+            place = here
+            hiding, blind = _hiding([x[..., queries] for x in bounds], mask, keys, q.dtype)
+            if hiding.shape[1] > 1:
+                hiding = hiding.reshape(1, h // groups, -1, high - low)
+            elif groups > 1:
+                hiding = hiding.repeat(1, 1, groups, 1)
+        # The heads of a group as queries of one head: torch would copy the keys for each of them.
+        grouped = q[:, :, queries].reshape(b, h // groups, -1, d)
+        part = F.scaled_dot_product_attention(
+            grouped, k[:, :, keys], v[:, :, keys], attn_mask=hiding, scale=spec.scale
+        ).reshape(b, h, -1, d)
+        out[:, :, queries] = part if blind is None else part.masked_fill(blind, 0.0)
+
+
+def bounds(rule: Rule, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last key that each query sees, of those that exist: int32 ``(b or 1, h or 1, n)``.
+
+    A query that sees none has its last before its first.
+    """
+    b, h, n, _ = q.shape
+    batch = torch.arange(b, device=q.device)[:, None, None] if rule.tensors else 0
+    head = torch.arange(h, device=q.device)[:, None] if rule.by_head else 0
+    query = torch.arange(n, device=q.device)[None, None]
+    first, last = rule.keys(batch, head, query)
+    # Clipped, since a rule of a user's own may look farther than 32 bits count.
+    first = at_least(at_most(first, k.shape[2]), 0)
+    last = at_least(at_most(last, k.shape[2] - 1), -1)
+    first, last = torch.broadcast_tensors(first + 0 * query, last + 0 * query)
+    return first.to(torch.int32), last.to(torch.int32)
+
+
+def _tile(rule: Rule) -> int:
+    """Queries in a tile: some steps of the rule, or an even part of a long one."""
+    step = max(1, rule.reach.step)
+    steps = -(-_LEAST_TILE // step) * step
+    if steps <= _MOST_TILE:
+        return steps
+    part = -(-step // -(-step // _MOST_TILE))
+    return -(-part // _VECTOR) * _VECTOR
+
+
+def _tiles(
+    rule: Rule, bounds: tuple[Tensor, Tensor], masks: int, scores: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """First query of each tile and the one after its last, the same of its keys.
+
+    Tiles that may share a mask come one after the other.
+
+    Args:
+        masks: how often a tile's mask is held, for its heads.
+        scores: about how many numbers these may be.
+    """
+    first, last = bounds
+    n, tile = first.shape[-1], _tile(rule)
+    keys = min(rule.reach.longest(tile), int(last.amax()) + 1)
+    if masks * tile * keys > scores:
+        tile = max(1, scores // (masks * keys * _VECTOR)) * _VECTOR
+    period = max(tile, rule.reach.step)
+    found = [
+        (at, min(at + tile, at - place + period, n))
+        for place in range(0, min(period, n), tile)
+        for at in range(place, n, period)
+    ]
+    lows = first[..., [start for start, _ in found]].amin((0, 1)).tolist()
+    highs = last[..., [stop - 1 for _, stop in found]].amax((0, 1)).tolist()
+    for (start, stop), low, high in zip(found, lows, highs, strict=True):
+        yield start, stop, *((low, high + 1) if low <= high else (0, 1))
+
+
+def _hiding(
+    bounds: Sequence[Tensor], mask: Tensor | None, keys: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """What is added to hide a tile's scores, and which of its queries see no key, if any.
+
+    ``(1, h or 1, t, s)`` and ``(1, h or 1, t, 1)``; zeros for a query that sees no key.
+    """
+    first, last = bounds
+    key = torch.arange(keys.start, keys.stop, dtype=torch.int32)
+    shown = (first[..., None] <= key) & (key <= last[..., None])
+    if mask is not None:
+        shown = shown & mask[:, :, None, keys]
+    blind = None
+    if mask is not None or not bool((first <= last).all()):
+        blind = ~shown.any(-1, keepdim=True)
+        shown = shown | blind
+    return torch.zeros(shown.shape, dtype=dtype).masked_fill_(~shown, -torch.inf), blind

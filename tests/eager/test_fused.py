@@ -1,0 +1,171 @@
+"""The output by torch's fused kernel for processors: the same numbers, in as little memory."""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import placed
+import pytest
+import rules
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlocal import LocalAttention, Window, explain, local_attention
+from flexlocal.eager import autograd, fused
+
+
+@contextmanager
+def taken(least=1, tile=64, most=128, vector=16):
+    """The kernel for every call that it can compute, in tiles of so many queries; notes calls."""
+    calls, as_it_is = [], fused.output
+    numbers = {"_LEAST_PRODUCTS": least, "_LEAST_TILE": tile, "_MOST_TILE": most, "_VECTOR": vector}
+    with ExitStack() as stack:
+        for name, value in numbers.items():
+            stack.enter_context(patch.object(fused, name, value))
+        noted = lambda *call: calls.append(call) or as_it_is(*call)  # noqa: E731
+        stack.enter_context(patch.object(fused, "output", noted))
+        yield calls
+
+
+@st.composite
+def plain(draw):
+    """Calls that the kernel can compute: any window, mask, documents, offsets and heads."""
+    call = draw(placed.placed())
+    case = replace(
+        call.case, d_v=call.case.d, shared_qk=False, xpos=False, base=None, bias_heads=None
+    )
+    return replace(call, case=case, softcap=None, sink_heads=None)
+
+
+@settings(max_examples=80)
+@given(call=plain(), tile=st.sampled_from([3, 8, 64]), scores=st.sampled_from([1, 200, 2**20]))
+def test_outputs_and_gradients(call, tile, scores):
+    def run(tensors):
+        with taken(tile=tile, most=2 * tile, vector=2) as calls:
+            out = call.run(tensors, return_lse=False, backend="eager")
+        assert bool(calls) == (out.numel() > 0)
+        return out, call.run(tensors, backend="eager")[1]
+
+    with patch.object(autograd, "_SCORES_ON_CPU", scores):
+        placed.check(call, run=run)
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.WiderByHead(3, 6), rules.WindowOfEachEntry(torch.tensor([4, 90]), 90)]
+)
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_rules_that_differ_by_head_or_entry(rule, kv_heads):
+    q = torch.randn(2, 6, 205, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, 205, 8, dtype=torch.float64)
+    right = local_attention(q, k, v, rule, softcap=1e9)  # which the kernel does not know
+    with taken() as calls:
+        torch.testing.assert_close(local_attention(q, k, v, rule), right, rtol=1e-9, atol=1e-9)
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [Window(48, causal=True), Window.sliding(200)])
+def test_errors_are_those_of_products_in_fp32_times_a_little(dtype, window):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 517, 32, generator=generator).to(dtype) for _ in range(3))
+    truth = local_attention(q.double(), k.double(), v.double(), window)
+    found = []
+    for least in (1, 2**60):
+        with taken(least):
+            found.append((local_attention(q, k, v, window).double() - truth).norm())
+    assert found[0] <= 1.5 * found[1]
+    assert found[0] != found[1]
+
+
+def test_a_mask_is_as_small_as_a_portion():
+    masks, as_it_is = [], fused._hiding
+
+    def hiding(*call):
+        found = as_it_is(*call)
+        masks.append(found[0].numel())
+        return found
+
+    q, k = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8)
+    with taken(), patch.object(fused, "_hiding", hiding):
+        local_attention(q, k, k, Window(600, causal=True))
+        assert max(masks) > 600 * 100
+        masks.clear()
+        with patch.object(autograd, "_SCORES_ON_CPU", 2**15):
+            local_attention(q, k, k, Window(600, causal=True))
+        assert 2**13 < max(masks) <= 2**15 / 2  # for two query heads of a key head
+
+
+def test_windows_share_masks():
+    masks, as_it_is = [], fused._hiding
+    q = torch.randn(1, 2, 5 * 192, 8)
+    hiding = lambda *call: masks.append(1) or as_it_is(*call)  # noqa: E731
+    with taken(), patch.object(fused, "_hiding", hiding):
+        local_attention(q, q, q, Window(192, causal=True))
+    # Two tiles in a window, of which the first of all windows has no other before it.
+    assert len(masks) == 4
+
+
+def test_tiles_at_offsets_have_masks_of_their_own():
+    """Such windows promise no steps, though two tiles may see as many keys before and after."""
+    q = torch.randn(1, 2, 101, 8, dtype=torch.float64)
+    for size in range(3, 12):
+        call = {"window": Window(size, causal=True), "q_offset": 1, "kv_offset": 1}
+        right = local_attention(q, q, q, **call, softcap=1e9)
+        with taken(tile=7, most=8) as calls:
+            found = local_attention(q, q, q, **call)
+        assert calls
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_model_and_second_derivatives_agree():
+    layer = LocalAttention(24, causal=True, autopad=True, dropout=0.0, dim=8)
+    x = torch.randn(2, 3, 101, 8, dtype=torch.float64, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with taken() as calls:
+        out = layer(x, x, x)
+        assert torch.equal(compiled(x, x, x), out)
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        assert len(calls) == 2
+        assert torch.autograd.gradcheck(lambda x: layer(x, x, x), x[:1, :1, :30], fast_mode=True)
+    out = layer(x, x, x)
+    (true,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, true)
+    (second,), (true,) = (torch.autograd.grad(y.square().sum(), x) for y in (grad, true))
+    torch.testing.assert_close(second, true)
+
+
+def test_numbers_that_are_not_side_by_side_are_left_to_others():
+    q = torch.randn(1, 2, 8, 90).transpose(2, 3)
+    with taken() as calls:
+        found = local_attention(q, q, q, Window(7, causal=True))
+        assert not calls
+        torch.testing.assert_close(
+            found, local_attention(*[q.contiguous()] * 3, Window(7, causal=True))
+        )
+        assert calls
+
+
+SAYS = "scaled_dot_product_attention computes its tiles"
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "expected"),
+    [
+        (512, {}, True),
+        (70, {}, False),
+        (512, {"softcap": 3.0}, False),
+        (512, {"mask": torch.arange(512)[None] < 400}, True),
+        (512, {"documents": torch.arange(512) // 200}, True),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_explain_says_so(n, more, expected, backend):
+    q = torch.randn(1, 8, n, 64)
+    with taken(least=fused._LEAST_PRODUCTS) as calls:
+        local_attention(q, q, q, Window(64, causal=True), backend=backend, **more)
+    assert bool(calls) == expected
+    choice = explain(q, q, q, Window(64, causal=True), backend=backend, **more)
+    assert choice.backend == "eager"
+    assert (SAYS in choice.reason) == expected
