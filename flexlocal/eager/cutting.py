@@ -21,6 +21,11 @@ _LEAST_TILE = 64
 _VECTOR = 16
 """Numbers in a vector of the processor."""
 
+_PART, _LEAST_SCORES = 128, 2**18
+"""Queries in a part of a long window, and scores of the parts of all heads, the fewest that repay a
+portion. On an AMD EPYC (Zen 3) with one thread and windows of 512, training took 0.73 times as long
+with 8 heads, and 1.16 times with one head, which has half as many."""
+
 
 def in_tiles(
     spec: Spec, rule: Rule, inputs: Inputs, draws: tuple[Tensor, Tensor] | None
@@ -89,8 +94,21 @@ def sizes_of(
         if short < min(tile, n):
             tile = short
             before, after = reach.around(tile)
+        elif not one_window and _parts_pay(q, k, rule):
+            before, after = reach.around(_PART)
+            return Sizes(b, h, k.shape[1], n, m, _PART, before, after, by_tile=True)
     any_length = is_symbolic(n) and is_exporting()
     return Sizes(b, h, k.shape[1], n, m, tile, before, after, rule.lead, any_length)
+
+
+def _parts_pay(q: Tensor, k: Tensor, rule: Rule) -> bool:
+    """Whether a tile is faster that is a part of a causal window, without the keys after itself."""
+    h, n = q.shape[1:3]
+    if q.device.type != "cpu" or not rule.is_window or not rule.window.causal:
+        return False
+    scores = _PART * min(rule.reach.longest(_PART), n)
+    most = scores_in_a_portion(q.device) * k.shape[1] // h
+    return min(rule.reach.step, n) > _PART and _LEAST_SCORES / h <= scores <= most
 
 
 def _shortened(device: torch.device, queries: int, keys: int) -> int:

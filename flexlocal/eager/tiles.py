@@ -8,6 +8,7 @@ tile, ``s`` keys of a tile, ``n`` queries, ``m`` keys, ``d`` any last dimension.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ class Sizes:
     """Index of the key at a query, less the index of the query."""
     any_length: bool = False
     """Whether ``n`` is symbolic, and no comparison may be made with it."""
+    by_tile: bool = False
+    """Whether a portion is one tile, as where tiles see more or fewer keys, of many heads."""
 
     @property
     def span(self) -> int:
@@ -219,11 +222,14 @@ def every_tile(sizes: Sizes) -> Tiles:
 
 
 def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
-    """Portions of about ``scores`` scores, each of one head or of whole batch entries."""
+    """Portions of about ``scores`` scores: of one tile, of one head or of whole batch entries."""
     if 0 in (sizes.batch, sizes.heads, sizes.n):
         return
     everything = replace(every_tile(sizes), whole=False)
     tile_scores = sizes.tile * sizes.span
+    if sizes.by_tile:
+        yield from _of_one_tile(everything, scores // tile_scores)
+        return
     entries = scores // max(1, sizes.heads * sizes.tiles * tile_scores)
     for entry in range(0, sizes.batch, max(1, entries)):
         if entries:
@@ -242,3 +248,21 @@ def some_at_a_time(sizes: Sizes, scores: int) -> Iterator[Tiles]:
                     first,
                     min(count, sizes.tiles - first),
                 )
+
+
+def _of_one_tile(everything: Tiles, most: int) -> Iterator[Tiles]:
+    """Portions of a tile of ``most`` heads or fewer, whole groups of a key head."""
+    sizes = everything.sizes
+    group = sizes.heads // sizes.kv_heads
+    count = max(1, most // group)
+    for entry, tile in product(range(sizes.batch), range(sizes.tiles)):
+        for first in range(0, sizes.kv_heads, count):
+            stop = min(first + count, sizes.kv_heads)
+            yield replace(
+                everything,
+                batch=slice(entry, entry + 1),
+                heads=slice(first * group, stop * group),
+                kv_heads=slice(first, stop),
+                first=tile,
+                count=1,
+            )
