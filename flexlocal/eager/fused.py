@@ -17,9 +17,10 @@ from ..torch_limits import at_least, at_most
 from .formula import Operands
 
 _LEAST_PRODUCTS = 3 * 2**20
-"""Of the numbers of queries and of keys in a tile of all heads, the fewest that repay a call of the
-kernel. On an AMD EPYC (Zen 3) with one thread, 2M took 1.05 times and 4M 0.85 times as long as
-without the kernel."""
+"""Products of numbers of queries and keys in a tile of all heads, the fewest that repay a call of
+the kernel; twice as many where each tile has a mask of its own. On an AMD EPYC (Zen 3) with one
+thread, 2M took 1.05 times and 4M 0.85 times as long as without the kernel; with a key mask, 4M took
+1.18 times and 17M 0.89 times as long."""
 
 _LEAST_TILE, _MOST_TILE, _VECTOR = 64, 128, 16
 """Queries in a tile. Shorter ones take as long for their overhead; longer ones score more keys that
@@ -34,10 +35,12 @@ def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
     if not (plain and without and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
         return False
-    entries = 1 if rule.tensors or tensors.mask is not None else q.shape[0]
     tile = min(_tile(rule), q.shape[2])
     keys = min(rule.reach.longest(tile), k.shape[2])
-    return entries * q.shape[1] * tile * keys * q.shape[3] >= _LEAST_PRODUCTS
+    products = q.shape[1] * tile * keys * q.shape[3]
+    if rule.tensors or tensors.mask is not None:
+        return products >= 2 * _LEAST_PRODUCTS
+    return q.shape[0] * products >= _LEAST_PRODUCTS
 
 
 def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int) -> None:

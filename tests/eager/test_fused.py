@@ -151,21 +151,22 @@ SAYS = "scaled_dot_product_attention computes its tiles"
 
 
 @pytest.mark.parametrize(
-    ("n", "more", "expected"),
+    ("n", "heads", "more", "expected"),
     [
-        (512, {}, True),
-        (70, {}, False),
-        (512, {"softcap": 3.0}, False),
-        (512, {"mask": torch.arange(512)[None] < 400}, True),
-        (512, {"documents": torch.arange(512) // 200}, True),
+        (512, 2, {}, True),
+        (70, 2, {}, False),
+        (512, 2, {"softcap": 3.0}, False),
+        (512, 2, {"mask": torch.arange(512)[None] < 400}, False),
+        (512, 8, {"mask": torch.arange(512)[None] < 400}, True),
+        (512, 8, {"documents": torch.arange(512) // 200}, True),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_explain_says_so(n, more, expected, backend):
-    q = torch.randn(1, 8, n, 64)
+def test_explain_says_so(n, heads, more, expected, backend):
+    q = torch.randn(1, heads, n, 64)
     with taken(least=fused._LEAST_PRODUCTS) as calls:
-        local_attention(q, q, q, Window(64, causal=True), backend=backend, **more)
+        local_attention(q, q, q, Window(128, causal=True), backend=backend, **more)
     assert bool(calls) == expected
-    choice = explain(q, q, q, Window(64, causal=True), backend=backend, **more)
+    choice = explain(q, q, q, Window(128, causal=True), backend=backend, **more)
     assert choice.backend == "eager"
     assert (SAYS in choice.reason) == expected
