@@ -111,6 +111,14 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether numbers of ``x`` and of what is made of it can be looked at.
+
+    Not those of stand-ins, such as fake tensors, nor in a mode that records or fakes operators.
+    """
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
+
+
 def plain_int(size: int) -> int:
     """``size`` as a number, where a compiler made it symbolic.
 

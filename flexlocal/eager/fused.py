@@ -6,6 +6,7 @@ forward pass. Shapes are those of ``formula``.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..masks.rule import Rule
 from ..spec import Inputs, Spec
-from ..torch_limits import at_least, at_most
+from ..torch_limits import at_least, at_most, has_values
 from .formula import Operands
 
 _LEAST_PRODUCTS = 3 * 2**20
@@ -34,6 +35,8 @@ def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     without = tensors.bias is None and tensors.sinks is None and spec.xpos_base is None
     fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
     if not (plain and without and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
+        return False
+    if (rule.tensors or rule.by_head) and not has_values(q):  # the bounds' are looked at
         return False
     tile = min(_tile(rule), q.shape[2])
     keys = min(rule.reach.longest(tile), k.shape[2])
@@ -77,7 +80,7 @@ def _fill(
     repeats = step > 0 and not (rule.tensors or rule.by_head) and mask is None
     place: tuple[int, ...] = ()
     masks = h if rule.by_head else groups
-    for start, stop, low, high in _tiles(rule, bounds, masks, scores):
+    for start, stop, low, high in _tiles(rule, bounds, k.shape[2], masks, scores):
         here = start % max(1, step), stop - start, low - start, high - start
         queries, keys = slice(start, stop), slice(low, high)
         if not repeats or place != here:
@@ -92,7 +95,8 @@ def _fill(
         part = F.scaled_dot_product_attention(
             grouped, k[:, :, keys], v[:, :, keys], attn_mask=hiding, scale=spec.scale
         ).reshape(b, h, -1, d)
-        out[:, :, queries] = part if blind is None else part.masked_fill(blind, 0.0)
+        # In steps, a query sees its own key.
+        out[:, :, queries] = part if repeats else part.masked_fill(blind, 0.0)
 
 
 def bounds(rule: Rule, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,47 +127,50 @@ def _tile(rule: Rule) -> int:
 
 
 def _tiles(
-    rule: Rule, bounds: tuple[Tensor, Tensor], masks: int, scores: int
+    rule: Rule, bounds: tuple[Tensor, Tensor], keys: int, masks: int, scores: int
 ) -> Iterator[tuple[int, int, int, int]]:
     """First query of each tile and the one after its last, the same of its keys.
 
     Tiles that may share a mask come one after the other.
 
     Args:
+        keys: how many there are.
         masks: how often a tile's mask is held, for its heads.
         scores: about how many numbers these may be.
     """
-    first, last = bounds
-    n, tile = first.shape[-1], _tile(rule)
-    keys = min(rule.reach.longest(tile), int(last.amax()) + 1)
-    if masks * tile * keys > scores:
-        tile = max(1, scores // (masks * keys * _VECTOR)) * _VECTOR
+    n, tile = bounds[0].shape[-1], _tile(rule)
+    span = min(rule.reach.longest(tile), keys)
+    if masks * tile * span > scores:
+        tile = max(1, scores // (masks * span * _VECTOR)) * _VECTOR
     period = max(tile, rule.reach.step)
-    found = [
-        (at, min(at + tile, at - place + period, n))
-        for place in range(0, min(period, n), tile)
-        for at in range(place, n, period)
-    ]
-    lows = first[..., [start for start, _ in found]].amin((0, 1)).tolist()
-    highs = last[..., [stop - 1 for _, stop in found]].amax((0, 1)).tolist()
-    for (start, stop), low, high in zip(found, lows, highs, strict=True):
-        yield start, stop, *((low, high + 1) if low <= high else (0, 1))
+    for place in range(0, min(period, n), tile):
+        for start in range(place, n, period):
+            stop = min(start + tile, start - place + period, n)
+            low, high = _keys_of(rule, bounds, start, stop)
+            low, high = max(low, 0), min(high + 1, keys)
+            yield start, stop, *((low, high) if low < high else (0, 1))
+
+
+def _keys_of(rule: Rule, bounds: tuple[Tensor, Tensor], start: int, stop: int) -> tuple[Any, Any]:
+    """First and last key that some of these queries may see."""
+    if rule.tensors or rule.by_head:
+        first, last = bounds
+        return first[..., start].min().item(), last[..., stop - 1].max().item()
+    return rule.keys(0, 0, start)[0], rule.keys(0, 0, stop - 1)[1]
 
 
 def _hiding(
     bounds: Sequence[Tensor], mask: Tensor | None, keys: slice, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """What is added to hide a tile's scores, and which of its queries see no key, if any.
+) -> tuple[Tensor, Tensor]:
+    """What is added to hide a tile's scores, and which of its queries see no key.
 
     ``(1, h or 1, t, s)`` and ``(1, h or 1, t, 1)``; zeros for a query that sees no key.
     """
     first, last = bounds
-    key = torch.arange(keys.start, keys.stop, dtype=torch.int32)
+    key = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=first.device)
     shown = (first[..., None] <= key) & (key <= last[..., None])
     if mask is not None:
         shown = shown & mask[:, :, None, keys]
-    blind = None
-    if mask is not None or not bool((first <= last).all()):
-        blind = ~shown.any(-1, keepdim=True)
-        shown = shown | blind
-    return torch.zeros(shown.shape, dtype=dtype).masked_fill_(~shown, -torch.inf), blind
+    blind = ~shown.any(-1, keepdim=True)
+    hiding = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
+    return hiding.masked_fill_(~(shown | blind), -torch.inf), blind

@@ -10,6 +10,7 @@ import rules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexlocal import LocalAttention, Window, explain, local_attention
 from flexlocal.eager import autograd, fused
@@ -38,7 +39,7 @@ def plain(draw):
     return replace(call, case=case, softcap=None, sink_heads=None)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(call=plain(), tile=st.sampled_from([3, 8, 64]), scores=st.sampled_from([1, 200, 2**20]))
 def test_outputs_and_gradients(call, tile, scores):
     def run(tensors):
@@ -134,6 +135,22 @@ def test_a_compiled_model_and_second_derivatives_agree():
     torch.testing.assert_close(grad, true)
     (second,), (true,) = (torch.autograd.grad(y.square().sum(), x) for y in (grad, true))
     torch.testing.assert_close(second, true)
+
+
+@pytest.mark.parametrize("documents", [None, torch.arange(150) // 40])
+def test_it_runs_in_modes_that_know_no_numbers(documents):
+    q = torch.randn(1, 2, 150, 8)
+
+    def attend(q, documents):
+        return local_attention(q, q, q, Window(7), documents=documents)
+
+    with taken() as calls:
+        right = attend(q, documents)
+        with torch.device("meta"):
+            torch.testing.assert_close(attend(q, documents), right)
+        assert len(calls) == 2
+        graph = make_fx(attend, tracing_mode="fake")(q, documents)
+        torch.testing.assert_close(graph(q, documents), right)
 
 
 def test_numbers_that_are_not_side_by_side_are_left_to_others():
