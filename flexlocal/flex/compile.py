@@ -68,10 +68,10 @@ def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], _Result]:
     attend = partial(flash_attention.attend, spec)
     if inputs.inv_freq is None or torch.compiler.is_compiling():
         return attend
-    turned = _with_own_graph(spec, inputs, None)
+    turn = _with_own_graph(spec, inputs, None)
 
     def run(inputs: Inputs) -> _Result:
-        q, k = turned(inputs)
+        q, k = turn(inputs)
         return attend(inputs._replace(q=q, k=k, inv_freq=None))
 
     return run
