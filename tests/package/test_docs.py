@@ -25,6 +25,8 @@ TABLES = {
     "h100.json": COMPARISON,
     "h100_doc256.json": COMPARISON,
     "cpu.json": COMPARISON,
+    "cpu_fp32.json": RESULTS / "README.md",
+    "cpu_bf16.json": RESULTS / "README.md",
     "h100_rotary.json": RESULTS / "README.md",
     "h200.json": RESULTS / "README.md",
     "h200_rotary.json": RESULTS / "README.md",
