@@ -20,7 +20,7 @@ from .masks.keys import for_each_head, mask_of_rows
 from .masks.placed import place
 from .masks.rule import Rule
 from .rotary import Rotary, Xpos
-from .torch_limits import plain_int
+from .torch_limits import plain_float, plain_int
 
 BackendName = Literal["auto", "flex", "eager"]
 
@@ -158,14 +158,20 @@ def resolved(spec: Spec, inputs: Inputs) -> Spec:
         scale = plain_int(inputs.q.shape[-1]) ** -0.5
     elif isinstance(scale, int):
         scale = float(plain_int(scale))
-    softcap = spec.softcap
+    else:
+        scale = plain_float(scale)
+    softcap, dropout = spec.softcap, plain_float(spec.dropout)
     if isinstance(softcap, int):
         softcap = float(plain_int(softcap))
+    elif softcap is not None:
+        softcap = plain_float(softcap)
     if options is not None:
         options = tuple(sorted(options.items()))
     if rule.tensors and not torch.compiler.is_compiling():
         rule = without_values(rule)
-    return spec._replace(rule=rule, scale=scale, kernel_options=options, softcap=softcap)
+    return spec._replace(
+        rule=rule, scale=scale, dropout=dropout, kernel_options=options, softcap=softcap
+    )
 
 
 def without_values(rule: Rule) -> Rule:

@@ -129,6 +129,20 @@ def plain_int(size: int) -> int:
     return operator.index(size)
 
 
+def plain_float(x: float) -> float:
+    """``x`` as a number, where a compiler made it symbolic; as ``plain_int``.
+
+    ``dynamic=True`` makes settings of a layer symbolic, and Dynamo one that has changed. A kernel
+    can capture none of them (torch 2.11 to 2.15).
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # a third of a second
+
+    number: float = guard_scalar(x)
+    return number
+
+
 def is_symbolic(size: int) -> bool:
     """Whether a compiler is to make one graph for many sizes: to compare it would guard on it."""
     if is_tracing():  # sizes are 0-d tensors

@@ -19,7 +19,7 @@ from flexlocal import LocalAttention, Window
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks, Kernel
 from flexlocal.flex.tuning import STOCK
-from flexlocal.torch_limits import inductor, is_exporting, mark_length_dynamic
+from flexlocal.torch_limits import inductor, is_exporting, mark_length_dynamic, plain_float
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -147,6 +147,28 @@ def test_a_kernel_of_the_cpu_gives_none(what):
             "not supported on CPU|NotImplementedError",
             f"the refusal of {what}",
         )
+
+
+def test_a_kernel_captures_no_symbolic_float():
+    """``plain_float``: the test after this one."""
+
+    def attend(q, k, v, bound, number):
+        factor = 1 / number(bound)
+        return flex_attention(q, k, v, score_mod=lambda score, *place: score * factor)
+
+    q, k, v = (torch.randn(1, 1, 128, 32) for _ in range(3))
+    run = eagerly(attend, dynamic=True)
+    run(q, k, v, 0.3, plain_float)
+    torch.compiler.reset()
+    assert_refused(lambda: run(q, k, v, 0.3, lambda x: x), "SymFloat", "plain_float")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dense_on_the_cpu")
+def test_settings_of_a_dynamic_layer_are_plain():
+    layer = LocalAttention(16, dropout=0.3, softcap=0.3, backend="flex")
+    q, k, v = (torch.randn(2, 3, 32, 16) for _ in range(3))
+    assert eagerly(layer, dynamic=True)(q, k, v).shape == q.shape
 
 
 @pytest.mark.slow

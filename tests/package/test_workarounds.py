@@ -62,6 +62,10 @@ WORKAROUNDS = {
         "limits test_a_kernel_is_made_for_a_number_of_heads",
         "limits test_sizes_become_symbolic_and_plain_again",
     ),
+    "torch_limits.py plain_float": (
+        "compiler test_a_kernel_captures_no_symbolic_float",
+        "compiler test_settings_of_a_dynamic_layer_are_plain",
+    ),
     "torch_limits.py at_least": (
         "limits test_positions_clipped_by_clamp_break_a_mask",
         "limits test_positions_clipped_by_clamp_break_a_mask",
