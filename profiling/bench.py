@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import host, machine, report
+from . import bars, host, machine, report
 from .check import complaint, errors, results, shortened, truth
 from .options import DTYPES, dtype_of, file_to_write, problems_of, reader
 from .peers import OURS, PEERS, REFERENCE, Peer, forward_of, training_of
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{report.text(entry)}", flush=True)
         machine.write(record, options.json)  # a later one may take the machine with it
     if options.plot:
-        report.plot(record, options.plot)
+        bars.plot(record, options.plot)
     return int(wrong)
 
 

@@ -1,6 +1,5 @@
-"""What ``bench`` measured, as text, as a table for docs/ and as a picture."""
+"""What ``bench`` measured, as text and as a table for docs/."""
 
-from pathlib import Path
 from typing import Any
 
 from .terminal import number, table
@@ -123,25 +122,3 @@ def kernels_wait(entry: Entry, kind: str) -> bool:
     call, kernels = f"{kind}_ms", f"{kind}_kernels_ms"
     timed = [row for row in entry["rows"] if row.get(kernels) is not None]
     return any(row[kernels] < PACED * row[call] for row in timed)
-
-
-def plot(record: dict[str, Any], file: Path) -> None:
-    """Writes a bar for each peer, grouped by problem."""
-    from matplotlib.figure import Figure
-
-    entries = record["problems"]
-    names = dict.fromkeys(row["peer"] for entry in entries for row in entry["rows"])
-    kinds = [kind for kind in KINDS if measured(entries, f"{kind}_ms")]
-    figure = Figure(figsize=(3 + 2.5 * len(entries), 4 * len(kinds)), layout="constrained")
-    width = 0.8 / len(names)
-    for axes, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
-        for place, name in enumerate(names):
-            heights = [row_in(entry, name).get(f"{kind}_ms") for entry in entries]
-            shown = {group + width * place: ms for group, ms in enumerate(heights) if ms}
-            axes.bar(shown.keys(), shown.values(), width, label=name)
-        middles = [group + 0.4 - width / 2 for group in range(len(entries))]
-        axes.set_xticks(middles, [entry["name"] for entry in entries])
-        axes.set(yscale="log", ylabel=f"{kind}, ms")
-    figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{record['device']}, {record['settings']['dtype']}")
-    figure.savefig(file, dpi=120)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+PIPED = 80  # columns of a table that no terminal shows
+
 
 def watched(items: Iterable[Any], total: int, words: str) -> Iterator[Any]:
     """The items, under a bar that counts them; without it where nobody watches."""
@@ -20,9 +22,9 @@ def watched(items: Iterable[Any], total: int, words: str) -> Iterator[Any]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> str:
-    """A table of text, without a line's end behind it; wrapped in a terminal only.
+    """A table of text, without a line's end behind it: as wide as the terminal, 80 in a pipe.
 
-    The first column and those with titles in ``words`` are set to the left, and may be wrapped.
+    The first column and those with titles in ``words`` are set to the left, and are wrapped.
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     for place, title in enumerate(columns):
@@ -32,7 +34,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence
     for row in rows:
         made.add_row(*row)
     text = StringIO()
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED
     Console(file=text, width=width, markup=False, highlight=False, color_system=None).print(made)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 

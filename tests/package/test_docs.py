@@ -155,6 +155,7 @@ SCRIPTS = [
     pytest.param((f"profiling.{name}", *words.values[0]), id=f"{name} {words.id}")
     for name in (
         "argument_costs",
+        "bars",
         "bench",
         "compiles",
         "cpu",

@@ -84,7 +84,7 @@ WORKAROUNDS = {
     ),
     "torch_limits.py written_out": (
         "compiler test_a_kernel_of_the_cpu_looks_nothing_up_that_is_no_buffer",
-        "on cpu test_lengths_with_xpos_and_a_mask"
+        "on cpu test_lengths_with_a_last_token_that_sees_only_itself"
         ", gpu test_a_block_mask_made_inside_a_compiled_function",
     ),
     "torch_limits.py settled": (

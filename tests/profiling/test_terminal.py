@@ -1,11 +1,16 @@
 """The bar and the table: what a terminal sees of them, and what a file or a pipe does."""
 
 import io
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from profiling import decoding
 from profiling.terminal import number, table, watched
+
+RESULTS = Path(__file__).parents[2] / "profiling/results"
 
 
 class Terminal(io.StringIO):
@@ -49,10 +54,34 @@ def test_words_go_on_in_the_next_line_of_a_narrow_terminal(monkeypatch):
     assert lines[3].strip() == "and of that, and"
 
 
-def test_nothing_is_cut_or_broken_in_a_pipe(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    long = "x" * 300
-    assert long in table(["name", "ms"], [[long, "1"]])
+def test_a_pipe_is_given_80_columns_and_all_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    long, words = "x" * 300, "some words " * 30
+    text = table(["name", "ms", "reason"], [[long, "123", words], ["y", "4", "z"]], ["reason"])
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("x") == 300 and text.count("words") == 30
+    assert "123" in text
+
+
+def test_tables_of_scripts_fit_80_columns_of_a_pipe():
+    transformers_models = pytest.importorskip(
+        "profiling.transformers_models", reason="transformers is not installed"
+    )
+    record = json.loads((RESULTS / "h200_decoding.json").read_text())
+    rows = [
+        {
+            "implementation": name,
+            "shape": [1, 16384],
+            "ms": 1234.5,
+            "off": off,
+            "rounds": [1.0, 1.2],
+        }
+        for name, off in (("flexlocal", 0.31), ("flex_attention", "RuntimeError: of some length"))
+    ]
+    for text in (decoding.text(record), transformers_models.text(rows)):
+        assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(decoding.text(record).split())
+    assert all(f"{number(sorted(x)[3])} " in words for x in record["host"].values())
 
 
 @pytest.mark.parametrize(
