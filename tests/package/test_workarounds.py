@@ -211,6 +211,7 @@ NO_WORKAROUNDS = {
     "has_float64": "what a device holds",
     "is_symbolic": "asks torch",
     "is_exporting": "asks torch",
+    "has_values": "asks torch",
     "at_most": "as at_least",
     "fast_tanh": "an instruction that torch does not use, for speed",
     "fast_capped": "an instruction that torch does not use, for speed",
