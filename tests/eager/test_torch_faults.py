@@ -155,6 +155,7 @@ def test_the_gradient_of_an_unfold_is_added_up_in_wrong_places():
     assert right == (TORCH >= (2, 15)), mended("Tiles._overlapping")
 
 
+@pytest.mark.slow
 def test_compilers_are_given_no_gradient_of_an_unfold():
     found = []
 

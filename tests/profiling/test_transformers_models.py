@@ -56,3 +56,16 @@ def test_an_implementation_that_is_missing_is_left_out_with_the_reason():
     *_, ours, other = script.text(rows).splitlines()
     assert ours.split()[-4:] == ["2.00", "1.00x", "(1.00-1.00)", "0.10"]
     assert other.split() == ["other", "1", "x", "8", "-", "-", "no", "GPU"]
+
+
+def test_the_table_fits_80_columns_of_a_pipe():
+    rows = [
+        {"implementation": name, "shape": (1, 16384), "ms": 123.4, "off": off, "rounds": [1.0, 1.2]}
+        for name, off in (
+            (script.OURS, 0.31),
+            ("FlashAttention 4", "RuntimeError: some words " * 9),
+        )
+    ]
+    text = script.text(rows)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("words") == 9
