@@ -85,7 +85,12 @@ def _fill(
         queries, keys = slice(start, stop), slice(low, high)
         if not repeats or place != here:
             place = here
-            hiding, blind = _hiding([x[..., queries] for x in bounds], mask, keys, q.dtype)
+            seen = _seen([x[..., queries] for x in bounds], mask, keys)
+            if not repeats:  # in steps, a query sees its own key
+                blind = ~seen.any(-1, keepdim=True)
+                seen = seen | blind
+            hiding = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+            hiding.masked_fill_(~seen, -torch.inf)
             if hiding.shape[1] > 1:
                 hiding = hiding.reshape(1, h // groups, -1, high - low)
             elif groups > 1:
@@ -95,7 +100,6 @@ def _fill(
         part = F.scaled_dot_product_attention(
             grouped, k[:, :, keys], v[:, :, keys], attn_mask=hiding, scale=spec.scale
         ).reshape(b, h, -1, d)
-        # In steps, a query sees its own key.
         out[:, :, queries] = part if repeats else part.masked_fill(blind, 0.0)
 
 
@@ -159,18 +163,9 @@ def _keys_of(rule: Rule, bounds: tuple[Tensor, Tensor], start: int, stop: int) -
     return rule.keys(0, 0, start)[0], rule.keys(0, 0, stop - 1)[1]
 
 
-def _hiding(
-    bounds: Sequence[Tensor], mask: Tensor | None, keys: slice, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What is added to hide a tile's scores, and which of its queries see no key.
-
-    ``(1, h or 1, t, s)`` and ``(1, h or 1, t, 1)``; zeros for a query that sees no key.
-    """
+def _seen(bounds: Sequence[Tensor], mask: Tensor | None, keys: slice) -> Tensor:
+    """Which of a tile's keys each of its queries sees, ``(1, h or 1, t, s)``."""
     first, last = bounds
     key = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=first.device)
-    shown = (first[..., None] <= key) & (key <= last[..., None])
-    if mask is not None:
-        shown = shown & mask[:, :, None, keys]
-    blind = ~shown.any(-1, keepdim=True)
-    hiding = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
-    return hiding.masked_fill_(~(shown | blind), -torch.inf), blind
+    seen = (first[..., None] <= key) & (key <= last[..., None])
+    return seen if mask is None else seen & mask[:, :, None, keys]

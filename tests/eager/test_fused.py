@@ -80,15 +80,15 @@ def test_errors_are_those_of_products_in_fp32_times_a_little(dtype, window):
 
 
 def test_a_mask_is_as_small_as_a_portion():
-    masks, as_it_is = [], fused._hiding
+    masks, as_it_is = [], fused._seen
 
-    def hiding(*call):
+    def seen(*call):
         found = as_it_is(*call)
-        masks.append(found[0].numel())
+        masks.append(found.numel())
         return found
 
     q, k = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8)
-    with taken(), patch.object(fused, "_hiding", hiding):
+    with taken(), patch.object(fused, "_seen", seen):
         local_attention(q, k, k, Window(600, causal=True))
         assert max(masks) > 600 * 100
         masks.clear()
@@ -98,10 +98,10 @@ def test_a_mask_is_as_small_as_a_portion():
 
 
 def test_windows_share_masks():
-    masks, as_it_is = [], fused._hiding
+    masks, as_it_is = [], fused._seen
     q = torch.randn(1, 2, 5 * 192, 8)
-    hiding = lambda *call: masks.append(1) or as_it_is(*call)  # noqa: E731
-    with taken(), patch.object(fused, "_hiding", hiding):
+    seen = lambda *call: masks.append(1) or as_it_is(*call)  # noqa: E731
+    with taken(), patch.object(fused, "_seen", seen):
         local_attention(q, q, q, Window(192, causal=True))
     # Two tiles in a window, of which the first of all windows has no other before it.
     assert len(masks) == 4
