@@ -119,6 +119,7 @@ def test_tiles_at_offsets_have_masks_of_their_own():
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_and_second_derivatives_agree():
     layer = LocalAttention(24, causal=True, autopad=True, dropout=0.0, dim=8)
     x = torch.randn(2, 3, 101, 8, dtype=torch.float64, requires_grad=True)
