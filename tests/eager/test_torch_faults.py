@@ -156,7 +156,6 @@ def test_the_gradient_of_an_unfold_is_added_up_in_wrong_places():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_compilers_are_given_no_gradient_of_an_unfold():
     found = []
 
