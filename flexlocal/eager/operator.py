@@ -7,7 +7,7 @@ Shapes are those of ``spec``.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -46,8 +46,10 @@ def attend(
     q, k, v, mask, bias, *_ = inputs
     first = last = None
     if rule.is_window:
-        size, causal, backward, forward, exact = astuple(rule.window)
-        numbers = [size, int(causal), backward, forward, int(exact)]
+        # Not dataclasses.astuple: torch 2.11 cannot trace its deepcopy.
+        window = rule.window
+        numbers = [window.size, int(window.causal), window.look_backward]
+        numbers += [window.ahead, int(window.exact)]
     else:
         first, last = bounds(rule, q, k)
         reach, lead = rule.reach, rule.lead
