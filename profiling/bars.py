@@ -6,7 +6,6 @@ A bar says how many times as long something takes as the fastest of what is not 
 that nothing else took part in has no bars.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .options import file_to_write, reader
+from .options import file_to_write, reader, record_in
 from .terminal import number
 
 Group = dict[str, float]
@@ -151,12 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="RESULTS.json")
     parser.add_argument("picture", type=file_to_write, metavar="PICTURE.png")
     options = parser.parse_args(arguments)
-    try:
-        plot(json.loads(options.file.read_text()), options.picture)
-    except (OSError, ValueError) as wrong:  # of which a text that is no JSON is one
-        parser.error(f"{options.file}: {wrong}")
-    except (KeyError, TypeError, IndexError, AttributeError):
-        parser.error(f"{options.file}: must hold what bench, transformers_models or decoding wrote")
+    writers = "bench, transformers_models or decoding"
+    with record_in(options.file, parser, writers) as record:
+        plot(record, options.picture)
     return 0
 
 

@@ -1,9 +1,12 @@
 """What the scripts' command lines share: which problem, and the layer that works on it."""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,6 +115,19 @@ def duration(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
     return float(text)
+
+
+@contextmanager
+def record_in(
+    file: Path, parser: argparse.ArgumentParser, writers: str
+) -> Iterator[dict[str, Any]]:
+    """The record that ``file`` holds; the program ends where it is none, or not of ``writers``."""
+    try:
+        yield json.loads(file.read_text())
+    except (OSError, ValueError) as wrong:  # of which a text that is no JSON is one
+        parser.error(f"{file}: {wrong}")
+    except (KeyError, TypeError, IndexError, AttributeError):
+        parser.error(f"{file}: must hold what {writers} wrote")
 
 
 def file_to_write(text: str) -> Path:

@@ -3,13 +3,12 @@
 python -m profiling.tables profiling/results/h100.json
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import argument_costs, cpu, report, scale
-from .options import reader
+from .options import reader, record_in
 
 # By the field that holds the figures.
 TABLES = {
@@ -25,16 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = reader("tables", __doc__)
     parser.add_argument("file", type=Path, metavar="RESULTS.json")
     file = parser.parse_args(arguments).file
-    try:
-        record = json.loads(file.read_text())
+    with record_in(file, parser, "bench, scale, argument_costs or cpu") as record:
         made = [markdown(record) for field, markdown in TABLES.items() if field in record]
         if not made:
             raise ValueError(f"record must hold one of {', '.join(TABLES)}, got {list(record)}")
         print(made[0])
-    except (OSError, ValueError) as wrong:  # of which a text that is no JSON is one
-        parser.error(f"{file}: {wrong}")
-    except (KeyError, TypeError, IndexError, AttributeError):
-        parser.error(f"{file}: must hold what bench, scale, argument_costs or cpu wrote")
     return 0
 
 

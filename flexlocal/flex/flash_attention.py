@@ -23,7 +23,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     """Local attention over a sliding window.
 
     Args:
-        spec: the call, resolved; ``flash.takes`` says which there are.
+        spec: the call, resolved; ``flash.preferred`` says which there are.
         inputs: its tensors, shaped.
 
     Returns:

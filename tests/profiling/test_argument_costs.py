@@ -6,23 +6,14 @@ import re
 import pytest
 import torch
 
-from profiling import argument_costs, timing
+from profiling import argument_costs
 
 
 @pytest.fixture
-def milliseconds(monkeypatch):
-    """A clock that takes one call for a measurement, and says 1, 2, 3 ... milliseconds."""
-    calls = []
-
-    def count(run, device, seconds):
-        run()
-        calls.append(run)
-        return float(len(calls))
-
-    monkeypatch.setattr(timing, "median_ms", count)
-    monkeypatch.setattr(timing, "ROUNDS", 3)
+def milliseconds(milliseconds, monkeypatch):
+    """The clock, on the CPU."""
     monkeypatch.setattr(argument_costs.machine, "default_device", lambda: torch.device("cpu"))
-    return calls
+    return milliseconds
 
 
 def test_each_call_is_compared_with_its_base_in_turns(milliseconds, tmp_path, capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from profiling import cpu, tables, timing
+from profiling import cpu, tables
 from profiling.peers import OURS, PEERS
 
 SMALL = ["--lengths", "40", "64", "--windows", "8", "--head-sizes", "16"]
@@ -16,21 +16,6 @@ SMALL = ["--lengths", "40", "64", "--windows", "8", "--head-sizes", "16"]
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     monkeypatch.setattr(cpu, "COMPILED", replace(OURS, name="compiled"))
-
-
-@pytest.fixture
-def milliseconds(monkeypatch):
-    """A clock that takes one call for a measurement, and says 1, 2, 3 ... milliseconds."""
-    calls = []
-
-    def count(run, device, seconds):
-        run()
-        calls.append(run)
-        return float(len(calls))
-
-    monkeypatch.setattr(timing, "median_ms", count)
-    monkeypatch.setattr(timing, "ROUNDS", 3)
-    return calls
 
 
 def test_every_size_is_timed_in_turns_and_kept(milliseconds, tmp_path, capsys):
