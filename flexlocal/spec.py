@@ -118,6 +118,12 @@ def offsets_of(
     return q_offset, kv_offset
 
 
+def wants_gradients(inputs: Inputs) -> bool:
+    """Whether a call is to give gradients of q, k, v, the bias or the sinks."""
+    learned = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
+
+
 def is_placed(inputs: Inputs) -> bool:
     """Whether positions count from documents or offsets, and not from the first token."""
     return inputs.documents is not None or inputs.q_offset is not None
@@ -238,10 +244,7 @@ def mask_of_queries(rule: Rule, inputs: Inputs) -> Tensor | None:
         inputs: shaped.
         rule: the call's, over these keys.
     """
-    learned = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks
-    if inputs.mask is None or not torch.is_grad_enabled():
-        return None
-    if not any(x is not None and x.requires_grad for x in learned):
+    if inputs.mask is None or not wants_gradients(inputs):
         return None
     lead, queries, keys = rule.lead, inputs.q.shape[2], inputs.k.shape[2]
     return inputs.mask if isinstance(lead, int) and lead == 0 and queries == keys else None

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ..spec import Inputs, Spec, is_placed
+from ..spec import Inputs, Spec, is_placed, wants_gradients
 from ..torch_limits import seen_as_constant
 from . import flash_attention
 from .tuning import FLASH, STOCK_BLOCK, capability, nearest, overridden
@@ -36,9 +36,7 @@ def preferred(spec: Spec, inputs: Inputs) -> tuple[Way | None, str | None]:
         return None, None
     kind = "standing"
     if spec.rule.window.exact:
-        learned = inputs.q, inputs.k, inputs.v, inputs.sinks
-        wanted = any(x is not None and x.requires_grad for x in learned)
-        kind = "training" if torch.is_grad_enabled() and wanted else "forward"
+        kind = "training" if wants_gradients(inputs) else "forward"
     if overridden() is None:
         entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
         if entry is None or entry.head_size != q.shape[-1] or kind not in entry.flash:

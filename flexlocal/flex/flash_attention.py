@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Spec, wants_gradients
 from .turned import turned
 
 
@@ -37,7 +37,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     numbers = spec.scale, spec.softcap or 0.0, window.before, window.after
     if torch.compiler.is_compiling():
         out, lse = _forward_operator(q, k, v, sinks, *numbers)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in _learned(q, k, v, sinks)):
+    elif wants_gradients(inputs):
         out, lse = _Flash.apply(q, k, v, sinks, *numbers)  # type: ignore[no-untyped-call]
     else:
         out, lse = _forward(q, k, v, sinks, *numbers)
@@ -68,10 +68,6 @@ def lacking(interface: Any) -> str | None:
             if argument not in known:
                 return f"{name}({argument}=)"
     return None
-
-
-def _learned(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -214,7 +210,7 @@ def _fake_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     *others: object,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x) for x in _learned(q, k, v, sinks)]
+    return [torch.empty_like(x) for x in (q, k, v, sinks) if x is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,9 +1,7 @@
 """What the flex path takes, and the reason where it cannot."""
 
-import torch
-
 from ..rotary import xpos_fits
-from ..spec import Inputs, Spec, xpos_tokens
+from ..spec import Inputs, Spec, wants_gradients, xpos_tokens
 from ..torch_limits import MOST_HEAD, is_exporting, is_transformed, unavailable
 from . import split
 
@@ -29,8 +27,7 @@ def refusal(spec: Spec, inputs: Inputs) -> str | None:
     if q.device.type == "cuda" and max(q.shape[-1], v.shape[-1]) > MOST_HEAD:
         return f"kernels take heads up to {MOST_HEAD} wide"
     if q.device.type == "cpu":
-        tensors = [x for x in (q, k, v, inputs.bias, inputs.sinks) if x is not None]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if wants_gradients(inputs):
             return "FlexAttention has no backward pass on the CPU; torch.no_grad() would do"
         needing = {
             "dropout": spec.dropout > 0,
