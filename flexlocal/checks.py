@@ -11,6 +11,7 @@ from torch import Tensor
 from .autocast import autocast_dtype
 from .masks import Rule, Window
 from .masks.arguments import check_flag, check_integers, check_number, kind_of
+from .masks.documents import check_cu_seqlens
 from .mods.dropout import MOST_DROPOUT
 from .rotary import check_above_zero, xpos_products_fit
 from .spec import BackendName, Inputs, Spec, without_values, xpos_tokens
@@ -197,9 +198,11 @@ def check_placed(rule: Rule, inputs: Inputs) -> None:
     """Documents and offsets are integers for q's rows, and what they place is a window."""
     given = {
         name: x
-        for name in ("documents", "q_offset", "kv_offset")
+        for name in ("documents", "cu_seqlens", "q_offset", "kv_offset")
         if (x := getattr(inputs, name)) is not None
     }
+    if "documents" in given and "cu_seqlens" in given:
+        raise ValueError("documents must be None where cu_seqlens gives them, got both")
     for name, x in given.items():
         if not rule.is_window:
             raise ValueError(
@@ -208,6 +211,9 @@ def check_placed(rule: Rule, inputs: Inputs) -> None:
             )
         if name == "documents":
             check_documents(x, inputs.q, inputs.k.shape[-2])
+        elif name == "cu_seqlens":
+            check_cu_seqlens(x)
+            _check_device(name, x, inputs.q)
         else:
             check_offset(name, x, inputs.q)
 

@@ -140,7 +140,7 @@ def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
 
 def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> tuple[torch.dtype | None]:
     """Refuses what does not fit; gives what ``_CHECKED`` holds."""
-    for name in ("documents", "q_offset", "kv_offset"):
+    for name in ("documents", "cu_seqlens", "q_offset", "kv_offset"):
         if getattr(inputs, name) is not None:
             raise ValueError(f"{name} must be None with a cache, which counts positions itself")
     _, cast = dispatch.checked(spec, inputs)

@@ -22,7 +22,7 @@ from .flex import compile as flex
 from .flex import flash, support, tuning
 from .flex.flash import Way
 from .masks import Rule
-from .spec import Inputs, Spec, resolved, rule_of, shaped, with_plain_numbers
+from .spec import Inputs, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 
@@ -87,7 +87,7 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
         ValueError, TypeError: an argument does not fit, or the fused kernel cannot run.
     """
     spec, inputs = checked(spec, inputs)
-    choice, inputs = choose(spec, inputs), shaped(inputs)
+    choice, inputs = choose(spec, inputs), numbered(shaped(inputs))
     if choice.backend == "eager" and fused.serves(spec, rule_of(spec, inputs), inputs):
         return replace(choice, reason=f"{choice.reason}; {_BY_TORCH}")
     return choice
@@ -96,7 +96,12 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
 _BY_TORCH = "scaled_dot_product_attention computes its tiles: measured to be faster at this size"
 
 
-Prepared = tuple[Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], torch.dtype | None]
+Result = Tensor | tuple[Tensor, Tensor]
+"""The output ``(b, h, n, d_v)``, and the log-sum-exps ``(b, h, n)`` where they are asked for."""
+
+Run = Callable[[Inputs], Result]
+
+Prepared = tuple[Run, torch.dtype | None]
 """What all calls of one kind share: the path, and the dtype that autocast wants for q, k and v."""
 
 _PREPARED: dict[object, Prepared] = {}
@@ -173,7 +178,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
     """All that the checks and the preparation of a call depend on."""
     if spec.kernel_options is not None:
         spec = spec._replace(kernel_options=tuple(sorted(spec.kernel_options.items())))
-    q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors, *others = inputs
+    q, k, v, mask, bias, seed, inv_freq, zeta, rule_tensors, *others, cu_seqlens = inputs
     device = q.device.type
     reach = None
     if rule_tensors:  # which what is kept may not hold
@@ -197,6 +202,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         zeta is None,
         tuple([_kind_of(x) for x in rule_tensors]) if rule_tensors else None,
         None if others == _NO_OTHERS else tuple([_kind_of(x) for x in others]),
+        None if cu_seqlens is None else _kind_of_sums(cu_seqlens),
         torch.is_grad_enabled(),
         is_transformed(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
@@ -205,7 +211,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
 
 
 _NO_OTHERS = [None] * 5
-"""``Inputs`` from ``sinks`` on, where none is given."""
+"""``Inputs`` from ``sinks`` to ``begin``, where none is given."""
 
 
 def _kind_of(x: Tensor | int | None) -> object:
@@ -215,23 +221,36 @@ def _kind_of(x: Tensor | int | None) -> object:
     return type(x), x.shape, x.dtype, x.device, x.requires_grad, near
 
 
+def _kind_of_sums(x: Tensor) -> object:
+    """Without their count, which differs from packing to packing."""
+    return type(x), x.dim(), x.numel() > 0, x.dtype, x.device, x.is_contiguous()
+
+
 def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     """Checks the arguments and picks the path."""
     given = inputs
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
+    by_sums = choice.flash == "directly"  # of documents' lengths, if they are given so
     if choice.backend == "flex":
         if choice.fault is not None:
             warn_once(f"local attention goes on without FlashAttention 4's kernel: {choice.fault}")
-        run = flex.prepared(spec, shaped(inputs), choice.flash)
+        like = shaped(inputs)
+        run = flex.prepared(spec, like if by_sums else numbered(like), choice.flash)
     else:
         on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()
         if spec.backend == "auto" and on_gpu:
             words = "local attention takes its eager path, which is slower"
             warn_once(f"{words}: {choice.reason}. backend='eager' asks for it by name")
         run = partial(eager.attend, spec)
+    if inputs.cu_seqlens is not None and not by_sums:
+        run = partial(_of_numbered, run)
     cast = any(x.dtype != inputs.q.dtype for x in given[:3])
     return run, inputs.q.dtype if cast else None
+
+
+def _of_numbered(run: Run, inputs: Inputs) -> Result:
+    return run(numbered(inputs))
 
 
 @seen_as_constant

@@ -12,8 +12,9 @@ from .masks import Rule
 from .masks.spans import MOST_DENSE, from_spans
 from .masks.window import as_rule
 from .rotary import Rotary
-from .spec import BackendName, Inputs, Spec, offsets_of, rotation_of, shaped
+from .spec import BackendName, Inputs, Spec, call_of, rotation_of, shaped
 from .torch_limits import is_tracing
+from .varlen import in_a_row
 
 
 def local_attention(
@@ -99,12 +100,9 @@ def local_attention(
         TypeError: an argument is of the wrong kind.
         RuntimeError: on the flex path, where torch leaves the kernel uncompiled.
     """
-    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
-    offsets = offsets_of(q, k, q_offset, kv_offset)
-    spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options, softcap, return_lse)
-    inputs = Inputs(
-        q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
-        *offsets,
+    spec, inputs = call_of(
+        q, k, v, window, mask, attn_bias, scale, softcap, sinks, shared_qk, dropout, dropout_seed,
+        rotary, documents, q_offset, kv_offset, return_lse, backend, kernel_options,
     )  # fmt: skip
     if cache is not None:
         return decoding.attend(spec, inputs, cache)
@@ -181,19 +179,23 @@ def explain(
     cache: LocalCache | None = None,
     backend: BackendName = "auto",
     kernel_options: dict[str, Any] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Choice:
     """Which path ``local_attention`` would take for its arguments, and why.
+
+    Args as those of ``local_attention``, and:
+        cu_seqlens: as for ``local_attention_varlen``, in whose shapes q, k and v are then taken.
 
     Raises:
         ValueError, TypeError: as ``local_attention``.
     """
-    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
-    offsets = offsets_of(q, k, q_offset, kv_offset)
-    spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options, softcap, return_lse)
-    inputs = Inputs(
-        q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
-        *offsets,
+    if cu_seqlens is not None:
+        q, k, v = in_a_row(q, k, v)
+    spec, inputs = call_of(
+        q, k, v, window, mask, attn_bias, scale, softcap, sinks, shared_qk, dropout, dropout_seed,
+        rotary, documents, q_offset, kv_offset, return_lse, backend, kernel_options,
     )  # fmt: skip
+    inputs = inputs._replace(cu_seqlens=cu_seqlens)
     if cache is not None:
         return decoding.choose(spec, inputs, cache)
     return dispatch.explained(spec, inputs)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from .masks.arguments import kind_of, plain
+from .masks.documents import documents_from_cu_seqlens
 from .masks.keys import for_each_head, mask_of_rows
 from .masks.placed import place
 from .masks.rule import Rule
+from .masks.window import as_rule
 from .rotary import Rotary, Xpos
 from .torch_limits import plain_float, plain_int
 
@@ -73,6 +75,8 @@ class Inputs(NamedTuple):
             ``(batch,)`` [an int or ``(b or 1, h or 1, 1)``]; None for both unless one was given.
         begin: position at which each row's first document begins, which may lie before the keys:
             integer ``(batch,)`` [``(b or 1, h or 1, 1)``]; None for 0.
+        cu_seqlens: in place of ``documents`` of a single row: where each begins, and last where the
+            last one ends, integer ``(documents + 1,)``. ``numbered`` makes documents of it.
     """
 
     q: Tensor
@@ -89,6 +93,43 @@ class Inputs(NamedTuple):
     q_offset: int | Tensor | None = None
     kv_offset: int | Tensor | None = None
     begin: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def call_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Rule | int,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    shared_qk: bool,
+    dropout: float,
+    dropout_seed: Tensor | None,
+    rotary: Rotary | None,
+    documents: Tensor | None,
+    q_offset: int | Tensor | None,
+    kv_offset: int | Tensor | None,
+    return_lse: bool,
+    backend: BackendName,
+    kernel_options: dict[str, Any] | None,
+) -> tuple[Spec, Inputs]:
+    """The call that arguments of ``local_attention`` make, in its order.
+
+    Raises:
+        ValueError, TypeError: no window, offset or rotary embedding can be read from them.
+    """
+    rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
+    offsets = offsets_of(q, k, q_offset, kv_offset)
+    spec = Spec(rule, scale, shared_qk, dropout, base, backend, kernel_options, softcap, return_lse)
+    inputs = Inputs(
+        q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
+        *offsets,
+    )  # fmt: skip
+    return spec, inputs
 
 
 def with_plain_numbers(spec: Spec) -> Spec:
@@ -126,7 +167,16 @@ def wants_gradients(inputs: Inputs) -> bool:
 
 def is_placed(inputs: Inputs) -> bool:
     """Whether positions count from documents or offsets, and not from the first token."""
-    return inputs.documents is not None or inputs.q_offset is not None
+    documents = inputs.documents is not None or inputs.cu_seqlens is not None
+    return documents or inputs.q_offset is not None
+
+
+def numbered(inputs: Inputs) -> Inputs:
+    """Shaped ``inputs`` with a document's number for each key, where ``cu_seqlens`` gives them."""
+    if inputs.cu_seqlens is None:
+        return inputs
+    documents = documents_from_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])
+    return inputs._replace(documents=documents[None, None], cu_seqlens=None)
 
 
 def xpos_tokens(spec: Spec, inputs: Inputs) -> int:
@@ -186,7 +236,11 @@ def without_values(rule: Rule) -> Rule:
 
 
 def rule_of(spec: Spec, inputs: Inputs) -> Rule:
-    """The rule of a call whose inputs are shaped, over the call's own tensors and positions."""
+    """The rule of a call over its own tensors and positions.
+
+    Args:
+        inputs: shaped and ``numbered``.
+    """
     if inputs.rule_tensors:
         return spec.rule.with_tensors(inputs.rule_tensors)
     if not is_placed(inputs):

@@ -53,16 +53,26 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, n: int) -> Tensor:
     >>> documents_from_cu_seqlens(torch.tensor([0, 3, 3, 5]), 6).tolist()
     [0, 0, 0, 2, 2, -1]
     """
-    check_integers("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens must have the shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
-        )
+    check_cu_seqlens(cu_seqlens)
     n = check_count("n", n, least=0)
     ends = cu_seqlens[1:].contiguous()
     token = torch.arange(n, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     number = torch.searchsorted(ends, token, right=True, out_int32=True)
     return number.masked_fill(number == ends.shape[0], -1)
+
+
+def check_cu_seqlens(cu_seqlens: object) -> None:
+    """``cu_seqlens`` is a dense tensor of integers, ``(documents + 1,)``.
+
+    Raises:
+        ValueError, TypeError: it is not.
+    """
+    check_integers("cu_seqlens", cu_seqlens)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens must have the shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
+        )
 
 
 def run_ends(documents: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..dispatch import checked, choose
 from ..masks import Rule
 from ..masks.arguments import check_flag, kind_of
-from ..masks.window import as_rule
 from ..rotary import Rotary
-from ..spec import BackendName, Inputs, Spec, offsets_of, rotation_of
+from ..spec import BackendName, Inputs, Spec, call_of
 from .agreement import agreed, group_of
 from .documents import begins, summary
 from .exchange import gathered, tied
@@ -84,14 +83,10 @@ def sharded_local_attention(
     group = group_of(group)
     try:
         check_flag("overlap", overlap)
-        rule, (base, inv_freq, zeta) = as_rule(window), rotation_of(rotary)
-        given = Spec(
-            rule, scale, shared_qk, dropout, base, backend, kernel_options, softcap, return_lse
-        )
-        offsets = offsets_of(q, k, q_offset, kv_offset)
-        inputs = Inputs(
-            q, k, v, mask, attn_bias, dropout_seed, inv_freq, zeta, rule.tensors, sinks, documents,
-            *offsets,
+        given, inputs = call_of(
+            q, k, v, window, mask, attn_bias, scale, softcap, sinks, shared_qk, dropout,
+            dropout_seed, rotary, documents, q_offset, kv_offset, return_lse, backend,
+            kernel_options,
         )  # fmt: skip
         spec, inputs = checked(given, inputs)
         check_shardable(spec, inputs)

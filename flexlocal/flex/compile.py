@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, is_placed
+from ..spec import Inputs, Spec, is_placed, numbered, rule_of
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
@@ -135,7 +135,8 @@ def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[...,
                 "backend must be 'eager' here"
             )
         if tuning is None:
-            return turned(spec.rule, None, Inputs(*inputs), None)
+            given = numbered(Inputs(*inputs))
+            return turned(rule_of(spec, given), None, given, None)
         return attend(spec, Inputs(*inputs), tuning, lists)
 
     # torch counts recompiles by code object, so that each callable needs one of its own. Its

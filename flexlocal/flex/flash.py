@@ -61,10 +61,18 @@ def _takes(spec: Spec, inputs: Inputs) -> bool:
         by_head = q.dim() == 4 and inputs.sinks.shape[0] == q.shape[1]
         if not by_head or inputs.sinks.dtype == torch.float64:
             return False
-    if not spec.rule.is_window or is_placed(inputs) or mask is not None or bias is not None:
+    if not spec.rule.is_window or mask is not None or bias is not None:
+        return False
+    if is_placed(inputs) and not _by_sums_alone(spec, inputs):
         return False
     plain = not spec.shared_qk and spec.dropout == 0 and spec.xpos_base is None
     return plain and q.shape[-2:] == k.shape[-2:] == v.shape[-2:]
+
+
+def _by_sums_alone(spec: Spec, inputs: Inputs) -> bool:
+    """Whether documents' cumulative lengths alone place a sliding window."""
+    window = spec.rule.window
+    return window.exact and inputs.cu_seqlens is not None and inputs.q_offset is None
 
 
 def _fits_blocks(spec: Spec, inputs: Inputs) -> bool:

@@ -4,8 +4,9 @@ Such a window is two numbers to them: how many keys before and after itself a qu
 compiled but the kernels, by themselves. Inside a compiler the two passes are operators, which it
 keeps whole. arXiv:2307.08691; https://github.com/Dao-AILab/flash-attention, ``flash_attn/cute``.
 
-Shapes are those of ``spec``; theirs are ``(b, n, h, d)``. Of their functions torch takes the same
-two for FlexAttention's backend FLASH.
+Shapes are those of ``spec``; theirs are ``(b, n, h, d)``. A row of documents is ``(n, h, d)`` to
+them, beside the documents' cumulative lengths. Of their functions torch takes the same two for
+FlexAttention's backend FLASH.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, wants_gradients
+from ..spec import Inputs, Spec, numbered, rule_of, wants_gradients
 from .turned import turned
 
 
@@ -31,27 +32,31 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         ``(b, h, n)``.
     """
     q, k, v, sinks, window = inputs.q, inputs.k, inputs.v, inputs.sinks, spec.rule.window
+    sums = inputs.cu_seqlens
     if inputs.inv_freq is not None:
-        q, k = turned(spec.rule, None, inputs, None)
+        inputs = numbered(inputs)
+        q, k = turned(rule_of(spec, inputs), None, inputs, None)
+    if sums is not None:
+        sums = sums.to(torch.int32).contiguous()
     assert spec.scale is not None
     numbers = spec.scale, spec.softcap or 0.0, window.before, window.after
     if torch.compiler.is_compiling():
-        out, lse = _forward_operator(q, k, v, sinks, *numbers)
+        out, lse = _forward_operator(q, k, v, sinks, sums, *numbers)
     elif wants_gradients(inputs):
-        out, lse = _Flash.apply(q, k, v, sinks, *numbers)  # type: ignore[no-untyped-call]
+        out, lse = _Flash.apply(q, k, v, sinks, sums, *numbers)  # type: ignore[no-untyped-call]
     else:
-        out, lse = _forward(q, k, v, sinks, *numbers)
+        out, lse = _forward(q, k, v, sinks, sums, *numbers)
     return (out, lse) if spec.return_lse else out
 
 
 ASKED = {
     "_flash_attn_fwd": (
         "softmax_scale", "softcap", "window_size_left", "window_size_right", "learnable_sink",
-        "return_lse", "out",
+        "cu_seqlens_q", "cu_seqlens_k", "return_lse", "out", "lse",
     ),
     "_flash_attn_bwd": (
         "softmax_scale", "softcap", "window_size_left", "window_size_right", "learnable_sink",
-        "deterministic", "dq", "dk", "dv", "dlse",
+        "cu_seqlens_q", "cu_seqlens_k", "deterministic", "dq", "dk", "dv", "dlse",
     ),
 }  # fmt: skip
 """Functions of ``flash_attn.cute.interface``, and arguments that are given by name here."""
@@ -70,9 +75,9 @@ def lacking(interface: Any) -> str | None:
     return None
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """``(b, h, n, d)`` as ``(b, n, h, d)``; a view."""
-    return x.transpose(1, 2)
+def _by_token(x: Tensor, documents: bool) -> Tensor:
+    """``(b, h, n, d)`` as ``(b, n, h, d)``, a single row of documents as ``(n, h, d)``; a view."""
+    return x[0].transpose(0, 1) if documents else x.transpose(1, 2)
 
 
 def _forward(
@@ -80,6 +85,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
+    sums: Tensor | None,
     scale: float,
     softcap: float,
     before: int,
@@ -88,21 +94,25 @@ def _forward(
     """The output and the log-sum-exps."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out = torch.empty_like(q)
+    packed = sums is not None
+    out, lse = _empty_like(q, packed), None
+    if packed:
+        lse = q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _, lse, *_ = _flash_attn_fwd(
-            _by_token(q),
-            _by_token(k),
-            _by_token(v),
+        _, found, *_ = _flash_attn_fwd(
+            *(_by_token(x, packed) for x in (q, k, v)),
+            cu_seqlens_q=sums,
+            cu_seqlens_k=sums,
             softmax_scale=scale,
             softcap=softcap,
             window_size_left=before,
             window_size_right=after,
             learnable_sink=sinks,
             return_lse=True,
-            out=_by_token(out),
+            out=_by_token(out, packed),
+            lse=None if lse is None else lse[0],
         )
-    return out, lse
+    return out, found if lse is None else lse
 
 
 def _backward(
@@ -112,6 +122,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
+    sums: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -122,17 +133,18 @@ def _backward(
     """Gradients of q, k, v and, where there are any, of sinks."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    packed = sums is not None
     # By themselves they would take the order in memory of copies, where they have to make any.
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    dq, dk, dv = map(_by_token, grads)
+    grads = [_empty_like(x, packed) for x in (q, k, v)]
+    dq, dk, dv = (_by_token(x, packed) for x in grads)
+    if packed:
+        lse, grad_lse = lse[0], None if grad_lse is None else grad_lse[0]
     with torch.cuda.device_of(q):
         *_, last = _flash_attn_bwd(
-            _by_token(q),
-            _by_token(k),
-            _by_token(v),
-            _by_token(out),
-            _by_token(grad),
+            *(_by_token(x, packed) for x in (q, k, v, out, grad)),
             lse,
+            cu_seqlens_q=sums,
+            cu_seqlens_k=sums,
             softmax_scale=scale,
             softcap=softcap,
             window_size_left=before,
@@ -147,6 +159,11 @@ def _backward(
     return grads if sinks is None else [*grads, last]
 
 
+def _empty_like(x: Tensor, packed: bool) -> Tensor:
+    """What kernels write: with documents no token past the last one, which zeros stand for."""
+    return torch.zeros_like(x) if packed else torch.empty_like(x)
+
+
 def _gradients(
     ctx: Any,
     run: Callable[..., Sequence[Tensor]],
@@ -154,7 +171,7 @@ def _gradients(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """What autograd wants of either way: a gradient, or None, for each argument."""
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors  # the arguments, and the results
     if grad is None:
         grad = torch.zeros_like(out)
     found = run(grad, grad_lse, *tensors, out, lse, *ctx.numbers)
@@ -166,10 +183,16 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *numbers: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        sums: Tensor | None,
+        *numbers: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, sinks, *numbers)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        out, lse = _forward(q, k, v, sinks, sums, *numbers)
+        ctx.save_for_backward(q, k, v, sinks, sums, out, lse)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
         return out, lse
@@ -214,7 +237,7 @@ def _fake_backward(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.numbers = *inputs[:4], inputs[4:]
+    *tensors, ctx.numbers = *inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from strategies import EXAMPLES, cases
 
-from flexlocal import LocalAttention, Window, attention_map, explain, local_attention
+from flexlocal import (
+    LocalAttention,
+    Window,
+    attention_map,
+    explain,
+    local_attention,
+    local_attention_varlen,
+)
 
 
 @settings(max_examples=2 * EXAMPLES)
@@ -123,7 +130,13 @@ def test_errors_are_those_of_the_call():
 def test_explain_takes_what_a_call_takes(explains, calls):
     # An exporter's surplus is refused, and what other ranks hold decides no path.
     taken = [name for name in signature(calls).parameters if name not in ("surplus", "lengths")]
-    assert list(signature(explains).parameters) == taken
+    asked = [name for name in signature(explains).parameters if name != "cu_seqlens"]
+    assert asked == taken
+
+
+def test_explain_takes_what_varlen_takes():
+    taken = signature(local_attention_varlen).parameters
+    assert set(taken) <= set(signature(explain).parameters)
 
 
 def test_explain_judges_what_a_call_would():

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 
-from flexlocal import LocalAttention, Rotary, Window, local_attention, local_attention_varlen
+from flexlocal import (
+    LocalAttention,
+    LocalCache,
+    Rotary,
+    Window,
+    explain,
+    local_attention,
+    local_attention_varlen,
+)
 from flexlocal.masks import documents_from_cu_seqlens
 
 W = Window(7, causal=True)
@@ -82,12 +90,16 @@ def test_varlen_is_packing_without_a_batch():
     [
         ({"q": torch.randn(2, 9, 2, 8)}, r"q must have the shape \(total, heads, d\), got \(2, 9"),
         ({"k": [1]}, "k must be a tensor, got type list"),
-        (
-            {"documents": torch.zeros(9).long()},
-            "documents must be None where cu_seqlens",
-        ),
         ({"cu_seqlens": [0, 9]}, "cu_seqlens must be a tensor, got type list"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens must be of an integer dtype"),
+        (
+            {"cu_seqlens": torch.tensor([[0, 9]])},
+            r"cu_seqlens must have the shape \(documents \+ 1,\), got \(1, 2\)",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 9], device="meta")},
+            "cu_seqlens must be on q's device",
+        ),
     ],
 )
 def test_what_varlen_refuses(change, says):
@@ -95,6 +107,18 @@ def test_what_varlen_refuses(change, says):
     call = {"q": x, "k": x, "v": x, "window": W, "cu_seqlens": torch.tensor([0, 9])}
     with pytest.raises((ValueError, TypeError), match=f"^{says}"):
         local_attention_varlen(**{**call, **change})
+    with pytest.raises((ValueError, TypeError), match=f"^{says}"):
+        explain(**{**call, **change})
+
+
+def test_what_is_told_of_varlen():
+    x = torch.randn(9, 2, 8)
+    call = {"q": x, "k": x, "v": x, "window": W, "cu_seqlens": torch.tensor([0, 9])}
+    assert explain(**call).backend == "eager"
+    with pytest.raises(ValueError, match="^documents must be None where cu_seqlens gives them"):
+        explain(**call, documents=torch.zeros(9).long())
+    with pytest.raises(ValueError, match="^cu_seqlens must be None with a cache"):
+        explain(**call, cache=LocalCache(W, 1, 2, 8, dtype=torch.float32, device="cpu"))
 
 
 @settings(max_examples=EXAMPLES)

@@ -236,9 +236,9 @@ FLOORS = (
     {"spec"},
     {"checks", "eager", "flex"},  # which know nothing of each other
     {"dispatch"},
-    {"decoding"},
+    {"decoding", "varlen"},
     {"functional", "distributed"},
-    {"layer", "varlen"},
+    {"layer"},
     {"mha"},
     {"cli", "integrations"},
     {"__main__"},
