@@ -55,10 +55,11 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, n: int) -> Tensor:
     """
     check_cu_seqlens(cu_seqlens)
     n = check_count("n", n, least=0)
-    ends = cu_seqlens[1:].contiguous()
+    # Computed, and not a slice: on a GPU torch 2.11's Inductor searches a view without its offset.
+    last = cu_seqlens[1:] - 1
     token = torch.arange(n, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    number = torch.searchsorted(ends, token, right=True, out_int32=True)
-    return number.masked_fill(number == ends.shape[0], -1)
+    number = torch.searchsorted(last, token, out_int32=True)
+    return number.masked_fill(number == last.shape[0], -1)
 
 
 def check_cu_seqlens(cu_seqlens: object) -> None:

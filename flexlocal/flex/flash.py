@@ -34,22 +34,31 @@ def preferred(spec: Spec, inputs: Inputs) -> tuple[Way | None, str | None]:
     q = inputs.q
     if not _takes(spec, inputs) or spec.kernel_options is not None or not installed():
         return None, None
-    kind = "standing"
-    if spec.rule.window.exact:
-        kind = "training" if wants_gradients(inputs) else "forward"
+    kinds = _kinds(spec, inputs)
     if overridden() is None:
         entry = nearest(capability(q.device), q.dtype, q.shape[-1], spec.rule)
-        if entry is None or entry.head_size != q.shape[-1] or kind not in entry.flash:
+        if entry is None or entry.head_size != q.shape[-1] or not kinds <= entry.flash:
             return None, None
     elif overridden() != FLASH:
         return None, None
     # Asked last, because it guards on the length: one graph for whole blocks, one for the others.
-    if kind == "standing" and not _fits_blocks(spec, inputs):
+    standing = "standing" in kinds
+    if standing and not _fits_blocks(spec, inputs):
         return None, None
     fault = broken()
     if fault is not None:
         return None, fault
-    return "by FlexAttention" if kind == "standing" else "directly", None
+    return "by FlexAttention" if standing else "directly", None
+
+
+def _kinds(spec: Spec, inputs: Inputs) -> set[str]:
+    """The words of ``Entry.flash`` for a call, each of which has to be there."""
+    if not spec.rule.window.exact:
+        return {"standing"}
+    if inputs.cu_seqlens is not None:
+        # Documents cost these kernels more than Triton's: those have to lead in both passes.
+        return {"forward", "training"}
+    return {"training" if wants_gradients(inputs) else "forward"}
 
 
 def _takes(spec: Spec, inputs: Inputs) -> bool:

@@ -50,6 +50,8 @@ def measured(monkeypatch):
 
 Q = on_gpu(2, 4, 2048, 128)
 VIEW = on_gpu(2, 2048, 4, 128).transpose(1, 2)
+ROW = on_gpu(2001, 4, 128).transpose(0, 1)[None]
+SUMS = torch.tensor([0, 300, 2001])
 UNKNOWN = [
     dict.fromkeys("qkv", on_gpu(2, 4, 2048, 96)),
     dict.fromkeys("qkv", on_gpu(2, 4, 2048, 128, dtype=torch.float32)),
@@ -65,6 +67,7 @@ UNKNOWN = [
     {"sinks": torch.zeros(4, dtype=torch.float64)},
     {"documents": torch.zeros(2048, dtype=torch.int32)},
     {"q_offset": 1, "kv_offset": 1},
+    {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS, "q_offset": 1, "kv_offset": 1},
 ]
 KNOWN_DIRECTLY = [
     {"q": VIEW},
@@ -78,6 +81,7 @@ KNOWN_DIRECTLY = [
     {"return_lse": True},
     {"sinks": torch.zeros(4)},
     {"inv_freq": Rotary(128).inv_freq},
+    {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS},
 ]
 
 
@@ -87,7 +91,7 @@ KNOWN_DIRECTLY = [
     ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
 )
 def test_flash_attention_4_gets_what_it_was_tried_on(changes, way, measured):
-    measured("forward", "standing")
+    measured("forward", "training", "standing")
     tried = {"q": Q, "k": Q, "v": Q}
     assert preferred(**tried) == ("directly", None)
     assert preferred(STANDS, **tried) == ("by FlexAttention", None)
@@ -100,13 +104,17 @@ def test_flash_attention_4_gets_what_it_was_tried_on(changes, way, measured):
 def test_flash_attention_4_gets_what_it_was_measured_to_be_faster_at(measured, monkeypatch):
     tried = {"q": Q, "k": Q, "v": Q}
     wanting = {**tried, "k": on_gpu(2, 4, 2048, 128).requires_grad_()}
+    packed = {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS}
     measured("training")
     assert preferred(**tried) == preferred(STANDS, **wanting) == (None, None)
     assert preferred(**wanting) == ("directly", None)
     with torch.no_grad():
         assert preferred(**wanting) == (None, None)
+    assert preferred(**packed) == (None, None)
     measured("forward")
-    assert preferred(**wanting) == (None, None)
+    assert preferred(**wanting) == preferred(**packed) == (None, None)
+    measured("forward", "training")  # documents cost these kernels more
+    assert preferred(**packed) == ("directly", None)
     monkeypatch.setattr(flash, "nearest", lambda *_: None)  # measured nowhere near
     assert preferred(**tried) == preferred(**wanting) == (None, None)
 

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexlocal import Window
 from flexlocal.flex import renormalised
-from flexlocal.masks import block_mask
+from flexlocal.masks import block_mask, documents_from_cu_seqlens
 from flexlocal.torch_limits import written_out
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
@@ -49,6 +49,21 @@ def test_float32_heads_above_128_have_no_tiles_that_fit(d):
         assert_refused(
             lambda: compiled(flex_attention)(q, k, v), "resource|valid triton", "MOST_HEAD_BETWEEN"
         )
+
+
+def test_a_search_reads_a_view_without_its_offset():
+    """So ``documents_from_cu_seqlens`` searches what it computes."""
+
+    def sliced(sums, token):
+        return torch.searchsorted(sums[1:].contiguous(), token, right=True)
+
+    sums = torch.tensor([0, 30, 30, 41, 100], device="cuda")
+    lengths = torch.tensor([30, 0, 11, 59], device="cuda")
+    right = torch.arange(4, device="cuda").repeat_interleave(lengths)
+    numbers = compiled(lambda sums: documents_from_cu_seqlens(sums, 103))(sums)
+    assert numbers.tolist() == [*right.tolist(), -1, -1, -1]
+    found = compiled(sliced)(sums, torch.arange(100, device="cuda"))
+    assert not torch.equal(found, right), mended("a difference in documents_from_cu_seqlens")
 
 
 def test_heads_above_256_have_no_tiles_that_fit():

@@ -151,6 +151,10 @@ WORKAROUNDS = {
         "compiler test_a_thread_that_runs_meets_another_that_traces",
         "threads test_what_compiles_is_alone_and_what_is_compiled_is_not",
     ),
+    "masks/documents.py documents_from_cu_seqlens": (
+        "kernels test_a_search_reads_a_view_without_its_offset",
+        "kernels test_a_search_reads_a_view_without_its_offset",
+    ),
     "mods/shared_qk.py unit_keys": (
         "autograd test_normalize_has_no_second_derivative_at_0",
         "oracle test_gradients_of_gradients",
