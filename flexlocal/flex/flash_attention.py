@@ -105,8 +105,7 @@ def _forward(
             cu_seqlens_k=sums,
             softmax_scale=scale,
             softcap=softcap,
-            window_size_left=before,
-            window_size_right=after,
+            **_sides(before, after, k),
             learnable_sink=sinks,
             return_lse=True,
             out=_by_token(out, packed),
@@ -147,8 +146,7 @@ def _backward(
             cu_seqlens_k=sums,
             softmax_scale=scale,
             softcap=softcap,
-            window_size_left=before,
-            window_size_right=after,
+            **_sides(before, after, k),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=dq,
             dk=dk,
@@ -157,6 +155,12 @@ def _backward(
             learnable_sink=sinks,
         )
     return grads if sinks is None else [*grads, last]
+
+
+def _sides(before: int, after: int, k: Tensor) -> dict[str, int | None]:
+    """How far a query sees, with None for as far as there are keys: kernels mask no block there."""
+    sides = {"window_size_left": before, "window_size_right": after}
+    return {name: None if side >= k.shape[2] else side for name, side in sides.items()}
 
 
 def _empty_like(x: Tensor, packed: bool) -> Tensor:

@@ -22,7 +22,11 @@ def weights(q, k, lse, scale, softcap, before, after):
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     query, key = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
-    hidden = (key < query - before) | (key > query + after)
+    hidden = torch.zeros(len(query), len(key), dtype=torch.bool)
+    if before is not None:
+        hidden |= key < query - before
+    if after is not None:
+        hidden |= key > query + after
     return scores, (scores - lse[..., None]).exp().masked_fill(hidden, 0.0)
 
 
@@ -114,6 +118,7 @@ def stand_in(monkeypatch):
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made.__name__
 
 
 SLIDES = windows_of(19, exact=True)
@@ -125,6 +130,8 @@ CASES = {
     "grouped, softcap, sinks": case_of(
         "grouped queries", window=SLIDES, n=67, d=32, softcap=1.5, sink_heads=6
     ),
+    "all that is seen": case_of(window=windows_of(90, exact=True), n=67),
+    "all both ways": case_of(window=windows_of(70, causal=False, exact=True), n=67),
     "scale, two windows back": case_of(
         window=windows_of(13, look_backward=2, exact=True), n=71, scale=0.3
     ),
@@ -228,6 +235,25 @@ def test_results_lie_in_memory_as_what_they_are_of(compiled, stand_in, fresh_com
         assert gradient.stride() == x.stride()
     _, lse = run(call)
     assert all(x is not None for x in torch.autograd.grad(lse.sum(), (call.q, call.k)))
+
+
+def test_kernels_are_told_of_no_window_that_hides_nothing(stand_in, monkeypatch):
+    told = []
+
+    def recorded(function):
+        def run(*tensors, window_size_left, window_size_right, **more):
+            told.append((window_size_left, window_size_right))
+            sides = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+            return function(*tensors, **sides, **more)
+
+        return run
+
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        monkeypatch.setattr(sys.modules[stand_in], name, recorded(globals()[name]))
+    for name in ("causal", "all that is seen", "all both ways"):
+        call = CASES[name].tensors(torch.float32)
+        directly(CASES[name])(call)[0].sum().backward()
+    assert told == [(19, 0), (19, 0), (None, 0), (None, 0), (None, None), (None, None)]
 
 
 def test_without_gradients_nothing_is_kept(stand_in):
