@@ -114,14 +114,7 @@ def test_documents_at_the_edges_of_blocks_have_the_bits_of_calls_of_their_own(wi
     documents = numbers.repeat_interleave(torch.tensor(lengths, device="cuda"))
     packed = local_attention(q, k, v, window, documents=documents, **arguments)
     parts = [x.split(lengths, dim=2) for x in (q, k, v)]
-    own = [{} for _ in lengths]
-    if more == "bias" and not window.exact:  # calls without documents look it up in another table
-        own = [{"documents": torch.zeros(length, dtype=torch.int, device="cuda")}
-               for length in lengths]  # fmt: skip
-    alone = [
-        local_attention(*part, window, **arguments, **told)
-        for *part, told in zip(*parts, own, strict=True)
-    ]
+    alone = [local_attention(*part, window, **arguments) for part in zip(*parts, strict=True)]
     ours, theirs = (
         [out, *torch.autograd.grad(out, (q, k, v), grad)]
         for out in (packed, torch.cat(alone, dim=2))
