@@ -11,7 +11,8 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -386,6 +387,34 @@ def keep_guard(guard: Any, settled_names: Sequence[str]) -> bool:
     return not guard.is_global and not any(name in guard.name for name in settled_names)
 
 
+@contextmanager
+def sizes_told_apart() -> Iterator[None]:
+    """Has Inductor tell the sizes in a FlexAttention kernel of the CPU apart.
+
+    It puts the sizes of a block in place of names such as ``ks2``, and does so inside ``ks20`` as
+    well: a C++ error for masks that capture a tensor of some length (torch 2.11 to 2.15). Here
+    those names are ``ku0`` and ``ku1``, since sizes that a template is given keep their own.
+    """
+    from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
+
+    template: Any = CppFlexAttentionTemplate
+    generate = template.modification
+
+    def modification(self: Any, *arguments: Any) -> Any:
+        given = self.extra_sizevars
+        self.extra_sizevars = [*given, *self.block_vars]
+        try:
+            return generate(self, *arguments)
+        finally:
+            self.extra_sizevars = given
+
+    template.modification = modification
+    try:
+        yield
+    finally:
+        template.modification = generate
+
+
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """torch's compiler, told how gradients lie and that ``retain_graph=True`` may come.
 
@@ -398,12 +427,13 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     from torch._guards import TracingContext
     from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(
+    settings = config.patch(
         guess_tangent_strides_as_outputs=True,
         donated_buffer=False,
         force_non_lazy_backward_lowering=True,
         enable_autograd_cache=False,  # it would keep graphs without the list that is mended below
-    ):
+    )
+    with settings, sizes_told_apart():
         compiled = compile_fx(graph, inputs)
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:

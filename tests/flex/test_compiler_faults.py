@@ -5,6 +5,7 @@ fault, and docstrings name tests that fail when the workaround is taken away.
 """
 
 import threading
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexlocal import LocalAttention, Window
+from flexlocal import LocalAttention, Window, torch_limits
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks, Kernel
 from flexlocal.flex.tuning import STOCK
@@ -60,6 +61,29 @@ def test_a_thread_that_runs_meets_another_that_traces():
     finally:
         go_on.set()
         thread.join()
+
+
+@pytest.mark.slow
+@needs_compiled_kernels_on_the_cpu
+def test_a_kernel_of_the_cpu_takes_one_size_for_another(monkeypatch):
+    """Which ``sizes_told_apart`` goes around."""
+    layers = [
+        LocalAttention(32, use_rotary_pos_emb=False, dropout=0.0, backend=backend)
+        for backend in ("flex", "eager")
+    ]
+
+    def check(batch, n):
+        q, k, v = torch.randn(3, batch, 4, n, 64)
+        keep = torch.rand(batch, n) < 0.8
+        with torch.no_grad():
+            found, expected = (layer(q, k, v, mask=keep) for layer in layers)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    check(2, 64)
+    with monkeypatch.context() as bare:
+        bare.setattr(torch_limits, "sizes_told_apart", nullcontext)
+        assert_refused(lambda: check(3, 96), "SplitSize.* was not declared", "sizes_told_apart")
+    check(3, 96)
 
 
 def test_callables_of_the_same_code_share_a_limit():
