@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 from .checks import check_call
+from .eager import apart, fused
 from .eager import attend as eager
-from .eager import fused
 from .flex import compile as flex
 from .flex import flash, support, tuning
 from .flex.flash import Way
@@ -88,9 +88,14 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
     """
     spec, inputs = checked(spec, inputs)
     choice, inputs = choose(spec, inputs), numbered(shaped(inputs))
-    if choice.backend == "eager" and fused.serves(spec, rule_of(spec, inputs), inputs):
-        return replace(choice, reason=f"{choice.reason}; {_BY_TORCH}")
-    return choice
+    if choice.backend != "eager":
+        return choice
+    reasons = [choice.reason]
+    if apart.pieces_of(spec, inputs) is not None:
+        reasons.append("long documents are calls of their own")
+    if fused.serves(spec, rule_of(spec, inputs), inputs):
+        reasons.append(_BY_TORCH)
+    return replace(choice, reason="; ".join(reasons))
 
 
 _BY_TORCH = "scaled_dot_product_attention computes its tiles: measured to be faster at this size"

@@ -1,10 +1,10 @@
 """The eager path: plain tensor operations, for every argument, device and dtype.
 
 Queries are cut into tiles, each of which sees one interval of keys. Tiles are computed a portion at
-a time (``autograd``), on processors the output of most calls by a kernel of torch's (``fused``). A
-compiler takes that for one operator (``operator``). ``torch.export`` and the transforms of
-``torch.func`` are shown all tiles at once, in operators that these know. Shapes are those of
-``spec`` and ``tiles``.
+a time (``autograd``), on processors the output of most calls by a kernel of torch's (``fused``),
+and long documents as calls of their own (``apart``). A compiler takes all that for one operator
+(``operator``). ``torch.export`` and the transforms of ``torch.func`` are shown all tiles at once,
+in operators that these know. Shapes are those of ``spec`` and ``tiles``.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from ..spec import (
     rule_of,
 )
 from ..torch_limits import is_transformed
-from . import dense, operator
+from . import apart, dense, operator
 from .autograd import attend_in_portions, portions
 from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of
 from .formula import Operands, formula_of
@@ -48,6 +48,9 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype, and with ``return_lse`` the log-sum-exps ``(b, h, n)``.
     """
+    pieces = apart.pieces_of(spec, inputs)
+    if pieces is not None:
+        return apart.attend(attend, spec, inputs, pieces)
     if inputs.k.shape[2] == 0 < inputs.q.shape[2]:
         inputs = _with_a_hidden_key(inputs)
     rule = rule_of(spec, inputs)
