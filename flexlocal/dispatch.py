@@ -22,7 +22,7 @@ from .flex import compile as flex
 from .flex import flash, support, tuning
 from .flex.flash import Way
 from .masks import Rule
-from .spec import Inputs, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
+from .spec import Inputs, Result, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 
@@ -101,9 +101,6 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
 _BY_TORCH = "scaled_dot_product_attention computes its tiles: measured to be faster at this size"
 
 
-Result = Tensor | tuple[Tensor, Tensor]
-"""The output ``(b, h, n, d_v)``, and the log-sum-exps ``(b, h, n)`` where they are asked for."""
-
 Run = Callable[[Inputs], Result]
 
 Prepared = tuple[Run, torch.dtype | None]
@@ -115,7 +112,7 @@ _MOST_KEPT = 1024
 Made = TypeVar("Made")
 
 
-def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+def attend(spec: Spec, inputs: Inputs) -> Result:
     """Local attention by the path that suits the call.
 
     Returns:

@@ -26,6 +26,9 @@ from .torch_limits import plain_float, plain_int
 
 BackendName = Literal["auto", "flex", "eager"]
 
+Result = Tensor | tuple[Tensor, Tensor]
+"""The output, and the log-sum-exps where these are asked for."""
+
 
 class Spec(NamedTuple):
     """What a call is, without its tensors. Hashable once it is resolved.

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, wants_gradients
+from ..spec import Inputs, Result, Spec, wants_gradients
 from ..torch_limits import has_values, is_transformed
 
 LEAST, LEAST_IN_TRAINING = 2**26, 2**27
 """Products in a document that is worth a call; measured with 8 heads of 64, and 32 to 512 tokens in
 a window."""
-
-Result = Tensor | tuple[Tensor, Tensor]
 
 
 class Piece(NamedTuple):

@@ -22,6 +22,7 @@ from ..regions import region
 from ..rotary import rotate
 from ..spec import (
     Inputs,
+    Result,
     Spec,
     beside_queries,
     first_positions,
@@ -38,7 +39,7 @@ from .formula import Operands, formula_of
 from .tiles import every_tile
 
 
-def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+def attend(spec: Spec, inputs: Inputs) -> Result:
     """Local attention.
 
     Args:

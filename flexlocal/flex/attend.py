@@ -24,6 +24,7 @@ from ..mods.shared_qk import ends_alone, own_score_mended, unit_keys
 from ..rotary import most_windows
 from ..spec import (
     Inputs,
+    Result,
     Spec,
     beside_queries,
     first_positions,
@@ -50,7 +51,7 @@ from .turned import turned
 
 def attend(
     spec: Spec, inputs: Inputs, tuning: Tuning, lists: tuple[Tensor, ...] | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """Local attention.
 
     Args:
@@ -83,7 +84,7 @@ def _attend(
     inputs: Inputs,
     tuning: Tuning,
     lists: tuple[Tensor, ...] | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """``attend``, over the keys and by the rule that are given."""
     q, k, v, mask, bias, seed, *_ = inputs
     sinks, own_graph = inputs.sinks, lists is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, is_placed, numbered, rule_of
+from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
@@ -22,11 +22,8 @@ from .turned import turned
 _Lists = tuple[Tensor, ...]
 """The index tensors of a block mask."""
 
-_Result = Tensor | tuple[Tensor, Tensor]
-"""The output, and the log-sum-exps where these are asked for."""
 
-
-def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], _Result]:
+def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], Result]:
     """Local attention in one fused kernel, for calls like this one.
 
     Args:
@@ -40,9 +37,9 @@ def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs]
     parts = parts_of(spec, inputs)
     if parts is None:
         return _prepared(spec, inputs, flash)
-    kept: dict[object, Callable[[Inputs], _Result]] = {}
+    kept: dict[object, Callable[[Inputs], Result]] = {}
 
-    def run_of(part: Inputs) -> Callable[[Inputs], _Result]:
+    def run_of(part: Inputs) -> Callable[[Inputs], Result]:
         if torch.compiler.is_compiling():
             return _prepared(spec, part, flash)
         kind = part.q.shape[:2]
@@ -53,7 +50,7 @@ def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs]
     return lambda inputs: in_parts(parts, inputs, run_of)
 
 
-def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], _Result]:
+def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], Result]:
     """``prepared`` of calls that one launch of a kernel serves."""
     if flash == "directly":
         return _called_directly(spec, inputs)
@@ -63,14 +60,14 @@ def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs
     return _with_own_graph(spec, inputs, tuning)
 
 
-def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], _Result]:
+def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
     """By FlashAttention 4's own functions: only what turns queries and keys is compiled here."""
     attend = partial(flash_attention.attend, spec)
     if inputs.inv_freq is None or torch.compiler.is_compiling():
         return attend
     turn = _with_own_graph(spec, inputs, None)
 
-    def run(inputs: Inputs) -> _Result:
+    def run(inputs: Inputs) -> Result:
         q, k = turn(inputs)
         return attend(inputs._replace(q=q, k=k, inv_freq=None))
 
@@ -79,7 +76,7 @@ def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], _Result]:
 
 def _with_own_graph(
     spec: Spec, inputs: Inputs, tuning: Tuning | None
-) -> Callable[[Inputs], _Result]:
+) -> Callable[[Inputs], Result]:
     """``attend`` with ``tuning``, compiled; without one, queries and keys, turned."""
     q, k, v, mask, bias, _, inv_freq, *_ = inputs
     # Each kernel has a callable of its own, so that torch's recompile limit counts for it alone.
@@ -102,7 +99,7 @@ def _with_own_graph(
     if tuning is not None and mask is None and not inputs.rule_tensors and not placed:
         blocks = blocks_of(spec, spec.rule, inputs, tuning)
 
-    def run(inputs: Inputs) -> _Result:
+    def run(inputs: Inputs) -> Result:
         nonlocal warm
         if placed:
             inputs = with_offsets_in_memory(inputs)
@@ -122,13 +119,13 @@ def _with_own_graph(
 _FIRST_OPTIONAL = Inputs._fields.index("sinks")
 
 
-def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> _Result:
+def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> Result:
     return attend(spec, inputs, tuning)
 
 
 @lru_cache(maxsize=256)
-def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[..., _Result]:
-    def call(lists: _Lists | None, *inputs: Any) -> _Result:
+def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[..., Result]:
+    def call(lists: _Lists | None, *inputs: Any) -> Result:
         if not torch.compiler.is_compiling():  # FlexAttention would hold every score
             raise RuntimeError(
                 "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
@@ -145,7 +142,7 @@ def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[...,
     own = types.FunctionType(
         call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
     )
-    compiled: Callable[..., _Result] = torch.compile(
+    compiled: Callable[..., Result] = torch.compile(
         own,
         fullgraph=True,
         backend=inductor,

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, numbered, rule_of, wants_gradients
+from ..spec import Inputs, Result, Spec, numbered, rule_of, wants_gradients
 from .turned import turned
 
 
-def attend(spec: Spec, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+def attend(spec: Spec, inputs: Inputs) -> Result:
     """Local attention over a sliding window.
 
     Args:

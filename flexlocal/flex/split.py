@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from ..mods.dropout import seed_from_row
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Result, Spec
 from ..torch_limits import LEAST_HEAD, MOST_HEAD, MOST_HEAD_BETWEEN, written_out
-
-Result = Tensor | tuple[Tensor, Tensor]
 
 
 class Limits(NamedTuple):

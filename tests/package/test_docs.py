@@ -26,6 +26,8 @@ TABLES = {
     "h100_doc256.json": COMPARISON,
     "cpu.json": COMPARISON,
     "cpu_fp32.json": RESULTS / "README.md",
+    "cpu_fp32_two_threads.json": RESULTS / "README.md",
+    "cpu_fp32_32768.json": RESULTS / "README.md",
     "cpu_bf16.json": RESULTS / "README.md",
     "h100_rotary.json": RESULTS / "README.md",
     "h200.json": RESULTS / "README.md",
