@@ -72,8 +72,8 @@ def local_attention(
         documents: integer ``(batch, m)`` or ``(m,)``, the document of each key. A document is a run
             of equal numbers in a row, and a query sees keys of its own document alone. Positions
             count from a document's first token. Negative numbers are padding: it sees nothing, and
-            nothing sees it. ``batch`` is 1 or as for ``mask``. The numbers are never read on the
-            host, so that a kernel serves every packing.
+            nothing sees it. ``batch`` is 1 or as for ``mask``. On a GPU the numbers are never
+            read on the host, so that a kernel serves every packing.
         q_offset, kv_offset: position of the first query and of the first key, 0 by default: ints,
             or integer ``(batch,)`` on ``q``'s device, ``batch`` as for ``documents``. Windows begin
             at position 0. A key at a position below 0 is not seen; a query there sees nothing.

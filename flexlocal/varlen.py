@@ -36,7 +36,7 @@ def local_attention_varlen(
     """``local_attention`` of documents that lie one after the other, without a batch dimension.
 
     On a GPU it may be faster than ``local_attention`` with ``documents``: FlashAttention 4's
-    kernels take sliding windows so.
+    kernels know documents by their cumulative lengths alone.
 
     Args:
         q: ``(total, heads, d)``.
@@ -45,7 +45,7 @@ def local_attention_varlen(
         window: the rule.
         cu_seqlens: int32 or int64 ``(documents + 1,)``, from 0 on and never decreasing: where each
             document begins, and last where the last one ends; FlashAttention's and torch's varlen
-            functions take it so. The numbers are never read on the host.
+            functions take it so. On a GPU the numbers are never read on the host.
         mask: boolean ``(1, total)``, True for keys to keep.
         attn_bias, scale, softcap, sinks, shared_qk, dropout, dropout_seed, rotary, q_offset,
             kv_offset, return_lse, backend, kernel_options: as for ``local_attention``.

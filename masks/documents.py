@@ -56,8 +56,9 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, n: int) -> Tensor:
     check_cu_seqlens(cu_seqlens)
     n = check_count("n", n, least=0)
     # Computed, and not a slice: on a GPU torch 2.11's Inductor searches a view without its offset.
-    last = cu_seqlens[1:] - 1
-    token = torch.arange(n, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    counts = torch.int64 if cu_seqlens.dtype == torch.int64 else torch.int32
+    last = cu_seqlens[1:].to(counts) - 1
+    token = torch.arange(n, dtype=counts, device=cu_seqlens.device)
     number = torch.searchsorted(last, token, out_int32=True)
     return number.masked_fill(number == last.shape[0], -1)
 

@@ -180,9 +180,13 @@ def test_pictures_show_what_is_seen(case, data):
         assert f"\nits position is {place}" in picture.query(i)
 
 
-@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 4), st.sampled_from([32, 64]))
-def test_documents_from_cumulative_lengths(lengths, more, bits):
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32 if bits == 32 else torch.int64)
+@given(
+    st.lists(st.integers(0, 5), max_size=6),
+    st.sampled_from([0, 1, 4, 300]),
+    st.sampled_from([torch.uint8, torch.int8, torch.int32, torch.int64]),
+)
+def test_documents_from_cumulative_lengths(lengths, more, dtype):
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
     total = sum(lengths)
     expected = [number for number, length in enumerate(lengths) for _ in range(length)]
     found = documents_from_cu_seqlens(cu, total + more)
