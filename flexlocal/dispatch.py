@@ -233,19 +233,19 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     given = inputs
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
-    by_sums = choice.flash == "directly"  # of documents' lengths, if they are given so
+    by_number = inputs.cu_seqlens is not None and choice.flash != "directly"
     if choice.backend == "flex":
         if choice.fault is not None:
             warn_once(f"local attention goes on without FlashAttention 4's kernel: {choice.fault}")
         like = shaped(inputs)
-        run = flex.prepared(spec, like if by_sums else numbered(like), choice.flash)
+        run = flex.prepared(spec, numbered(like) if by_number else like, choice.flash)
     else:
         on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()
         if spec.backend == "auto" and on_gpu:
             words = "local attention takes its eager path, which is slower"
             warn_once(f"{words}: {choice.reason}. backend='eager' asks for it by name")
         run = partial(eager.attend, spec)
-    if inputs.cu_seqlens is not None and not by_sums:
+    if by_number:
         run = partial(_of_numbered, run)
     cast = any(x.dtype != inputs.q.dtype for x in given[:3])
     return run, inputs.q.dtype if cast else None

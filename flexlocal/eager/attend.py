@@ -1,10 +1,11 @@
 """The eager path: plain tensor operations, for every argument, device and dtype.
 
 Queries are cut into tiles, each of which sees one interval of keys. Tiles are computed a portion at
-a time (``autograd``), on processors the output of most calls by a kernel of torch's (``fused``),
-and long documents as calls of their own (``apart``). A compiler takes all that for one operator
-(``operator``). ``torch.export`` and the transforms of ``torch.func`` are shown all tiles at once,
-in operators that these know. Shapes are those of ``spec`` and ``tiles``.
+a time (``autograd``), on processors the output of most calls by a kernel of torch's (``fused``). A
+compiler takes that for one operator (``operator``). ``torch.export`` and the transforms of
+``torch.func`` are shown all tiles at once, in operators that these know. Where none of these is at
+work, long documents are calls of their own on processors (``apart``). Shapes are those of ``spec``
+and ``tiles``.
 """
 
 from typing import Any
