@@ -16,7 +16,7 @@ from .flash import Way
 from .kernel import Blocks
 from .split import in_parts, parts_of
 from .threads import GATE
-from .tuning import Tuning, tuning_of
+from .tuning import Tuning, tuning_of, without_bounds
 from .turned import turned
 
 _Lists = tuple[Tensor, ...]
@@ -57,6 +57,8 @@ def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs
     tuning = tuning_of(spec, inputs, flash is not None)
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)
+    if flash is None:
+        tuning = without_bounds(tuning, spec, inputs)
     return _with_own_graph(spec, inputs, tuning)
 
 

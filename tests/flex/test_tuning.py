@@ -1,13 +1,25 @@
 """The table of kernel options: what it holds fits the kernels, and who gets what."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlocal import Window
+from flexlocal.flex import compile, tuning
 from flexlocal.flex.kernel import Blocks, Kernel
-from flexlocal.flex.tuning import STOCK_BLOCK, TABLE, Tuning, capped_tuning, nearest
+from flexlocal.flex.tuning import (
+    STOCK_BLOCK,
+    TABLE,
+    Tuning,
+    capped_tuning,
+    nearest,
+    without_bounds,
+)
+from flexlocal.spec import Inputs, Spec
 
 H100 = (9, 0)
 
@@ -53,6 +65,52 @@ def test_what_the_table_does_not_know_stays_as_it_is():
     window = Window(256, causal=True)
     assert nearest((1, 0), torch.bfloat16, 64, window) is None
     assert nearest(H100, torch.float32, 64, window) is None
+
+
+def on_gpu(b, h, n, m=None, **more):
+    """The inputs of a call, which hold nothing."""
+    with FakeTensorMode():
+        q, k = (torch.empty(b, h, x, 8, device="cuda") for x in (n, n if m is None else m))
+        return Inputs(q, k, k, **more)
+
+
+SPEC = Spec(Window(64, causal=True), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "spec", "whole"),
+    [
+        (on_gpu(2, 8, 8192), SPEC, True),
+        (on_gpu(2, 256, 128), SPEC, True),
+        (on_gpu(2, 8, 8192, documents=torch.zeros(2, 1, 8192)), SPEC, True),
+        (on_gpu(2, 8, 8191), SPEC, False),
+        (on_gpu(2, 8, 8192, m=8193), SPEC, False),
+        (on_gpu(2, 4, 4096), SPEC, False),  # too few for a graph of their own
+        (on_gpu(2, 8, 8192, q_offset=0, kv_offset=0), SPEC, False),
+        (on_gpu(2, 8, 8192), SPEC._replace(xpos_base=32.0), False),
+        (Inputs(*[torch.empty(2, 8, 8192, 1)] * 3), SPEC, False),  # a processor has no such option
+    ],
+)
+def test_kernels_check_no_bounds_in_whole_blocks(inputs, spec, whole):
+    tuned = TABLE[0].tuning
+    found = without_bounds(tuned, spec, inputs)
+    assert dict(found.options) == dict(tuned.options) | ({"IS_DIVISIBLE": True} if whole else {})
+    assert found == (dataclasses.replace(tuned, options=found.options) if whole else tuned)
+    asked = Tuning(STOCK_BLOCK, (("IS_DIVISIBLE", False),))
+    assert without_bounds(asked, spec, inputs) == asked
+
+
+def test_graphs_of_our_own_are_told_so(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        compile, "_with_own_graph", lambda spec, inputs, tuning: seen.append(tuning)
+    )
+    monkeypatch.setattr(tuning, "capability", lambda device: H100)
+    for n in (8192, 8191):
+        compile.prepared(SPEC, on_gpu(2, 8, n), None)
+    assert ["IS_DIVISIBLE" in dict(found.options) for found in seen] == [True, False]
+    compile.prepared(SPEC, on_gpu(2, 8, 8192), "by FlexAttention")
+    assert seen[-1] == tuning.FLASH
 
 
 def kernel_of(blocks):
