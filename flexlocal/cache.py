@@ -2,7 +2,7 @@
 
 What leaves the window is overwritten, so that memory does not grow with the text. Keys are stored
 as attention reads them, rotated; with xpos as they came, because its factors count from a window's
-place. No number is read from the device. Rolling caches: Mistral 7B, arXiv:2310.06825, section 2.
+place. No number is read from a GPU. Rolling caches: Mistral 7B, arXiv:2310.06825, section 2.
 """
 
 from collections.abc import Sequence
@@ -179,6 +179,26 @@ class LocalCache:
         self._write(k, v, first, count)
         self._grow(count)
         return self.rule(first)
+
+    def append_one(self, k: Tensor, v: Tensor, length: int) -> None:
+        """Stores a token in each row, all of which have this length; ``k`` and ``v`` as ``append``.
+
+        They require no gradient.
+        """
+        slot = length % self.slots
+        self.keys.narrow(2, slot, 1).copy_(k)
+        self.values.narrow(2, slot, 1).copy_(v)
+        self.positions.select(1, slot).fill_(length)
+        self._grow(1)
+
+    def slots_seen(self, length: int) -> tuple[int, int] | None:
+        """The first slot that a row's next token sees, its own among them, and the one after the
+        last; None where the ring closes in between."""
+        first = max(0, self.window.first_key(length))
+        if length + 1 - first == self.slots:
+            return 0, self.slots
+        start, stop = first % self.slots, length % self.slots + 1
+        return (start, stop) if start < stop else None
 
     @torch.no_grad()
     def extend(self, k: Tensor, v: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:

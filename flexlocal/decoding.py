@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, step
 from .cache import LocalCache, at_tokens
 from .dispatch import Choice
 from .masks.arguments import kind_of
@@ -33,9 +33,14 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
     order = None if inputs.mask is None else _order_of(inputs.mask)
     if order is not None:
         q, k, v = (at_tokens(x, order.tokens) for x in inputs[:3])
-        inputs = inputs._replace(q=q, k=k, v=v)
+        inputs = inputs._replace(q=q, k=k, v=v, mask=None)
+    inputs = _turned(spec, inputs, cache)
+    if order is None:
+        out = step.attend(spec, inputs, cache)
+        if out is not None:
+            return out
     count = inputs.q.shape[2] if order is None else order.taken
-    spec, inputs = _stored(spec, inputs._replace(mask=None), cache, count)
+    spec, inputs = _stored(spec, inputs, cache, count)
     found = dispatch.attend(spec, inputs)
     if order is None:
         return found
@@ -84,17 +89,22 @@ def _order_of(mask: Tensor) -> _Order:
     return _Order(tokens, mask.sum(1, dtype=torch.int32), (counted - 1).clamp(min=0), mask)
 
 
+def _turned(spec: Spec, inputs: Inputs, cache: LocalCache) -> Inputs:
+    """The call with its tokens rotated; xpos's factors count from a window's place."""
+    if inputs.inv_freq is None or spec.xpos_base is not None:
+        return inputs
+    q, k = inputs.q, inputs.k
+    position = (cache.lengths[:, None] + torch.arange(q.shape[2], device=q.device))[:, None]
+    q, k = (rotate(x, position, inputs.inv_freq).to(x.dtype) for x in (q, k))
+    return inputs._replace(q=q, k=k, inv_freq=None)
+
+
 def _stored(
     spec: Spec, inputs: Inputs, cache: LocalCache, count: int | Tensor
 ) -> tuple[Spec, Inputs]:
     """The call over the cache's keys, which include its own."""
-    q, k, v = inputs[:3]
-    n = q.shape[2]
-    if inputs.inv_freq is not None and spec.xpos_base is None:
-        position = (cache.lengths[:, None] + torch.arange(n, device=q.device))[:, None]
-        q, k = (rotate(x, position, inputs.inv_freq).to(x.dtype) for x in (q, k))
-        inputs = inputs._replace(q=q, inv_freq=None)
-    if _fit_in_ring(spec, n, cache):
+    k, v = inputs.k, inputs.v
+    if _fit_in_ring(spec, k.shape[2], cache):
         return _over_ring(spec, inputs, cache, cache.append(k, v, count))
     return _over_order(spec, inputs, cache, *cache.extend(k, v, count))
 

@@ -234,7 +234,7 @@ FLOORS = (
     {"masks", "angles"},
     {"masks.view", "rotary", "autocast", "regions", "mods", "merge", "cache"},
     {"spec"},
-    {"checks", "eager", "flex"},  # which know nothing of each other
+    {"checks", "eager", "flex", "step"},  # which know nothing of each other
     {"dispatch"},
     {"decoding", "varlen"},
     {"functional", "distributed"},
