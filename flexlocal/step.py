@@ -35,13 +35,19 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Tensor | None:
     keys, values = cache.keys, cache.values
     if slots != (0, cache.slots):
         keys, values = (x[:, :, slice(*slots)] for x in (keys, values))
-    # The heads of a group as queries of one head: torch would copy the keys for each of them.
-    grouped = q.reshape(b, k.shape[1], -1, d)
-    if q.dtype == torch.bfloat16 and grouped.shape[2] == 1:
+    kv_heads = k.shape[1]
+    if h > kv_heads:
+        # The heads of a group as queries of one head: torch would copy the keys for each of them.
+        grouped = q.reshape(b, kv_heads, -1, d)
+        return _attended(spec, grouped, keys, values).reshape(b, h, 1, -1)
+    if q.dtype == torch.bfloat16:
         # torch multiplies a single row in bf16 number by number: two take 0.4 of its time (Zen 3).
-        grouped = grouped.repeat(1, 1, 2, 1)
-    out = F.scaled_dot_product_attention(grouped, keys, values, scale=spec.scale)
-    return out[:, :, : h // k.shape[1]].reshape(b, h, 1, -1)
+        return _attended(spec, q.repeat(1, 1, 2, 1), keys, values)[:, :, :1]
+    return _attended(spec, q, keys, values)
+
+
+def _attended(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=spec.scale)
 
 
 def _is_plain(spec: Spec, inputs: Inputs) -> bool:
