@@ -8,6 +8,7 @@ is copied is as long as the prompt or the window.
 Shapes: ``b`` rows, ``h`` query heads, ``n`` new tokens, ``d`` the head size.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,10 +36,9 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
         q, k, v = (at_tokens(x, order.tokens) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v, mask=None)
     inputs = _turned(spec, inputs, cache)
-    if order is None:
-        out = step.attend(spec, inputs, cache)
-        if out is not None:
-            return out
+    seen = None if order is not None else step.slice_of(spec, inputs, cache)
+    if seen is not None:
+        return step.attend(spec, inputs, cache, seen)
     count = inputs.q.shape[2] if order is None else order.taken
     spec, inputs = _stored(spec, inputs, cache, count)
     found = dispatch.attend(spec, inputs)
@@ -53,14 +53,18 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
 def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
     """The path that ``attend`` would take."""
     spec, inputs = _checked(spec, inputs, cache)
-    first, n = cache.lengths, inputs.q.shape[2]
+    first, n, masked = cache.lengths, inputs.q.shape[2], inputs.mask is not None
+    inputs = inputs._replace(mask=None)  # of new tokens: it says which are stored
     if _fit_in_ring(spec, n, cache):
         call = _over_ring(spec, inputs, cache, cache.rule(first))
     else:
         rows, room = cache.keys.shape[:2], cache.slots + n
         k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
         call = _over_order(spec, inputs, cache, k, v, first)
-    return dispatch.choose(*dispatch.checked(*call))
+    choice = dispatch.choose(*dispatch.checked(*call))
+    if masked or step.slice_of(spec, inputs, cache) is None:
+        return choice
+    return replace(choice, reason=f"{choice.reason}; a slice of the ring, without a mask")
 
 
 class _Order(NamedTuple):

@@ -5,6 +5,8 @@ of all rows, one after the other, no mask is needed, which takes longer to make 
 Shapes are those of ``decoding``.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,27 +16,44 @@ from .spec import Inputs, Spec
 from .torch_limits import has_values, is_transformed
 
 
-def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Tensor | None:
-    """The output ``(b, h, 1, d_v)`` of tokens that the cache stores; None where it is no such call.
+class Slice(NamedTuple):
+    """What all rows see.
 
-    Args:
-        inputs: queries and keys are rotated.
+    Attributes:
+        lengths: of the rows, each once.
+        start, stop: the first slot, and the one after the last, which is the tokens' own.
     """
+
+    lengths: set[int]
+    start: int
+    stop: int
+
+
+def slice_of(spec: Spec, inputs: Inputs, cache: LocalCache) -> Slice | None:
+    """The slice that a call sees; None where it is no such call."""
     if not _is_plain(spec, inputs):
         return None
     lengths = set(cache.lengths.tolist())
     slots, *others = {cache.slots_seen(length) for length in lengths}
-    if slots is None or others:
-        return None
+    return None if slots is None or others else Slice(lengths, *slots)
+
+
+def attend(spec: Spec, inputs: Inputs, cache: LocalCache, seen: Slice) -> Tensor:
+    """The output ``(b, h, 1, d_v)`` of tokens that the cache stores.
+
+    Args:
+        inputs: queries and keys are rotated.
+    """
     q, k, v = inputs[:3]
     b, h, _, d = q.shape
-    if len(lengths) == 1:
-        cache.append_one(k, v, lengths.pop())
-    else:
+    length, *others = seen.lengths
+    if others:
         cache.append(k, v, 1)
+    else:
+        cache.append_one(k, v, length)
     keys, values = cache.keys, cache.values
-    if slots != (0, cache.slots):
-        keys, values = (x[:, :, slice(*slots)] for x in (keys, values))
+    if (seen.start, seen.stop) != (0, cache.slots):
+        keys, values = (x[:, :, seen.start : seen.stop] for x in (keys, values))
     kv_heads = k.shape[1]
     if h > kv_heads:
         # The heads of a group as queries of one head: torch would copy the keys for each of them.
@@ -55,8 +74,8 @@ def _is_plain(spec: Spec, inputs: Inputs) -> bool:
     q = inputs.q
     if q.device.type != "cpu" or q.shape[2] != 1 or spec.backend == "flex":
         return False
-    altered = spec.softcap is not None or spec.shared_qk or spec.return_lse
-    more = inputs.bias is not None or inputs.sinks is not None or inputs.inv_freq is not None
+    altered = spec.softcap is not None or spec.shared_qk or spec.xpos_base is not None
+    more = spec.return_lse or inputs.bias is not None or inputs.sinks is not None
     if altered or more or torch.compiler.is_compiling():
         return False
     return has_values(q) and not is_transformed()
