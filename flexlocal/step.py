@@ -21,7 +21,7 @@ class Slice(NamedTuple):
 
     Attributes:
         lengths: of the rows, each once.
-        start, stop: the first slot, and the one after the last, which is the tokens' own.
+        start, stop: the first slot, and the one after the last.
     """
 
     lengths: set[int]
