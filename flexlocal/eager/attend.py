@@ -31,10 +31,11 @@ from ..spec import (
     mask_of_queries,
     positions,
     rule_of,
+    wants_gradients,
 )
 from ..torch_limits import is_transformed
-from . import apart, dense, operator
-from .autograd import attend_in_portions, portions
+from . import apart, dense, fused, operator
+from .autograd import attend_in_portions, empty_output, portions, scores_in_a_portion
 from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of
 from .formula import Operands, formula_of
 from .tiles import every_tile
@@ -77,6 +78,8 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
             draws = query_draws(seed, b * h, n, query), key_draws(seed, b * h, k.shape[2], key)
     with without_autocast(q.device), region("attention"):
         if not (torch.compiler.is_compiling() or is_transformed()):
+            if not wants_gradients(inputs) and fused.serves(spec, rule, inputs):
+                return _by_torch(spec, rule, inputs)
             out, lse = attend_in_portions(*in_tiles(spec, rule, inputs, draws))
         elif operator.serves(spec, rule, inputs):
             out, lse = operator.attend(spec, rule, inputs, draws)
@@ -84,6 +87,15 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
             operands, formula, sizes = in_tiles(spec, rule, inputs, draws)
             out, lse = formula.output(every_tile(sizes), operands)
     return out if lse is None else (out, lse)
+
+
+def _by_torch(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
+    """The output alone, for which no formula is needed."""
+    q, k, v, mask, *_ = inputs
+    out = empty_output(q, v)
+    most = scores_in_a_portion(q.device)
+    fused.output(spec, rule, Operands(q, k, v, None, None, mask), out, most)
+    return out
 
 
 def weights(spec: Spec, inputs: Inputs) -> Tensor:

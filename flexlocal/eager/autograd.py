@@ -37,16 +37,14 @@ def attend_in_portions(
 class _Tiled(torch.autograd.Function):
     """``Formula`` for a portion of tiles at a time, forward and backward."""
 
+    # Without `setup_context`, which has torch look the signature up in each call: 60 us.
     @staticmethod
     def forward(
-        formula: Formula, sizes: Sizes, *tensors: Tensor | None
+        ctx: Any, formula: Formula, sizes: Sizes, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return outputs(Operands(*tensors), formula, sizes)  # type: ignore[arg-type]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        ctx.formula, ctx.sizes, *tensors = inputs
+        ctx.formula, ctx.sizes = formula, sizes
         ctx.save_for_backward(*tensors)
+        return outputs(Operands(*tensors), formula, sizes)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks.rule import Rule
+from ..masks.window import Window
 from ..spec import Inputs, Spec
 from ..torch_limits import at_least, at_most, has_values
 from .formula import Operands
@@ -36,6 +37,8 @@ def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
     if not (plain and without and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
         return False
+    if tensors.mask is None and is_dense(rule, q.shape[2]):
+        return True
     if (rule.tensors or rule.by_head) and not has_values(q):  # the bounds' are looked at
         return False
     tile = min(_tile(rule), q.shape[2])
@@ -53,6 +56,13 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
+    if mask is None and is_dense(rule, q.shape[2]):
+        causal, groups = rule.window.causal, q.shape[1] != k.shape[1]
+        whole = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=spec.scale, enable_gqa=groups
+        )
+        out.copy_(whole)
+        return
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:
         _fill(spec, rule, (q, k, v), (first, last), None, out, scores)
@@ -62,6 +72,19 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
         shown = (first, last) if first.shape[0] == 1 else (first[one], last[one])
         kept = None if mask is None else mask[one]
         _fill(spec, rule, (q[one], k[one], v[one]), shown, kept, out[one], scores)
+
+
+def is_dense(rule: Rule, n: int) -> bool:
+    """Whether a window hides no key of ``n``, but for later ones where it is causal.
+
+    The kernel needs no mask then, and leaves out what is later by itself.
+    """
+    if not rule.is_window or n == 0:
+        return False
+    window: Window = rule.window
+    last: int = n - 1
+    sees_first = window.first_key(last) <= 0
+    return bool(sees_first and (window.causal or window.last_key(0) >= last))
 
 
 def _fill(

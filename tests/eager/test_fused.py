@@ -10,6 +10,7 @@ import rules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import windows
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexlocal import LocalAttention, Window, explain, local_attention
@@ -89,12 +90,30 @@ def test_a_mask_is_as_small_as_a_portion():
 
     q, k = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8)
     with taken(), patch.object(fused, "_seen", seen):
-        local_attention(q, k, k, Window(600, causal=True))
-        assert max(masks) > 600 * 100
+        local_attention(q, k, k, Window(200, causal=True))
+        assert max(masks) > 100 * 300
         masks.clear()
         with patch.object(autograd, "_SCORES_ON_CPU", 2**15):
-            local_attention(q, k, k, Window(600, causal=True))
+            local_attention(q, k, k, Window(200, causal=True))
         assert 2**13 < max(masks) <= 2**15 / 2  # for two query heads of a key head
+
+
+@given(windows(), st.integers(1, 60))
+def test_what_hides_nothing(window, n):
+    rule = Window(window.size, window.causal, window.look_backward, window.ahead, window.exact)
+    everything = torch.ones(n, n, dtype=torch.bool)
+    wanted = everything.tril() if window.causal else everything
+    assert fused.is_dense(rule, n) == torch.equal(window.mask(n), wanted)
+
+
+def test_what_hides_nothing_has_no_mask():
+    q, k = torch.randn(2, 6, 97, 8), torch.randn(2, 2, 97, 8)
+    for window in (Window(50, causal=True), Window(97), Window.sliding(97), Window.around(96)):
+        with taken() as calls, patch.object(fused, "_seen", side_effect=AssertionError):
+            found = local_attention(q, k, k, window)
+        assert calls
+        right = local_attention(q, k, k, window, softcap=1e9)
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
 def test_windows_share_masks():
@@ -172,7 +191,9 @@ SAYS = "scaled_dot_product_attention computes its tiles"
     ("n", "heads", "more", "expected"),
     [
         (512, 2, {}, True),
-        (70, 2, {}, False),
+        (70, 2, {}, True),  # the window hides nothing
+        (70, 2, {"mask": torch.arange(70)[None] < 60}, False),
+        (260, 1, {}, False),
         (512, 2, {"softcap": 3.0}, False),
         (512, 2, {"mask": torch.arange(512)[None] < 400}, False),
         (512, 8, {"mask": torch.arange(512)[None] < 400}, True),
