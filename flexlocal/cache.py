@@ -192,8 +192,10 @@ class LocalCache:
         self._grow(1)
 
     def slots_seen(self, length: int) -> tuple[int, int] | None:
-        """The first slot that a row's next token sees, its own among them, and the one after the
-        last; None where the ring closes in between."""
+        """Slots that a row's next token sees, with its own: the first, and the one after the last.
+
+        None where the ring closes in between.
+        """
         first = max(0, self.window.first_key(length))
         if length + 1 - first == self.slots:
             return 0, self.slots
