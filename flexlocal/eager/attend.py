@@ -35,9 +35,9 @@ from ..spec import (
 )
 from ..torch_limits import is_transformed
 from . import apart, dense, fused, operator
-from .autograd import attend_in_portions, empty_output, portions, scores_in_a_portion
+from .autograd import attend_in_portions, output_by_torch, portions
 from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of
-from .formula import Operands, formula_of
+from .formula import Operands, formula_of, operands_of
 from .tiles import every_tile
 
 
@@ -79,7 +79,7 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     with without_autocast(q.device), region("attention"):
         if not (torch.compiler.is_compiling() or is_transformed()):
             if not wants_gradients(inputs) and fused.serves(spec, rule, inputs):
-                return _by_torch(spec, rule, inputs)
+                return output_by_torch(spec, rule, operands_of(inputs))
             out, lse = attend_in_portions(*in_tiles(spec, rule, inputs, draws))
         elif operator.serves(spec, rule, inputs):
             out, lse = operator.attend(spec, rule, inputs, draws)
@@ -87,15 +87,6 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
             operands, formula, sizes = in_tiles(spec, rule, inputs, draws)
             out, lse = formula.output(every_tile(sizes), operands)
     return out if lse is None else (out, lse)
-
-
-def _by_torch(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
-    """The output alone, for which no formula is needed."""
-    q, k, v, mask, *_ = inputs
-    out = empty_output(q, v)
-    most = scores_in_a_portion(q.device)
-    fused.output(spec, rule, Operands(q, k, v, None, None, mask), out, most)
-    return out
 
 
 def weights(spec: Spec, inputs: Inputs) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..masks.rule import Rule
 from ..mods.sinks import gradient_of_sinks
 from ..regions import region
+from ..spec import Spec
 from ..torch_limits import for_each_gradient, is_transformed
 from . import fused
 from .formula import Formula, Operands, times
@@ -60,12 +62,9 @@ class _Tiled(torch.autograd.Function):
 def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
     """All tiles' output and log-sum-exps, of which autograd knows nothing."""
     q, v = operands.q, operands.v
-    out = empty_output(q, v)
     if fused.serves(formula.spec, formula.rule, operands):
-        most = scores_in_a_portion(q.device)
-        fused.output(formula.spec, formula.rule, operands, out, most)
-        return out, None
-    lse = None
+        return output_by_torch(formula.spec, formula.rule, operands), None
+    out, lse = empty_output(q, v), None
     if formula.spec.return_lse:
         lse = q.new_empty(q.shape[:-1], dtype=formula.compute)
     for tiles in map(formula.narrowed, portions(sizes, q.device)):
@@ -76,6 +75,13 @@ def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor,
         if lse is not None and part_lse is not None:
             lse[place] = part_lse
     return out, lse
+
+
+def output_by_torch(spec: Spec, rule: Rule, operands: Operands) -> Tensor:
+    """The output of a call that torch's kernel serves, for which no formula is needed."""
+    out = empty_output(operands.q, operands.v)
+    fused.output(spec, rule, operands, out, scores_in_a_portion(out.device))
+    return out
 
 
 def gradients(

@@ -12,7 +12,7 @@ from ..masks.rule import Rule
 from ..spec import Inputs, Spec
 from ..torch_limits import is_exporting, is_symbolic, is_transformed
 from .autograd import scores_in_a_portion
-from .formula import Formula, Operands, formula_of
+from .formula import Formula, Operands, formula_of, operands_of
 from .tiles import Sizes
 
 _LEAST_TILE = 64
@@ -37,7 +37,7 @@ def in_tiles(
         inputs: shaped; queries and keys are rotated, and padding is cleared.
         draws: see ``Formula``.
     """
-    q, k, v, mask, bias, *_ = inputs
+    q, k, bias = inputs.q, inputs.k, inputs.bias
     xpos = spec.xpos_base is not None
     sizes = sizes_of(
         q,
@@ -52,7 +52,7 @@ def in_tiles(
     formula = formula_of(spec, rule, inputs, sizes, draws)
     if bias is not None:
         bias = cleared(bias_within(bias, sizes, rule), formula)
-    return Operands(q, k, v, bias, inputs.sinks, mask), formula, sizes
+    return operands_of(inputs)._replace(bias=bias), formula, sizes
 
 
 def sizes_of(

@@ -47,6 +47,11 @@ class Operands(NamedTuple):
     mask: Tensor | None
 
 
+def operands_of(inputs: Inputs) -> Operands:
+    """A call's tensors; its bias is the whole one."""
+    return Operands(inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks, inputs.mask)
+
+
 class Weighed(NamedTuple):
     """The weights of tiles.
 

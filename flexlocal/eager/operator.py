@@ -18,10 +18,10 @@ from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
 from ..spec import Inputs, Spec
 from ..torch_limits import Index, is_exporting, is_transformed
-from .autograd import empty_output, gradients, outputs
+from . import fused
+from .autograd import empty_output, gradients, output_by_torch, outputs
 from .cutting import bias_within, in_tiles
-from .formula import Formula, Operands
-from .fused import bounds
+from .formula import Formula, Operands, operands_of
 from .tiles import Sizes
 
 
@@ -51,7 +51,7 @@ def attend(
         numbers = [window.size, int(window.causal), window.look_backward]
         numbers += [window.ahead, int(window.exact)]
     else:
-        first, last = bounds(rule, q, k)
+        first, last = fused.bounds(rule, q, k)
         reach, lead = rule.reach, rule.lead
         assert isinstance(lead, int)
         numbers = [reach.keys, reach.back, reach.ahead, reach.align, lead]
@@ -147,11 +147,9 @@ class _Call(NamedTuple):
         keys, back, ahead, align, lead = self.numbers
         return Bounds(self.first, self.last, Reach(keys, back, ahead, "bounds", align), lead)
 
-    def in_tiles(self) -> tuple[Operands, Formula, Sizes]:
-        """The call as ``cutting`` makes it."""
-        draws = None
-        if self.query_draws is not None and self.key_draws is not None:
-            draws = self.query_draws, self.key_draws
+    @property
+    def described(self) -> tuple[Spec, Inputs]:
+        """The call as the paths take it."""
         spec = Spec(
             self.rule, self.scale, self.shared_qk, self.dropout, self.xpos_base,
             softcap=self.softcap, return_lse=self.return_lse,
@@ -159,6 +157,14 @@ class _Call(NamedTuple):
         inputs = Inputs(
             self.q, self.k, self.v, self.mask, self.bias, zeta=self.zeta, sinks=self.sinks
         )
+        return spec, inputs
+
+    def in_tiles(self) -> tuple[Operands, Formula, Sizes]:
+        """The call as ``cutting`` makes it."""
+        draws = None
+        if self.query_draws is not None and self.key_draws is not None:
+            draws = self.query_draws, self.key_draws
+        spec, inputs = self.described
         return in_tiles(spec, spec.rule, inputs, draws)
 
     @property
@@ -191,7 +197,10 @@ def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
     Arguments are those of ``_Call``.
     """
     call = _Call(*arguments)
+    spec, inputs = call.described
     with without_autocast(call.q.device):
+        if fused.serves(spec, spec.rule, inputs):
+            return output_by_torch(spec, spec.rule, operands_of(inputs)), call.q.new_empty(0)
         out, lse = outputs(*call.in_tiles())
     return out, call.q.new_empty(0) if lse is None else lse
 
