@@ -168,6 +168,13 @@ def wants_gradients(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
 
 
+def is_plain(spec: Spec, bias: Tensor | None, sinks: Tensor | None) -> bool:
+    """Whether ``scaled_dot_product_attention`` computes a call, once it is told who sees whom."""
+    if spec.softcap is not None or spec.shared_qk or spec.dropout or spec.return_lse:
+        return False
+    return bias is None and sinks is None and spec.xpos_base is None
+
+
 def is_placed(inputs: Inputs) -> bool:
     """Whether positions count from documents or offsets, and not from the first token."""
     documents = inputs.documents is not None or inputs.cu_seqlens is not None

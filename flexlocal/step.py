@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import LocalCache
-from .spec import Inputs, Spec
+from .spec import Inputs, Spec, is_plain
 from .torch_limits import has_values, is_transformed
 
 
@@ -31,7 +31,7 @@ class Slice(NamedTuple):
 
 def slice_of(spec: Spec, inputs: Inputs, cache: LocalCache) -> Slice | None:
     """The slice that a call sees; None where it is no such call."""
-    if not _is_plain(spec, inputs):
+    if not _is_served(spec, inputs):
         return None
     lengths = set(cache.lengths.tolist())
     slots, *others = {cache.slots_seen(length) for length in lengths}
@@ -69,13 +69,11 @@ def _attended(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=spec.scale)
 
 
-def _is_plain(spec: Spec, inputs: Inputs) -> bool:
+def _is_served(spec: Spec, inputs: Inputs) -> bool:
     """Whether torch's operator does the call, outside a compiler, and numbers can be looked at."""
     q = inputs.q
     if q.device.type != "cpu" or q.shape[2] != 1 or spec.backend == "flex":
         return False
-    altered = spec.softcap is not None or spec.shared_qk or spec.xpos_base is not None
-    more = spec.return_lse or inputs.bias is not None or inputs.sinks is not None
-    if altered or more or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_plain(spec, inputs.bias, inputs.sinks):
         return False
     return has_values(q) and not is_transformed()

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks.rule import Rule
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Spec, is_plain
 
 
 def serves(spec: Spec, rule: Rule, inputs: Inputs) -> bool:
     """Whether the call is one that torch's operator can do, and ``attend`` is the faster way."""
-    plain = spec.softcap is None and not (spec.shared_qk or spec.return_lse or spec.dropout)
-    without = inputs.mask is None and inputs.bias is None and inputs.sinks is None
-    return rule.has_holes and not rule.by_head and plain and without and spec.xpos_base is None
+    plain = inputs.mask is None and is_plain(spec, inputs.bias, inputs.sinks)
+    return plain and rule.has_holes and not rule.by_head
 
 
 def attend(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..masks.rule import Rule
 from ..masks.window import Window
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
 from .formula import Operands
 
@@ -32,12 +32,11 @@ are hidden. Long windows are cut into tiles of whole vectors."""
 def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     """Whether the kernel can compute the call, and is faster."""
     q, k, v = tensors.q, tensors.k, tensors.v
-    plain = spec.softcap is None and not (spec.shared_qk or spec.return_lse or spec.dropout)
-    without = tensors.bias is None and tensors.sinks is None and spec.xpos_base is None
+    plain = is_plain(spec, tensors.bias, tensors.sinks)
     fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
-    if not (plain and without and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
+    if not (plain and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
         return False
-    if tensors.mask is None and is_dense(rule, q.shape[2]):
+    if tensors.mask is None and hides_nothing(rule, q.shape[2]):
         return True
     if (rule.tensors or rule.by_head) and not has_values(q):  # the bounds' are looked at
         return False
@@ -56,7 +55,7 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
-    if mask is None and is_dense(rule, q.shape[2]):
+    if mask is None and hides_nothing(rule, q.shape[2]):
         causal, groups = rule.window.causal, q.shape[1] != k.shape[1]
         whole = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=spec.scale, enable_gqa=groups
@@ -74,7 +73,7 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
         _fill(spec, rule, (q[one], k[one], v[one]), shown, kept, out[one], scores)
 
 
-def is_dense(rule: Rule, n: int) -> bool:
+def hides_nothing(rule: Rule, n: int) -> bool:
     """Whether a window hides no key of ``n``, but for later ones where it is causal.
 
     The kernel needs no mask then, and leaves out what is later by itself.

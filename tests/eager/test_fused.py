@@ -103,7 +103,7 @@ def test_what_hides_nothing(window, n):
     rule = Window(window.size, window.causal, window.look_backward, window.ahead, window.exact)
     everything = torch.ones(n, n, dtype=torch.bool)
     wanted = everything.tril() if window.causal else everything
-    assert fused.is_dense(rule, n) == torch.equal(window.mask(n), wanted)
+    assert fused.hides_nothing(rule, n) == torch.equal(window.mask(n), wanted)
 
 
 def test_what_hides_nothing_has_no_mask():
