@@ -20,7 +20,7 @@ from .cache import LocalCache, at_tokens
 from .dispatch import Choice
 from .masks.arguments import kind_of
 from .masks.ring import Ring
-from .rotary import rotate
+from .rotary import rotate, table_of
 from .spec import Inputs, Spec, with_plain_numbers
 
 
@@ -99,7 +99,8 @@ def _turned(spec: Spec, inputs: Inputs, cache: LocalCache) -> Inputs:
         return inputs
     q, k = inputs.q, inputs.k
     position = (cache.lengths[:, None] + torch.arange(q.shape[2], device=q.device))[:, None]
-    q, k = (rotate(x, position, inputs.inv_freq).to(x.dtype) for x in (q, k))
+    table = table_of(position, inputs.inv_freq, q.dtype)
+    q, k = (rotate(x, table).to(x.dtype) for x in (q, k))
     return inputs._replace(q=q, k=k, inv_freq=None)
 
 

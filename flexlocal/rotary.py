@@ -97,26 +97,35 @@ def _bits(tokens: int, base: float) -> float:
     return _STEEPEST * tokens / (2 * base)
 
 
-def rotate(
-    x: Tensor,
-    position: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor | None = None,
-    layout: KeyLayout | None = None,
-) -> Tensor:
-    """``x`` ``(..., n, d)`` rotated by its positions; in fp32 at least, not cast back.
+Table = tuple[Tensor, Tensor]
+"""The cosines and sines of positions' angles, ``(..., n, d / 2)`` each."""
+
+
+def table_of(
+    position: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: Tensor | None = None
+) -> Table:
+    """The table that turns ``dtype``, in fp32 at least.
 
     Args:
-        position: ``(n,)``, or what broadcasts to ``x``'s dimensions before the last.
-        factor: multiplies both halves of the result; ``(n, d / 2)``, or what broadcasts likewise.
-        layout: lays ``x`` out in slots first; ``n`` of position, factor and result are then slots.
+        position: ``(n,)``, or what broadcasts to the dimensions before the last.
+        factor: multiplies both halves of what is turned; ``(n, d / 2)``, or what broadcasts
+            likewise.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)
     angle = angles(position, inv_freq)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    cos, sin = written_out(cos), written_out(sin)
+    return written_out(cos), written_out(sin)
+
+
+def rotate(x: Tensor, table: Table, layout: KeyLayout | None = None) -> Tensor:
+    """``x`` ``(..., n, d)`` rotated by a table of its positions, in that table's dtype.
+
+    Args:
+        layout: lays ``x`` out in slots first; ``n`` of table and result are then slots.
+    """
+    cos, sin = table
     if is_transformed():
         return _Turned.forward(x, cos, sin, layout)
     turned: Tensor = _Turned.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]

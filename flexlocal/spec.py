@@ -274,6 +274,8 @@ def beside_queries(rule: Any, inputs: Inputs) -> tuple[Any, Inputs]:
 def positions(rule: Rule, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     """Positions of queries and keys, integer ``(n,)`` and ``(keys,)``, or ``(b, h or 1, ...)``.
 
+    One tensor for both where each query is the token of the key at its index.
+
     Args:
         rule: the call's, over so many keys or key slots.
         q: ``(b, h, n, d)``.
@@ -281,7 +283,10 @@ def positions(rule: Rule, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
     head = torch.arange(q.shape[1], device=q.device)[:, None]
     query, key = (torch.arange(length, device=q.device) for length in (q.shape[2], keys))
-    return rule.query_position(batch, head, query), rule.key_position(batch, head, key)
+    of_keys = rule.key_position(batch, head, key)
+    if q.shape[2] == keys and isinstance(rule.lead, int) and rule.lead == 0:
+        return of_keys, of_keys
+    return rule.query_position(batch, head, query), of_keys
 
 
 def first_positions(inputs: Inputs, rule: Rule) -> tuple[int | Tensor, int | Tensor]:

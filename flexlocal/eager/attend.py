@@ -20,7 +20,7 @@ from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
 from ..regions import region
-from ..rotary import rotate
+from ..rotary import rotate, table_of
 from ..spec import (
     Inputs,
     Result,
@@ -87,6 +87,11 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
             operands, formula, sizes = in_tiles(spec, rule, inputs, draws)
             out, lse = formula.output(every_tile(sizes), operands)
     return out if lse is None else (out, lse)
+
+
+def turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Queries and keys as ``attend`` multiplies them; arguments as there."""
+    return _turned(spec, rule_of(spec, inputs), inputs)
 
 
 def weights(spec: Spec, inputs: Inputs) -> Tensor:
@@ -159,6 +164,8 @@ def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with region("rotary"):
             query, key = positions(rule, q, k.shape[2])
             shift = 0 if rule.window is None else rule.window.after
-            q = rotate(q, query + shift, inv_freq).to(q.dtype)
-            k = rotate(k, key, inv_freq).to(k.dtype)
+            of_keys = of_queries = table_of(key, inv_freq, k.dtype)
+            if shift or query is not key:
+                of_queries = table_of(query + shift, inv_freq, q.dtype)
+            q, k = rotate(q, of_queries).to(q.dtype), rotate(k, of_keys).to(k.dtype)
     return q, k

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..masks.key_layout import KeyLayout
 from ..masks.rule import Rule
-from ..rotary import Xpos, rotate
+from ..rotary import Table, Xpos, rotate, table_of
 from ..spec import Inputs, positions
 
 
@@ -24,13 +24,11 @@ def turned(
         q_factor, k_factor = _xpos_factors(xpos, rule, layout, q.shape[-2])
     slots = k.shape[2] if layout is None else layout.all_slots
     query, key = positions(rule if layout is None else layout, q, slots)
-    # No `query + 0`: from the same expression Inductor makes one table for q and k.
-    turned_q = _rotated(q, query + shift if shift else query, inv_freq, q_factor)
-    if layout is None:
-        turned_k = _rotated(k, key, inv_freq, k_factor)
-    else:
-        turned_k = rotate(k, key, inv_freq, k_factor, layout)
-    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+    of_keys = of_queries = table_of(key, inv_freq, k.dtype, k_factor)
+    if shift or query is not key or xpos is not None:
+        of_queries = table_of(query + shift if shift else query, inv_freq, q.dtype, q_factor)
+    turned_k = _rotated(k, of_keys) if layout is None else rotate(k, of_keys, layout)
+    return _rotated(q, of_queries).to(q.dtype), turned_k.to(k.dtype)
 
 
 def _xpos_factors(
@@ -44,15 +42,13 @@ def _xpos_factors(
     return query.repeat(layout.count, 1)[:n], slot.repeat(layout.count, 1)
 
 
-def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor, factor: Tensor | None) -> Tensor:
+def _rotated(x: Tensor, table: Table) -> Tensor:
     """As ``rotate``, with the result in ``x``'s order in memory.
 
     FlexAttention's output takes its query's order. In another one, a user's view that joins the
     heads again would become a copy.
     """
     if x.stride(1) >= x.stride(2):
-        return rotate(x, position, inv_freq, factor)
-    by_token = x.transpose(1, 2)
-    position = position[:, None] if position.dim() == 1 else position.transpose(1, 2)
-    factor = None if factor is None else factor[:, None]
-    return rotate(by_token, position, inv_freq, factor).transpose(1, 2)
+        return rotate(x, table)
+    cos, sin = (y[:, None] if y.dim() == 2 else y.transpose(1, 2) for y in table)
+    return rotate(x.transpose(1, 2), (cos, sin)).transpose(1, 2)

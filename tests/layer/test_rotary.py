@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flexlocal import LocalAttention, Window
 from flexlocal.flex import attend as fused
 from flexlocal.flex.tuning import STOCK
-from flexlocal.rotary import Rotary, rotate
+from flexlocal.rotary import Rotary, rotate, table_of
 from flexlocal.spec import Inputs, Spec
 
 
@@ -18,7 +18,8 @@ def test_values_and_gradient(rows, n, pairs):
     x = torch.randn(rows, n, 2 * pairs, dtype=torch.float64, requires_grad=True)
     position = torch.randint(10**6, (n,))
     inv_freq = Rotary(2 * pairs).inv_freq
-    found, true = rotate(x, position, inv_freq), oracle.rotate(x, position, inv_freq)
+    found = rotate(x, table_of(position, inv_freq, x.dtype))
+    true = oracle.rotate(x, position, inv_freq)
     torch.testing.assert_close(found, true)
     grad = torch.randn_like(found)
     gradients = [torch.autograd.grad(out, x, grad)[0] for out in (found, true)]
@@ -28,23 +29,23 @@ def test_values_and_gradient(rows, n, pairs):
 def test_positions_broadcast():
     x, position = torch.randn(2, 5, 3, 8), torch.arange(5)
     inv_freq = Rotary(8).inv_freq
-    found = rotate(x, position[:, None], inv_freq)
+    found = rotate(x, table_of(position[:, None], inv_freq, x.dtype))
     assert found.is_contiguous()
-    expected = rotate(x.transpose(1, 2), position, inv_freq).transpose(1, 2)
+    expected = rotate(x.transpose(1, 2), table_of(position, inv_freq, x.dtype)).transpose(1, 2)
     assert torch.equal(found, expected)
 
 
 def test_gradients_of_gradients():
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    inv_freq = Rotary(4).inv_freq
-    assert torch.autograd.gradgradcheck(lambda x: rotate(x, torch.arange(3), inv_freq), x)
+    table = table_of(torch.arange(3), Rotary(4).inv_freq, x.dtype)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, table), x)
 
 
 def test_the_factor_multiplies_both_halves():
     x, factor = torch.randn(2, 5, 6, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
-    inv_freq = Rotary(6).inv_freq
-    found = rotate(x, torch.arange(5), inv_freq, factor)
-    plain = rotate(x, torch.arange(5), inv_freq)
+    position, inv_freq = torch.arange(5), Rotary(6).inv_freq
+    found = rotate(x, table_of(position, inv_freq, x.dtype, factor))
+    plain = rotate(x, table_of(position, inv_freq, x.dtype))
     torch.testing.assert_close(found, plain * factor.repeat(1, 2))
 
 

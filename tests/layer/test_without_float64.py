@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from flexlocal import LocalAttention, Rotary, Window, angles, local_attention
 from flexlocal import rotary as rotary_module
 from flexlocal.eager import formula
-from flexlocal.rotary import rotate
+from flexlocal.rotary import rotate, table_of
 
 
 class RefusesFloat64(TorchDispatchMode):
@@ -100,7 +100,7 @@ def test_frequencies_of_a_user(lacking):
     lacking("cpu")
     inv_freq = torch.tensor([0.0, 1.0, 3.75, 1e-30, 2.0**-20])
     x, position = torch.randn(7, 10), torch.tensor([0, 1, 5, 999, 10**6, 2**24 + 1, -3])
-    found = rotate(x, position, inv_freq)
+    found = rotate(x, table_of(position, inv_freq, x.dtype))
     torch.testing.assert_close(found, oracle.rotate(x.double(), position, inv_freq).float())
 
 
