@@ -140,6 +140,26 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     return out.reshape(*q.shape[:-1], out.shape[-1]), lse.reshape(q.shape[:-1])
 
 
+def turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated as the path would first do that a call without xpos takes."""
+    spec = with_plain_numbers(spec)
+    make = partial(_prepare_turning, spec, inputs)
+    compiling = torch.compiler.is_compiling() or is_tracing()
+    run = make() if compiling else kept(_TURNING, make, spec, inputs)
+    q, k = run(shaped(inputs))
+    return q.reshape(inputs.q.shape), k.reshape(inputs.k.shape)
+
+
+_TURNING: dict[object, Callable[[Inputs], tuple[Tensor, Tensor]]] = {}
+
+
+def _prepare_turning(spec: Spec, inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    spec, inputs = checked(spec, inputs)
+    if choose(spec, inputs).backend == "flex":
+        return flex.turning(spec, shaped(inputs))
+    return partial(eager.turned, spec)
+
+
 def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
     """The call, its arguments checked: resolved, with q, k and v in autocast's dtype."""
     spec = with_plain_numbers(spec)
@@ -212,11 +232,11 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
     )
 
 
-_NO_OTHERS = [None] * 5
-"""``Inputs`` from ``sinks`` to ``begin``, where none is given."""
+_NO_OTHERS = [None] * 6
+"""``Inputs`` from ``sinks`` to ``seeing``, where none is given."""
 
 
-def _kind_of(x: Tensor | int | None) -> object:
+def _kind_of(x: object) -> object:
     if not isinstance(x, Tensor):
         return type(x)
     near = x.is_contiguous() or x.stride()

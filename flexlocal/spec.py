@@ -78,6 +78,8 @@ class Inputs(NamedTuple):
             ``(batch,)`` [an int or ``(b or 1, h or 1, 1)``]; None for both unless one was given.
         begin: position at which each row's first document begins, which may lie before the keys:
             integer ``(batch,)`` [``(b or 1, h or 1, 1)``]; None for 0.
+        seeing: the first query that sees keys, and the first one after that which sees none, ints
+            [or integer ``(1, 1, 1)``]; None where all queries may.
         cu_seqlens: in place of ``documents`` of a single row: where each begins, and last where the
             last one ends, integer ``(documents + 1,)``. ``numbered`` makes documents of it.
     """
@@ -96,6 +98,7 @@ class Inputs(NamedTuple):
     q_offset: int | Tensor | None = None
     kv_offset: int | Tensor | None = None
     begin: Tensor | None = None
+    seeing: tuple[int | Tensor, int | Tensor] | None = None
     cu_seqlens: Tensor | None = None
 
 
@@ -176,9 +179,9 @@ def is_plain(spec: Spec, bias: Tensor | None, sinks: Tensor | None) -> bool:
 
 
 def is_placed(inputs: Inputs) -> bool:
-    """Whether positions count from documents or offsets, and not from the first token."""
+    """Whether what queries see is not the window's alone: with documents, offsets or ``seeing``."""
     documents = inputs.documents is not None or inputs.cu_seqlens is not None
-    return documents or inputs.q_offset is not None
+    return documents or inputs.q_offset is not None or inputs.seeing is not None
 
 
 def numbered(inputs: Inputs) -> Inputs:
@@ -258,8 +261,9 @@ def rule_of(spec: Spec, inputs: Inputs) -> Rule:
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     q_offset, kv_offset = (0 if x is None else x for x in (inputs.q_offset, inputs.kv_offset))
     return place(
-        spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset, begin=inputs.begin
-    )
+        spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset,
+        begin=inputs.begin, seeing=inputs.seeing,
+    )  # fmt: skip
 
 
 def beside_queries(rule: Any, inputs: Inputs) -> tuple[Any, Inputs]:

@@ -7,7 +7,7 @@ plus ``lead``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,19 +49,21 @@ class Placed(Rule):
     """``placed`` over positions; made by ``place``.
 
     A query sees the keys of its own document that the window lets it see, none at a position below
-    0. A query at such a position sees nothing.
+    0. A query at such a position sees nothing, nor one outside ``seeing``.
 
     Args:
         placed: the window.
         of_queries: the documents of the queries.
         of_keys: the documents of the keys; None where they are those of the queries.
         lead: index of the key at the position of a query, less the index of the query.
+        seeing: the first query that sees keys, and the first one after that which sees none.
     """
 
     placed: Window
     of_queries: Origins
     of_keys: Origins | None = None
     lead: Offset = 0
+    seeing: tuple[Offset, Offset] | None = None
 
     def keys(self, batch: Entry, head: Entry, query: Index) -> tuple[Index, Index]:
         """First and last key that ``query`` sees."""
@@ -71,7 +73,13 @@ class Placed(Rule):
         last = self.placed.last_key(position) + start
         # A last key that is the query's own lies in its document, and below `first` for a query at
         # a position below 0.
-        return first, last if self.placed.causal else _bounded(last, position, start, end)
+        last = last if self.placed.causal else _bounded(last, position, start, end)
+        if self.seeing is None:
+            return first, last
+        begin, stop = (_looked_up(x, batch, head, 0) for x in self.seeing)
+        # Nothing, and in a way that no bound decreases.
+        found = _where(query < stop, first, at_least(last + 1, first))
+        return found, _where(query < begin, at_most(last, first - 1), last)
 
     def queries(self, batch: Entry, head: Entry, key: Index) -> tuple[Index, Index]:
         """First and last query that sees ``key``."""
@@ -79,7 +87,11 @@ class Placed(Rule):
         position, lead = key - start, self._lead(batch, head)
         first = at_least(self.placed.first_query(position), 0) + start
         last = _bounded(self.placed.last_query(position) + start, position, start, end)
-        return first - lead, last - lead
+        first, last = first - lead, last - lead
+        if self.seeing is None:
+            return first, last
+        begin, stop = (_looked_up(x, batch, head, 0) for x in self.seeing)
+        return at_least(first, begin), at_most(last, stop - 1)
 
     @property
     def reach(self) -> Reach:
@@ -99,7 +111,11 @@ class Placed(Rule):
         numbers = [next(rest) if isinstance(x, Tensor) else x for x in self._numbers()]
         of_queries, of_keys = Origins(*numbers[0:2]), Origins(*numbers[2:4])
         return Placed(
-            self.placed, of_queries, None if self.of_keys is None else of_keys, numbers[4]
+            self.placed,
+            of_queries,
+            None if self.of_keys is None else of_keys,
+            numbers[4],
+            None if self.seeing is None else (numbers[5], numbers[6]),
         )
 
     @property
@@ -139,9 +155,8 @@ class Placed(Rule):
     def for_scores(self) -> "Placed":
         """Without the documents of keys, nor their ends where causality ends all intervals."""
         starts, ends = self.of_queries
-        return Placed(
-            self.placed, Origins(starts, None if self.placed.causal else ends), None, self.lead
-        )
+        of_queries = Origins(starts, None if self.placed.causal else ends)
+        return replace(self, of_queries=of_queries, of_keys=None)
 
     def beside(self, queries: int, keys: int) -> tuple["Placed", "Nearby"]:
         """The rule over those keys alone that some query may see, and over one at least.
@@ -179,14 +194,16 @@ class Placed(Rule):
 
         pairs = zip(self.of_queries, self._of_keys, strict=True)
         of_queries = Origins(*(padded(query, key) for query, key in pairs))
-        return Placed(self.placed, of_queries, self._of_keys)
+        seeing = None if self.seeing is None else (self.seeing[0] + first, self.seeing[1] + first)
+        return Placed(self.placed, of_queries, self._of_keys, 0, seeing)
 
     def _from(self, start: Offset, near: "Nearby") -> "Placed":
         """The rule over the keys ``near``, the first of which has had the index ``start``."""
         lead = self.reach.back if isinstance(start, Tensor) else self.lead - start
         starts, ends = self._of_keys
         of_keys = Origins(near.of_table(starts), None if ends is None else near.of_table(ends))
-        return Placed(self.placed, self.of_queries.plus(-start), of_keys.plus(-start), lead)
+        of_queries = self.of_queries.plus(-start)
+        return Placed(self.placed, of_queries, of_keys.plus(-start), lead, self.seeing)
 
     # Equal where a kernel of one serves the other: numbers count, tensors only by their shapes.
 
@@ -208,7 +225,8 @@ class Placed(Rule):
 
     def _numbers(self) -> tuple[Any, ...]:
         of_keys = (None, None) if self.of_keys is None else self.of_keys
-        return *self.of_queries, *of_keys, self.lead
+        seeing = (None, None) if self.seeing is None else self.seeing
+        return *self.of_queries, *of_keys, self.lead, *seeing
 
 
 @dataclass(frozen=True)
@@ -260,6 +278,7 @@ def place(
     kv_offset: Offset = 0,
     *,
     begin: Tensor | None = None,
+    seeing: tuple[Offset, Offset] | None = None,
 ) -> Placed:
     """``window`` over the positions that documents and offsets give.
 
@@ -271,16 +290,17 @@ def place(
         kv_offset: position of the first key.
         begin: position at which the first document of a row begins, 0 by default, integer ``(b or
             1, h or 1, 1)``.
+        seeing: see ``Placed``.
     """
     # The same tensor for both says, without a look at its numbers, that queries stand at the keys.
     lead = 0 if q_offset is kv_offset else q_offset - kv_offset
     origin = -kv_offset
     if documents is None:
-        return Placed(window, Origins(origin), None, lead)
+        return Placed(window, Origins(origin), None, lead, seeing)
     of_keys = _origins(documents, origin, begin)
     if isinstance(lead, int) and lead == 0 and queries == keys:
-        return Placed(window, of_keys)
-    return Placed(window, _of_queries(of_keys, queries, keys, lead), of_keys, lead)
+        return Placed(window, of_keys, None, 0, seeing)
+    return Placed(window, _of_queries(of_keys, queries, keys, lead), of_keys, lead, seeing)
 
 
 _FAR = 2**30
@@ -319,6 +339,12 @@ def _bounded(last: Any, position: Any, start: Any, end: Any) -> Any:
     if isinstance(position, Tensor):
         return torch.where(position < 0, start - 1, last)
     return start - 1 if position < 0 else last
+
+
+def _where(condition: Any, true: Any, false: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, true, false)
+    return true if condition else false
 
 
 def _looked_up(x: Offset, batch: Entry, head: Entry, token: Index) -> Any:

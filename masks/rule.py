@@ -70,6 +70,10 @@ class Reach:
         """As ``longest``, for the queries that see a block of keys."""
         return self.longest(keys)
 
+    def sees_few(self, queries: int, keys: int) -> bool:
+        """Whether so many consecutive queries see less than half of ``keys``, wherever they are."""
+        return 2 * (queries + self.back + self.ahead) <= keys
+
     def ends_with(self, block: int) -> bool:
         """Whether all bounds lie at edges of blocks, save where causality ends an interval."""
         return self.step > 0 and self.step % block == 0

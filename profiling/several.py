@@ -3,8 +3,10 @@
     torchrun --nproc-per-node 2 -m profiling.several [--tokens 524288] [--model] [--json FILE]
 
 A training step of attention with rotary embeddings, 256 keys back, bf16 on GPUs: each rank holds
-``--tokens``, and one device all of them. ``--model`` trains four local layers under FSDP2, on ranks
-that share sequences and on one. ``--tiny`` tries the script on a CPU. Times are the slowest rank's.
+``--tokens``, and one device all of them. Times are the slowest rank's, of steps that follow each
+other without a pause; "exposed" is what of them the ranks wait for each other's keys. ``--model``
+trains four local layers under FSDP2, on ranks that share sequences and on one. ``--tiny`` tries the
+script on a CPU.
 """
 
 import argparse
@@ -31,8 +33,10 @@ from flexlocal.distributed import shard_lengths, shard_sequence, sharded_local_a
 from . import machine
 from .options import count, file_to_write
 from .terminal import number, table
+from .timing import Timing, in_turns, ratio_of_rounds, synchronize
 
 HEAD, LAYERS, CHECKED = 64, 4, 3000  # head size; layers of the model; tokens of the check
+WHOLE, STILL = "one device, all tokens", ", nothing travels"
 Step = Callable[[], object]
 
 
@@ -44,24 +48,16 @@ def step(attend: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def slowest_ms(run: Step, device: torch.device, steps: int) -> float:
-    """Median milliseconds of a warm step on the slowest rank; every rank takes as many."""
-    times = []
-    for number_of_step in range(steps + 3):
-        dist.barrier()
-        _settled(device)
-        start = time.perf_counter()
+    """Milliseconds of a step on the slowest rank, of so many one after the other."""
+    dist.barrier()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
         run()
-        _settled(device)
-        if number_of_step >= 3:
-            times.append(1e3 * (time.perf_counter() - start))
-    found = torch.tensor(statistics.median(times), device=device)
+    synchronize(device)
+    found = torch.tensor(1e3 * (time.perf_counter() - start) / steps, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
-
-
-def _settled(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -94,8 +90,8 @@ def wrong(attend: Callable[..., Tensor], tensors: Sequence[Tensor], rotary: Rota
     return None if apart < 0.05 else f"{apart.item():.2g} apart"
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of each way."""
+def ways(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
+    """A step of this rank, in each way."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     window, rotary = Window(256, causal=True, exact=True), Rotary(HEAD).to(device)
@@ -111,39 +107,46 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     off = wrong(shared, mine, rotary)
     if off is not None:
         sys.exit(f"not measured, the result is wrong: {off}")
-    found: dict[str, Any] = {}
-
-    def timed(name: str, run: Step) -> None:
-        found[name] = slowest_ms(run, device, options.steps)
-        if rank == 0:
-            print(f"{name:<52} {found[name]:9.3f} ms", flush=True)
-
-    timed("a rank's tokens alone, no halo", partial(step, alone, mine))
-    for words, more in (("", {}), (", one call", {"overlap": False})):
-        timed(f"sharded{words}, ranks agree", partial(step, partial(shared, **more), mine))
-        known = partial(shared, lengths=lengths, **more)
-        timed(f"sharded{words}", partial(step, known, mine))
-        with silent():
-            timed(f"sharded{words}, nothing travels", partial(step, known, mine))
-        if not options.tiny:
-            compiled = partial(torch.compile(sharded_local_attention, fullgraph=True),
-                               **known.keywords)  # fmt: skip
-            timed(f"sharded{words}, compiled", partial(step, compiled, mine))
-    del mine
     whole = tensors(options.tokens * ranks) if rank == 0 else []
-    timed("one device, all tokens", partial(step, alone, whole) if rank == 0 else lambda: None)
+    found: dict[str, Step] = {
+        WHOLE: partial(step, alone, whole) if rank == 0 else lambda: None,
+        "a rank's tokens alone, no halo": partial(step, alone, mine),
+        "sharded, ranks agree": partial(step, shared, mine),
+    }
+    for words, overlap in (("sharded", True), ("sharded, after the travel", False)):
+        known = partial(shared, lengths=lengths, overlap=overlap)
+        found[words] = partial(step, known, mine)
+        found[words + STILL] = partial(_silently, found[words])
+        if not options.tiny:
+            compiled = torch.compile(sharded_local_attention, fullgraph=True)
+            found[f"{words}, compiled"] = partial(step, partial(compiled, **known.keywords), mine)
     return found
 
 
-def text(found: dict[str, float]) -> str:
+def _silently(run: Step) -> None:
+    with silent():
+        run()
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of each way, in turns."""
+    runs = ways(options, device)
+    for run in runs.values():  # what changes length is compiled once more
+        run()
+    timing = Timing(device, seconds=0)
+    rounds = in_turns(runs, timing, lambda run, device, _: slowest_ms(run, device, options.steps))
+    return {name: {"ms": statistics.median(each), "rounds": each} for name, each in rounds.items()}
+
+
+def text(found: dict[str, dict[str, Any]]) -> str:
     """What follows from the times."""
-    whole, lines = found["one device, all tokens"], []
-    for name, ms in found.items():
-        if name.startswith("sharded") and "nothing" not in name:
-            still = found.get(f"{name}, nothing travels")
-            exposed = "" if still is None else f"{100 * (ms - still) / ms:.1f} %"
-            lines.append([name, number(ms), f"{whole / ms:.2f}", exposed])
-    return table(["", "ms", "times one device", "exposed travel"], lines)
+    lines = []
+    for name, row in found.items():
+        throughput = ratio_of_rounds(found[WHOLE]["rounds"], row["rounds"])
+        still = found.get(name + STILL)
+        exposed = "" if still is None else f"{100 * (1 - still['ms'] / row['ms']):.1f} %"
+        lines.append([name, number(row["ms"]), throughput.words(), exposed])
+    return table(["", "ms", "times one device", "exposed"], lines)
 
 
 class Model(nn.Module):
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tokens", type=count, metavar="N", help="of each rank (524288)")
     parser.add_argument("--heads", type=count, default=8)
-    parser.add_argument("--steps", type=count, default=20, help="that are timed (20)")
+    parser.add_argument("--steps", type=count, default=10, help="in a turn (10)")
     parser.add_argument("--model", action="store_true", help="train a model instead")
     parser.add_argument("--tiny", action="store_true", help="few tokens, uncompiled")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="for the results")

@@ -8,7 +8,7 @@ import torch
 from flexlocal.distributed.attention import sight_of
 from flexlocal.distributed.documents import begins, summary
 from flexlocal.distributed.plan import plan, runs
-from flexlocal.distributed.shard import Keys, attend, own_keys
+from flexlocal.distributed.shard import Keys, attend, own_keys, turned
 from flexlocal.masks.window import as_rule
 from flexlocal.spec import Inputs, Spec, offsets_of, rotation_of
 
@@ -38,6 +38,7 @@ def attention(q, k, v, window, queries, keys, overlap=True, **arguments):
         )  # fmt: skip
     sight = sight_of(spec, every[0])
     plans = [plan(sight, rank, queries, keys, overlap) for rank in range(len(queries))]
+    every = [turned(own, spec, x) for own, x in zip(plans, every, strict=True)]
     told = None
     if documents is not None:
         told = torch.stack([summary(x.documents, p.own) for x, p in zip(every, plans, strict=True)])

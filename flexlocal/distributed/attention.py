@@ -18,7 +18,7 @@ from .documents import begins, summary
 from .exchange import gathered, tied
 from .lengths import checked_lengths
 from .plan import Sight, plan, runs
-from .shard import Keys, attend, own_keys
+from .shard import Keys, attend, own_keys, turned
 from .travel import start
 
 
@@ -176,6 +176,7 @@ def _attended(
     """The call, once all ranks are known to fit."""
     rank = dist.get_rank(group)
     mine = plan(sight_of(spec, inputs), rank, queries, keys, overlap)
+    inputs = turned(mine, spec, inputs)
     if spec.dropout > 0:
         inputs = inputs._replace(seed=_seed_of_rank_0(inputs, group))
     documents = inputs.documents

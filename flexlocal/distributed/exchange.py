@@ -5,7 +5,7 @@ All travel is ``torch.distributed.all_to_all_single``, which gloo and NCCL have 
 needs is waited for when it is asked for, in the backward pass as well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,16 @@ def cut(x: Tensor, runs: Sequence[Run], dim: int) -> list[Tensor]:
     if torch.compiler.is_compiling():  # which fuses what autograd does for each run
         return [x, *(x.narrow(dim, run.start, run.size) for run in runs)]
     return list(_Cut.apply(x, tuple(runs), dim))  # type: ignore[no-untyped-call]
+
+
+def filled_in(x: Tensor, parts: Mapping[Run, Tensor], dim: int) -> Tensor:
+    """``x`` with ``parts`` written into it at their runs along ``dim``, outside a compiler.
+
+    What computed ``x`` may keep it for its backward pass, where elements of these runs are to count
+    for nothing whatever they are.
+    """
+    found: Tensor = _FilledIn.apply(x, dim, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
+    return found
 
 
 def tied(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
@@ -174,6 +184,24 @@ class _Cut(torch.autograd.Function):
             if part is not None:  # in place: no one else has seen this gradient
                 whole.narrow(ctx.dim, run.start, run.size).add_(part)
         return whole, None, None
+
+
+class _FilledIn(torch.autograd.Function):
+    """``filled_in``, whose gradient is nowhere copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, runs: tuple[Run, ...], *parts: Tensor) -> Tensor:
+        ctx.runs, ctx.dim = runs, dim
+        for run, part in zip(runs, parts, strict=True):
+            x.data.narrow(dim, run.start, run.size).copy_(
+                part
+            )  # `data`: autograd does not count it
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad, None, None, *(grad.narrow(ctx.dim, run.start, run.size) for run in ctx.runs)
 
 
 class _Tied(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Inputs, Spec, offsets_of
 from .documents import begin_of_first
-from .exchange import cut, tied
+from .exchange import cut, filled_in, tied
 from .plan import Plan, Portion, Run
 
 TOKENS = {"k": -2, "v": -2, "mask": -1, "begins": -1}
@@ -55,6 +55,20 @@ class Own(NamedTuple):
         return self.pieces[run] if run.size else self.nothing
 
 
+def turned(plan: Plan, spec: Spec, inputs: Inputs) -> Inputs:
+    """The rank's tensors, queries and keys rotated: each key once, on the rank that has it.
+
+    Not with xpos, whose factors depend on the queries that read a key, nor with ``shared_qk``,
+    which first scales keys.
+    """
+    if inputs.inv_freq is None or spec.xpos_base is not None or spec.shared_qk:
+        return inputs
+    # Positions are indices here: between tokens of a document both are as far apart.
+    tokens, keys = Portion(plan.queries, plan.own), Keys(inputs.k, inputs.v)
+    q, k = dispatch.turned(spec, _placed(tokens, inputs, inputs.q, keys))
+    return inputs._replace(q=q, k=k, inv_freq=None)
+
+
 def own_keys(plan: Plan, keys: Keys) -> Own:
     """The pieces of a rank's own keys that ``plan`` asks for."""
     sends = [run for run in plan.sends if run.size]
@@ -89,22 +103,40 @@ def attend(
     """
     if not plan.queries.size:
         return _nothing(spec, inputs, own.whole)
-    sizes = [portion.queries.size for portion in plan.portions]
-    by_portion = inputs.q.split(sizes, dim=-2) if len(sizes) > 1 else (inputs.q,)
-    found: dict[int, list[Tensor]] = {}
     came: Sequence[Keys | None] | None = None
-    for place in sorted(range(len(sizes)), key=lambda i: plan.needs_halo(plan.portions[i])):
-        portion = plan.portions[place]
+
+    def call(portion: Portion, q: Tensor, seeing: Run | None = None) -> list[Tensor]:
+        nonlocal came
         keys = own.whole
         if plan.needs_halo(portion):
             came = halo() if came is None else came
             keys = _keys_of(plan, portion, own, came)
-        results = dispatch.attend(spec, _placed(portion, inputs, by_portion[place], keys))
-        found[place] = [results] if isinstance(results, Tensor) else list(results)
-    if len(sizes) == 1:
-        return found[0]
-    out, *lse = zip(*(found[place] for place in range(len(sizes))), strict=True)
-    return [torch.cat(out, dim=-2), *(torch.cat(x, dim=-1) for x in lse)]
+        placed = _placed(portion, inputs, q, keys)._replace(seeing=seeing)
+        results = dispatch.attend(spec, placed)
+        return [results] if isinstance(results, Tensor) else list(results)
+
+    if len(plan.portions) == 1:
+        return call(plan.portions[0], inputs.q)
+    order = sorted(range(len(plan.portions)), key=lambda i: plan.needs_halo(plan.portions[i]))
+    places = [portion.queries.less(plan.queries.start) for portion in plan.portions]
+    if torch.compiler.is_compiling():
+        by_portion = inputs.q.split([place.size for place in places], dim=-2)
+        found = {i: call(plan.portions[i], by_portion[i]) for i in order}
+        parts = [found[i] for i in range(len(found))]
+        return [
+            torch.cat(x, dim=-1 if lse else -2) for lse, x in enumerate(zip(*parts, strict=True))
+        ]
+    # All queries in the first call, where those that need a halo see nothing: neither its output
+    # nor its gradients are copied then.
+    inside, *edges = order
+    whole, *at_edges = cut(inputs.q, [places[i] for i in edges], -2)
+    found = {inside: call(Portion(plan.queries, plan.own), whole, places[inside])}
+    found |= {i: call(plan.portions[i], q) for i, q in zip(edges, at_edges, strict=True)}
+    out = filled_in(found[inside][0], {places[i]: found[i][0] for i in edges}, -2)
+    if not spec.return_lse:
+        return [out]
+    found[inside][1] = found[inside][1].narrow(-1, places[inside].start, places[inside].size)
+    return [out, torch.cat([found[i][1] for i in range(len(found))], dim=-1)]
 
 
 def _nothing(spec: Spec, inputs: Inputs, keys: Keys) -> list[Tensor]:

@@ -164,15 +164,17 @@ def _attend(
 
 def with_offsets_in_memory(inputs: Inputs) -> Inputs:
     """``inputs``, shaped, with offsets in tensors: a kernel would be compiled for each number."""
-    q_offset, kv_offset = inputs.q_offset, inputs.kv_offset
-    if not isinstance(q_offset, int) and not isinstance(kv_offset, int):
-        return inputs
+    q_offset, kv_offset, seeing = inputs.q_offset, inputs.kv_offset, inputs.seeing
 
-    def in_memory(offset: int | Tensor | None) -> Tensor | None:
+    def in_memory(offset: Any) -> Any:
         if not isinstance(offset, int):
             return offset
         return number_in_memory(offset, inputs.q.device).view(1, 1, 1)
 
+    if seeing is not None:
+        inputs = inputs._replace(seeing=(in_memory(seeing[0]), in_memory(seeing[1])))
+    if not isinstance(q_offset, int) and not isinstance(kv_offset, int):
+        return inputs
     same = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset
     first = in_memory(q_offset)
     return inputs._replace(q_offset=first, kv_offset=first if same else in_memory(kv_offset))
@@ -190,9 +192,8 @@ def _near_queries(
     """
     n, m = inputs.q.shape[2], inputs.k.shape[2]
     apart = not isinstance(rule.lead, int) or n != m
-    few = 2 * (n + rule.reach.back + rule.reach.ahead) <= m
     aligned = apart and spec.xpos_base is not None
-    if not aligned and not (apart and few):
+    if not aligned and not (apart and rule.reach.sees_few(n, m)):
         return rule, inputs, None
     if aligned and isinstance(rule.lead, int):
         rule = replace(rule, lead=number_in_memory(rule.lead, inputs.q.device).view(1, 1, 1))

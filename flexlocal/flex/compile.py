@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
 from ..torch_limits import inductor, keep_guard, mark_length_dynamic
@@ -62,12 +63,61 @@ def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs
     return _with_own_graph(spec, inputs, tuning)
 
 
+def turning(spec: Spec, inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    """What rotates queries and keys of calls like this one, without xpos, and nothing else."""
+    if torch.compiler.is_compiling():
+        return partial(_turned, spec)
+    with torch.no_grad():
+        turn = _with_own_graph(spec, _of_turning(inputs, inputs.q, inputs.k), None)
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _Turned.apply(inputs.q, inputs.k, inputs, turn)  # type: ignore[no-untyped-call]
+        return found
+
+    return run
+
+
+class _Turned(torch.autograd.Function):
+    """Rotation by ``turn``, which turns gradients back as well.
+
+    The backward pass of a compiled graph would first copy gradients that are parts of larger ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, inputs: Inputs, turn: Callable[[Inputs], Any]
+    ) -> tuple[Tensor, Tensor]:
+        inputs = _of_turning(inputs, q.detach(), k.detach())
+        ctx.turn, ctx.places = turn, inputs._replace(q=inputs.v, k=inputs.v)
+        found: tuple[Tensor, Tensor] = turn(inputs)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
+        inv_freq = -ctx.places.inv_freq
+        q, k = ctx.turn(_of_turning(ctx.places._replace(inv_freq=inv_freq), q, k))
+        return q, k, None, None
+
+
+def _of_turning(inputs: Inputs, q: Tensor, k: Tensor) -> Inputs:
+    """``inputs`` with other queries and keys, and without what does not place them."""
+    return inputs._replace(
+        q=q, k=k, v=k[:0], mask=None, bias=None, seed=None, zeta=None, sinks=None
+    )
+
+
+def _turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    inputs = with_offsets_in_memory(numbered(inputs))
+    return turned(rule_of(spec, inputs), None, inputs, None)
+
+
 def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
     """By FlashAttention 4's own functions: only what turns queries and keys is compiled here."""
     attend = partial(flash_attention.attend, spec)
     if inputs.inv_freq is None or torch.compiler.is_compiling():
         return attend
-    turn = _with_own_graph(spec, inputs, None)
+    turn = turning(spec, inputs)
 
     def run(inputs: Inputs) -> Result:
         q, k = turn(inputs)
@@ -134,8 +184,7 @@ def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[...,
                 "backend must be 'eager' here"
             )
         if tuning is None:
-            given = numbered(Inputs(*inputs))
-            return turned(rule_of(spec, given), None, given, None)
+            return _turned(spec, Inputs(*inputs))
         return attend(spec, Inputs(*inputs), tuning, lists)
 
     # torch counts recompiles by code object, so that each callable needs one of its own. Its

@@ -173,8 +173,9 @@ def without_bounds(tuning: Tuning, spec: Spec, inputs: Inputs) -> Tuning:
         inputs: shaped.
     """
     (b, h, n, _), m = inputs.q.shape, inputs.k.shape[2]
-    # xpos lays keys out, and offsets may leave some away: kernels get another number of them.
-    as_given = spec.xpos_base is None and inputs.q_offset is None
+    # xpos lays keys out, and those far from all queries are left away: kernels get another number.
+    nearby = inputs.q_offset is None or not spec.rule.reach.sees_few(n, m)
+    as_given = spec.xpos_base is None and nearby
     whole = as_given and n % STOCK_BLOCK == 0 and m % STOCK_BLOCK == 0
     if inputs.q.device.type != "cuda" or not whole or b * h * n < _MANY_QUERIES:
         return tuning

@@ -86,7 +86,8 @@ SPEC = Spec(Window(64, causal=True), scale=1.0)
         (on_gpu(2, 8, 8191), SPEC, False),
         (on_gpu(2, 8, 8192, m=8193), SPEC, False),
         (on_gpu(2, 4, 4096), SPEC, False),  # too few for a graph of their own
-        (on_gpu(2, 8, 8192, q_offset=0, kv_offset=0), SPEC, False),
+        (on_gpu(2, 8, 8192, m=8320, q_offset=128, kv_offset=0), SPEC, True),
+        (on_gpu(2, 8, 8192, m=32768, q_offset=128, kv_offset=0), SPEC, False),  # of few keys
         (on_gpu(2, 8, 8192), SPEC._replace(xpos_base=32.0), False),
         (Inputs(*[torch.empty(2, 8, 8192, 1)] * 3), SPEC, False),  # a processor has no such option
     ],
