@@ -27,6 +27,8 @@ TABLES = {
     "cpu.json": COMPARISON,
     "cpu_fp32.json": RESULTS / "README.md",
     "cpu_fp32_two_threads.json": RESULTS / "README.md",
+    "cpu_fp32_heads.json": RESULTS / "README.md",
+    "cpu_fp32_batch_8.json": RESULTS / "README.md",
     "cpu_fp32_32768.json": RESULTS / "README.md",
     "cpu_bf16.json": RESULTS / "README.md",
     "h100_rotary.json": RESULTS / "README.md",
