@@ -192,10 +192,9 @@ class _FilledIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, runs: tuple[Run, ...], *parts: Tensor) -> Tensor:
         ctx.runs, ctx.dim = runs, dim
+        written = x.data  # as which autograd does not count what is written
         for run, part in zip(runs, parts, strict=True):
-            x.data.narrow(dim, run.start, run.size).copy_(
-                part
-            )  # `data`: autograd does not count it
+            written.narrow(dim, run.start, run.size).copy_(part)
         return x.view_as(x)
 
     @staticmethod

@@ -36,6 +36,10 @@ class Keys(NamedTuple):
     begins: Tensor | None = None
 
 
+Call = Callable[[Portion, Tensor, Run | None], list[Tensor]]
+"""The results of a portion, from its queries, and from which of them see keys where not all do."""
+
+
 class Own(NamedTuple):
     """A rank's own keys, whole and in pieces.
 
@@ -105,7 +109,7 @@ def attend(
         return _nothing(spec, inputs, own.whole)
     came: Sequence[Keys | None] | None = None
 
-    def call(portion: Portion, q: Tensor, seeing: Run | None = None) -> list[Tensor]:
+    def call(portion: Portion, q: Tensor, seeing: Run | None) -> list[Tensor]:
         nonlocal came
         keys = own.whole
         if plan.needs_halo(portion):
@@ -116,27 +120,40 @@ def attend(
         return [results] if isinstance(results, Tensor) else list(results)
 
     if len(plan.portions) == 1:
-        return call(plan.portions[0], inputs.q)
-    order = sorted(range(len(plan.portions)), key=lambda i: plan.needs_halo(plan.portions[i]))
-    places = [portion.queries.less(plan.queries.start) for portion in plan.portions]
-    if torch.compiler.is_compiling():
-        by_portion = inputs.q.split([place.size for place in places], dim=-2)
-        found = {i: call(plan.portions[i], by_portion[i]) for i in order}
-        parts = [found[i] for i in range(len(found))]
-        return [
-            torch.cat(x, dim=-1 if lse else -2) for lse, x in enumerate(zip(*parts, strict=True))
-        ]
-    # All queries in the first call, where those that need a halo see nothing: neither its output
-    # nor its gradients are copied then.
-    inside, *edges = order
-    whole, *at_edges = cut(inputs.q, [places[i] for i in edges], -2)
+        return call(plan.portions[0], inputs.q, None)
+    return (_joined if torch.compiler.is_compiling() else _filled_in)(plan, inputs.q, call)
+
+
+def _joined(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
+    """The results of all portions, one call each, as a compiler sees them."""
+    pieces = q.split([portion.queries.size for portion in plan.portions], dim=-2)
+    found = {
+        portion: call(portion, piece, None)
+        for portion, piece in sorted(
+            zip(plan.portions, pieces, strict=True), key=lambda pair: plan.needs_halo(pair[0])
+        )
+    }
+    out, *lse = zip(*(found[portion] for portion in plan.portions), strict=True)
+    return [torch.cat(out, dim=-2), *(torch.cat(x, dim=-1) for x in lse)]
+
+
+def _filled_in(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
+    """The same without a copy of the output, of the queries' gradients or of the output's.
+
+    All queries are in the call that needs no halo, where the others see nothing.
+    """
+    places = {portion: portion.queries.less(plan.queries.start) for portion in plan.portions}
+    edges = [portion for portion in plan.portions if plan.needs_halo(portion)]
+    (inside,) = places.keys() - edges
+    whole, *pieces = cut(q, [places[portion] for portion in edges], -2)
     found = {inside: call(Portion(plan.queries, plan.own), whole, places[inside])}
-    found |= {i: call(plan.portions[i], q) for i, q in zip(edges, at_edges, strict=True)}
-    out = filled_in(found[inside][0], {places[i]: found[i][0] for i in edges}, -2)
-    if not spec.return_lse:
+    found |= {portion: call(portion, x, None) for portion, x in zip(edges, pieces, strict=True)}
+    out, *lse = found[inside]
+    out = filled_in(out, {places[portion]: found[portion][0] for portion in edges}, -2)
+    if not lse:
         return [out]
-    found[inside][1] = found[inside][1].narrow(-1, places[inside].start, places[inside].size)
-    return [out, torch.cat([found[i][1] for i in range(len(found))], dim=-1)]
+    found[inside][1] = lse[0].narrow(-1, places[inside].start, places[inside].size)
+    return [out, torch.cat([found[portion][1] for portion in plan.portions], dim=-1)]
 
 
 def _nothing(spec: Spec, inputs: Inputs, keys: Keys) -> list[Tensor]:
