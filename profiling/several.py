@@ -117,7 +117,7 @@ def ways(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
         known = partial(shared, lengths=lengths, overlap=overlap)
         found[words] = partial(step, known, mine)
         found[words + STILL] = partial(_silently, found[words])
-        if not options.tiny:
+        if not options.tiny and not overlap:  # a compiler makes one call in any case
             compiled = torch.compile(sharded_local_attention, fullgraph=True)
             found[f"{words}, compiled"] = partial(step, partial(compiled, **known.keywords), mine)
     return found

@@ -64,7 +64,8 @@ def sharded_local_attention(
             and are needed inside ``torch.compile(fullgraph=True)``. Then nothing finds out that
             shards do not fit together: a rank that fails leaves the others waiting.
         overlap: compute queries that see no key of another rank in a call of their own while the
-            others' keys travel. False makes a single call, after they have come.
+            others' keys travel. False makes a single call, after they have come; so does
+            ``torch.compile``, in whose graphs nothing is computed while something travels.
         dropout_seed: as for ``local_attention``; rank 0's counts.
         q_offset, kv_offset: positions of the whole sequence's first query and key: ints, or one
             integer tensor ``(batch,)`` for both.
@@ -175,6 +176,7 @@ def _attended(
 ) -> Any:
     """The call, once all ranks are known to fit."""
     rank = dist.get_rank(group)
+    overlap = overlap and not torch.compiler.is_compiling()
     mine = plan(sight_of(spec, inputs), rank, queries, keys, overlap)
     inputs = turned(mine, spec, inputs)
     if spec.dropout > 0:

@@ -121,24 +121,11 @@ def attend(
 
     if len(plan.portions) == 1:
         return call(plan.portions[0], inputs.q, None)
-    return (_joined if torch.compiler.is_compiling() else _filled_in)(plan, inputs.q, call)
-
-
-def _joined(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
-    """The results of all portions, one call each, as a compiler sees them."""
-    pieces = q.split([portion.queries.size for portion in plan.portions], dim=-2)
-    found = {
-        portion: call(portion, piece, None)
-        for portion, piece in sorted(
-            zip(plan.portions, pieces, strict=True), key=lambda pair: plan.needs_halo(pair[0])
-        )
-    }
-    out, *lse = zip(*(found[portion] for portion in plan.portions), strict=True)
-    return [torch.cat(out, dim=-2), *(torch.cat(x, dim=-1) for x in lse)]
+    return _filled_in(plan, inputs.q, call)
 
 
 def _filled_in(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
-    """The same without a copy of the output, of the queries' gradients or of the output's.
+    """The results of several portions, without a copy of queries, of output or of gradients.
 
     All queries are in the call that needs no halo, where the others see nothing.
     """
