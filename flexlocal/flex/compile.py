@@ -68,7 +68,8 @@ def turning(spec: Spec, inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tens
     if torch.compiler.is_compiling():
         return partial(_turned, spec)
     with torch.no_grad():
-        turn = _with_own_graph(spec, _of_turning(inputs, inputs.q, inputs.k), None)
+        like = _of_turning(inputs, inputs.q.detach(), inputs.k.detach())
+        turn = _with_own_graph(spec, like, None)
 
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = _Turned.apply(inputs.q, inputs.k, inputs, turn)  # type: ignore[no-untyped-call]

@@ -28,8 +28,10 @@ def rotated(q, k, window, rotary, q_offset=None, kv_offset=None):
     ],
 )
 def test_it_rotates_by_position_and_its_gradients_back(window, q_offset, kv_offset, m):
-    q, k = torch.randn(2, 6, 23, 8, requires_grad=True), torch.randn(2, 3, m, 8, requires_grad=True)
+    q, k = torch.randn(2, 23, 6, 8).transpose(1, 2), torch.randn(2, 3, m, 8)
+    q, k = q.requires_grad_(), k.requires_grad_()
     found = rotated(q, k, window, Rotary(8), q_offset, kv_offset)
+    assert found[0].stride() == q.stride()
     at = [torch.as_tensor(0 if x is None else x).view(-1, 1, 1) for x in (q_offset, kv_offset)]
     shift = 0 if window.causal else 5
     true = (
