@@ -4,22 +4,25 @@ import placed
 import pytest
 import sharded
 import simulated
+import torch
 from features import windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES
 
+from flexlocal.flex import compile
 
-def check(drawn, overlap):
+
+def check(drawn, overlap, backend="eager", **more):
     case, queries, keys = drawn
 
     def run(call):
-        arguments = case.arguments(call, return_lse=True, backend="eager")
+        arguments = case.arguments(call, return_lse=True, backend=backend)
         return simulated.attention(
             call.q, call.k, call.v, case.window, queries, keys, overlap, **arguments
         )
 
-    placed.check(case, run=run)
+    placed.check(case, run=run, **more)
 
 
 @settings(max_examples=EXAMPLES // 3)
@@ -53,3 +56,20 @@ SMALL = {"lead": (2, 3), "d": 6, "d_v": 5, "documents": 2, "n": 60, "seed": 3}
 )  # fmt: skip
 def test_documents_that_cross_borders_count_from_their_first_token(more, keys):
     check((placed.case_of(**{**SMALL, **more}), keys, keys), True)
+
+
+FUSED = {
+    "rotary": {"window": windows_of(11, causal=False), "rotary": True, "documents": None},
+    "documents": {"window": windows_of(9, exact=True), "sink_heads": 3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_path_lets_queries_wait_for_other_ranks_keys(name, monkeypatch):
+    """In graphs of its own: on FlexAttention's dense operators, which have gradients."""
+    monkeypatch.setattr(compile, "inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(compile, "_detached", lambda x: x)
+    case = placed.case_of(**{**SMALL, **FUSED[name]})
+    check((case, [37, 23], [37, 23]), True, "flex", dtype=torch.float32, tolerance=2e-5)
