@@ -6,17 +6,16 @@ import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 
 from flexlocal import Rotary, Window
-from flexlocal.dispatch import checked
 from flexlocal.flex import compile as compiled
-from flexlocal.spec import call_of, shaped
+from flexlocal.spec import Inputs, Spec, shaped
 
 pytestmark = needs_compiled_kernels_on_the_cpu
 
 
-def rotated(q, k, window, rotary, q_offset=None, kv_offset=None):
-    call = [None] * 4, (None, False, 0.0, None), (None, q_offset, kv_offset, False, "eager", None)
-    spec, inputs = checked(*call_of(q, k, k, window, *call[0], *call[1], rotary, *call[2]))
-    return compiled.turning(spec, shaped(inputs))(shaped(inputs))
+def rotated(q, k, window, q_offset, kv_offset):
+    inputs = Inputs(q, k, k, inv_freq=Rotary(8).inv_freq, q_offset=q_offset, kv_offset=kv_offset)
+    inputs = shaped(inputs)
+    return compiled.turning(Spec(window, scale=1.0), inputs)(inputs)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def rotated(q, k, window, rotary, q_offset=None, kv_offset=None):
 def test_it_rotates_by_position_and_its_gradients_back(window, q_offset, kv_offset, m):
     q, k = torch.randn(2, 23, 6, 8).transpose(1, 2), torch.randn(2, 3, m, 8)
     q, k = q.requires_grad_(), k.requires_grad_()
-    found = rotated(q, k, window, Rotary(8), q_offset, kv_offset)
+    found = rotated(q, k, window, q_offset, kv_offset)
     assert found[0].stride() == q.stride()
     at = [torch.as_tensor(0 if x is None else x).view(-1, 1, 1) for x in (q_offset, kv_offset)]
     shift = 0 if window.causal else 5
