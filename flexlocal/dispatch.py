@@ -141,7 +141,14 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
 
 
 def turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated as the path would first do that a call without xpos takes."""
+    """Queries and keys of a call without xpos, rotated as the path that it takes does it first.
+
+    Returns:
+        Both in the shapes that they came in.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
     spec = with_plain_numbers(spec)
     make = partial(_prepare_turning, spec, inputs)
     compiling = torch.compiler.is_compiling() or is_tracing()
