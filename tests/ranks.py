@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-SECONDS = 60
-"""That a job may take; ranks that wait for each other take for ever."""
+SECONDS = {"cpu": 60, "cuda": 300}
+"""That a job may take, by device: on a GPU it compiles. Ranks that wait for each other take for
+ever."""
 
 
 class Ranks:
@@ -61,7 +62,7 @@ class Ranks:
             pipe.send((job, arguments))
         found, waiting = {}, {pipe: rank for rank, pipe in enumerate(self.pipes)}
         while waiting:
-            ready = wait(waiting, SECONDS)
+            ready = wait(waiting, SECONDS[self.device])
             assert ready, f"ranks {list(waiting.values())} hang"
             for pipe in ready:  # a rank that fails may leave the others waiting
                 rank = waiting.pop(pipe)
