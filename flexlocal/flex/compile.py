@@ -103,9 +103,8 @@ class _Turned(torch.autograd.Function):
 
 def _of_turning(inputs: Inputs, q: Tensor, k: Tensor) -> Inputs:
     """``inputs`` with other queries and keys, and without what does not place them."""
-    return inputs._replace(
-        q=q, k=k, v=k[:0], mask=None, bias=None, seed=None, zeta=None, sinks=None
-    )
+    v = k.new_empty(0)  # not a part of `k`, whose memory it would hold until the backward pass
+    return inputs._replace(q=q, k=k, v=v, mask=None, bias=None, seed=None, zeta=None, sinks=None)
 
 
 def _turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
