@@ -119,6 +119,27 @@ def table_of(
     return written_out(cos), written_out(sin)
 
 
+def tables_of(
+    query: Tensor,
+    key: Tensor,
+    shift: int,
+    inv_freq: Tensor,
+    dtype: torch.dtype,
+    factors: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Table, Table]:
+    """The tables of queries and of keys, computed once where they are the same.
+
+    Args:
+        query, key: positions as for ``table_of``; one tensor for both says that they are equal.
+        shift: added to the positions of queries.
+        factors: of queries and of keys, as for ``table_of``.
+    """
+    of_keys = table_of(key, inv_freq, dtype, factors[1])
+    if query is key and not shift and factors[0] is None:
+        return of_keys, of_keys
+    return table_of(query + shift if shift else query, inv_freq, dtype, factors[0]), of_keys
+
+
 def rotate(x: Tensor, table: Table, layout: KeyLayout | None = None) -> Tensor:
     """``x`` ``(..., n, d)`` rotated by a table of its positions, in that table's dtype.
 

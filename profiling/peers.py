@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from flexlocal import LocalAttention, Rotary, explain
 from flexlocal.masks import block_mask
-from flexlocal.rotary import rotate, table_of
+from flexlocal.rotary import rotate, tables_of
 
 from .check import visible
 from .cudnn_attention import Cudnn
@@ -68,9 +68,8 @@ def _rotation(problem: Problem, device: torch.device) -> Callable[..., tuple[Ten
     @torch.compile(fullgraph=True)
     def rotated(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         position = torch.arange(q.shape[-2], device=q.device)
-        of_keys = of_queries = table_of(position, inv_freq, k.dtype)
-        if problem.window.after:
-            of_queries = table_of(position + problem.window.after, inv_freq, q.dtype)
+        shift = problem.window.after
+        of_queries, of_keys = tables_of(position, position, shift, inv_freq, q.dtype)
         return rotate(q, of_queries).to(q.dtype), rotate(k, of_keys).to(k.dtype)
 
     return rotated

@@ -121,10 +121,10 @@ def attend(
 
     if len(plan.portions) == 1:
         return call(plan.portions[0], inputs.q, None)
-    return _filled_in(plan, inputs.q, call)
+    return _of_portions(plan, inputs.q, call)
 
 
-def _filled_in(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
+def _of_portions(plan: Plan, q: Tensor, call: Call) -> list[Tensor]:
     """The results of several portions, without a copy of queries, of output or of gradients.
 
     All queries are in the call that needs no halo, where the others see nothing.

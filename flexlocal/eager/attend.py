@@ -20,7 +20,7 @@ from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
 from ..regions import region
-from ..rotary import rotate, table_of
+from ..rotary import rotate, tables_of
 from ..spec import (
     Inputs,
     Result,
@@ -164,8 +164,6 @@ def _turned(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with region("rotary"):
             query, key = positions(rule, q, k.shape[2])
             shift = 0 if rule.window is None else rule.window.after
-            of_keys = of_queries = table_of(key, inv_freq, k.dtype)
-            if shift or query is not key:
-                of_queries = table_of(query + shift, inv_freq, q.dtype)
+            of_queries, of_keys = tables_of(query, key, shift, inv_freq, q.dtype)
             q, k = rotate(q, of_queries).to(q.dtype), rotate(k, of_keys).to(k.dtype)
     return q, k

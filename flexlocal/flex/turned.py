@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..masks.key_layout import KeyLayout
 from ..masks.rule import Rule
-from ..rotary import Table, Xpos, rotate, table_of
+from ..rotary import Table, Xpos, rotate, tables_of
 from ..spec import Inputs, positions
 
 
@@ -19,14 +19,12 @@ def turned(
     q, k, inv_freq = inputs.q, inputs.k, inputs.inv_freq
     assert inv_freq is not None
     shift = 0 if rule.window is None else rule.window.after
-    q_factor = k_factor = None
+    factors: tuple[Tensor | None, Tensor | None] = None, None
     if xpos is not None:
-        q_factor, k_factor = _xpos_factors(xpos, rule, layout, q.shape[-2])
+        factors = _xpos_factors(xpos, rule, layout, q.shape[-2])
     slots = k.shape[2] if layout is None else layout.all_slots
     query, key = positions(rule if layout is None else layout, q, slots)
-    of_keys = of_queries = table_of(key, inv_freq, k.dtype, k_factor)
-    if shift or query is not key or xpos is not None:
-        of_queries = table_of(query + shift if shift else query, inv_freq, q.dtype, q_factor)
+    of_queries, of_keys = tables_of(query, key, shift, inv_freq, q.dtype, factors)
     turned_k = _rotated(k, of_keys) if layout is None else rotate(k, of_keys, layout)
     return _rotated(q, of_queries).to(q.dtype), turned_k.to(k.dtype)
 
