@@ -6,6 +6,7 @@ It comes with the package flash-attn-4, which is young: an install may lack its 
 import importlib.metadata
 import importlib.util
 import re
+import warnings
 from functools import lru_cache
 from typing import Literal
 
@@ -119,7 +120,9 @@ def _broken() -> str | None:
     if version is not None and _number(version) < _LEAST_VERSION:
         return f"{name} gives wrong gradients, 4.0.0b36 or later would do"
     try:
-        interface = importlib.import_module("flash_attn.cute.interface")
+        with warnings.catch_warnings():  # of names that it and its dependencies still use
+            warnings.simplefilter("ignore")
+            interface = importlib.import_module("flash_attn.cute.interface")
     except Exception as error:  # of whatever it is made of
         first = next(iter(str(error).strip().splitlines()), "")
         return f"flash-attn-4 cannot be imported ({type(error).__name__}: {first})"

@@ -164,6 +164,7 @@ WHOLE = "\n".join(
     f"def {name}(q, k, v, {', '.join(asked)}): ..." for name, asked in flash_attention.ASKED.items()
 )
 OTHER = WHOLE.replace("deterministic", "repeatable")
+WARNS = "import warnings\nwarnings.warn('an old name', DeprecationWarning)\n"
 RAISES = "raise RuntimeError('no compiler\\nat all')"
 FAULT = r"flash-attn-4 cannot be imported \(RuntimeError: no compiler\)"
 
@@ -176,6 +177,7 @@ FAULT = r"flash-attn-4 cannot be imported \(RuntimeError: no compiler\)"
         ("4.0.0", WHOLE, None),
         ("4.1.2b1", WHOLE, None),
         (None, WHOLE, None),
+        ("4.0.0b36", WARNS + WHOLE, None),  # pytest makes an error of a warning
         ("4.0.0b35", "", "flash-attn-4 4.0.0b35 gives wrong gradients, 4.0.0b36 or later would do"),
         ("4.0.0b50", OTHER, "flash-attn-4 4.0.0b50 has no _flash_attn_bwd(deterministic=)"),
         ("4.0.0b50", "", "flash-attn-4 4.0.0b50 has no _flash_attn_fwd"),
