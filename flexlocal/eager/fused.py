@@ -1,12 +1,14 @@
-"""The output by torch's fused kernel for processors, a tile of all heads at a time.
+"""The output by torch's fused kernel for processors, some tiles of all heads at a time.
 
 ``scaled_dot_product_attention`` under a mask writes no scores to memory, and reads a tile's keys
-where they lie. Its backward pass is slower than that of ``autograd``, which takes nothing from the
-forward pass. Shapes are those of ``formula``.
+where they lie. Tiles that see alike share a mask and a call, in which they are batch entries. Its
+backward pass is slower than that of ``autograd``, which takes nothing from the forward pass. Shapes
+are those of ``formula``.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +19,17 @@ from ..masks.window import Window
 from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
 from .formula import Operands
+from .fused_tiles import Tile, length_of, parts_of, tiles_of
 
 _LEAST_PRODUCTS = 3 * 2**20
 """Products of numbers of queries and keys in a tile of all heads, the fewest that repay a call of
-the kernel; twice as many where each tile has a mask of its own. On an AMD EPYC (Zen 3) with one
-thread, 2M took 1.05 times and 4M 0.85 times as long as without the kernel; with a key mask, 4M took
-1.18 times and 17M 0.89 times as long."""
+the kernel for each tile; twice as many where each tile has a mask of its own. On an AMD EPYC (Zen
+3) with one thread, 2M took 1.05 times and 4M 0.85 times as long as without the kernel; with a key
+mask, 4M took 1.18 times and 17M 0.89 times as long. Where tiles that see alike share a call, none
+are too few: 0.1M took 0.4 to 0.7 times as long."""
 
-_LEAST_TILE, _MOST_TILE, _VECTOR = 64, 128, 16
-"""Queries in a tile. Shorter ones take as long for their overhead; longer ones score more keys that
-are hidden. Long windows are cut into tiles of whole vectors."""
+_MOST_KEPT = 2**17
+"""Numbers of a mask that is kept from call to call."""
 
 
 def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
@@ -36,11 +39,11 @@ def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
     if not (plain and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
         return False
-    if tensors.mask is None and hides_nothing(rule, q.shape[2]):
+    if _repeats(rule, tensors.mask) or tensors.mask is None and hides_nothing(rule, q.shape[2]):
         return True
     if (rule.tensors or rule.by_head) and not has_values(q):  # the bounds' are looked at
         return False
-    tile = min(_tile(rule), q.shape[2])
+    tile = min(length_of(rule), q.shape[2])
     keys = min(rule.reach.longest(tile), k.shape[2])
     products = q.shape[1] * tile * keys * q.shape[3]
     if rule.tensors or tensors.mask is not None:
@@ -61,6 +64,9 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
             q, k, v, is_causal=causal, scale=spec.scale, enable_gqa=groups
         )
         out.copy_(whole)
+        return
+    if _repeats(rule, mask):
+        _fill_alike(spec, rule, (q, k, v), out, scores)
         return
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:
@@ -86,43 +92,91 @@ def hides_nothing(rule: Rule, n: int) -> bool:
     return bool(sees_first and (window.causal or window.last_key(0) >= last))
 
 
+_QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def _repeats(rule: Rule, mask: Tensor | None) -> bool:
+    """Whether tiles at the same place in a step of the rule see alike."""
+    return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
+
+
+def _fill_alike(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, scores: int) -> None:
+    """``output`` of calls whose tiles see alike, many of them at once."""
+    q, k, v = qkv
+    groups, step = q.shape[1] // k.shape[1], rule.reach.step
+
+    def sight(tile: Tile) -> _Sight:
+        shift = tile.start - tile.start % step
+        return tile.start - shift, tile.stop - shift, tile.low - shift, tile.high - shift
+
+    tiles = tiles_of(rule, None, q.shape[2], k.shape[2], groups, scores)
+    for of_some, several in groupby(tiles, sight):
+        hiding = _mask_of(rule, of_some, groups, q)
+        for queries, keys, values, place in parts_of(list(several), q, k, v, out):
+            place.copy_(_attention(queries, keys, values, hiding, spec.scale))
+
+
+_Sight = tuple[int, int, int, int]
+"""As of a ``Tile``, whose first query is in the first step of the rule."""
+
+
+def _mask_of(rule: Rule, sight: _Sight, groups: int, q: Tensor) -> Tensor:
+    """``_shared_mask`` for queries like ``q``, kept if it is small."""
+    start, stop, low, high = sight
+    small = groups * (stop - start) * (high - low) <= _MOST_KEPT
+    make = _shared_mask if small and has_values(q) else _shared_mask.__wrapped__
+    return make(rule, sight, groups, q.dtype, q.device)
+
+
+@lru_cache(maxsize=64)
+def _shared_mask(
+    rule: Rule, sight: _Sight, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """0 where a tile's query sees a key, else -inf: ``(1, 1, groups * t, s)``."""
+    start, stop, low, high = sight
+    with torch.inference_mode(False):
+        query = torch.arange(start, stop, device=device)[:, None]
+        key = torch.arange(low, high, device=device)
+        return _hiding(rule.sees(0, 0, query, key).expand(1, 1, -1, -1), dtype, groups)
+
+
+def _hiding(seen: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
+    """What hides keys that are not ``seen``, ``(1, h or 1, t, s)``, from groups of queries."""
+    hiding = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    hiding.masked_fill_(~seen, -torch.inf)
+    if hiding.shape[1] > 1:
+        return hiding.reshape(1, hiding.shape[1] // groups, -1, seen.shape[-1])
+    return hiding.repeat(1, 1, groups, 1) if groups > 1 else hiding
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, hiding: Tensor, scale: float | None) -> Tensor:
+    """By torch's kernel, with a mask to add: ``(b, h, t, d)``."""
+    # The heads of a group as queries of one head: torch would copy the keys for each of them.
+    grouped = q.reshape(len(q), -1, hiding.shape[2], q.shape[3])
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=hiding, scale=scale)
+    return out.reshape(q.shape)
+
+
 def _fill(
     spec: Spec,
     rule: Rule,
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: _QKV,
     bounds: tuple[Tensor, Tensor],
     mask: Tensor | None,
     out: Tensor,
     scores: int,
 ) -> None:
-    """``output`` of batch entries that share a mask."""
+    """``output`` of batch entries that share a mask, a tile at a time."""
     q, k, v = qkv
-    (b, h, _, d), groups = q.shape, q.shape[1] // k.shape[1]
-    step = rule.reach.step
-    repeats = step > 0 and not (rule.tensors or rule.by_head) and mask is None
-    place: tuple[int, ...] = ()
-    masks = h if rule.by_head else groups
-    for start, stop, low, high in _tiles(rule, bounds, k.shape[2], masks, scores):
-        here = start % max(1, step), stop - start, low - start, high - start
+    groups = q.shape[1] // k.shape[1]
+    masks = q.shape[1] if rule.by_head else groups
+    for start, stop, low, high, _ in tiles_of(rule, bounds, q.shape[2], k.shape[2], masks, scores):
         queries, keys = slice(start, stop), slice(low, high)
-        if not repeats or place != here:
-            place = here
-            seen = _seen([x[..., queries] for x in bounds], mask, keys)
-            if not repeats:  # in steps, a query sees its own key
-                blind = ~seen.any(-1, keepdim=True)
-                seen = seen | blind
-            hiding = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-            hiding.masked_fill_(~seen, -torch.inf)
-            if hiding.shape[1] > 1:
-                hiding = hiding.reshape(1, h // groups, -1, high - low)
-            elif groups > 1:
-                hiding = hiding.repeat(1, 1, groups, 1)
-        # The heads of a group as queries of one head: torch would copy the keys for each of them.
-        grouped = q[:, :, queries].reshape(b, h // groups, -1, d)
-        part = F.scaled_dot_product_attention(
-            grouped, k[:, :, keys], v[:, :, keys], attn_mask=hiding, scale=spec.scale
-        ).reshape(b, h, -1, d)
-        out[:, :, queries] = part if repeats else part.masked_fill(blind, 0.0)
+        seen = _seen([x[..., queries] for x in bounds], mask, keys)
+        blind = ~seen.any(-1, keepdim=True)
+        hiding = _hiding(seen | blind, q.dtype, groups)
+        part = _attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], hiding, spec.scale)
+        out[:, :, queries] = part.masked_fill(blind, 0.0)
 
 
 def bounds(rule: Rule, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,49 +194,6 @@ def bounds(rule: Rule, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     last = at_least(at_most(last, k.shape[2] - 1), -1)
     first, last = torch.broadcast_tensors(first + 0 * query, last + 0 * query)
     return first.to(torch.int32), last.to(torch.int32)
-
-
-def _tile(rule: Rule) -> int:
-    """Queries in a tile: some steps of the rule, or an even part of a long one."""
-    step = max(1, rule.reach.step)
-    steps = -(-_LEAST_TILE // step) * step
-    if steps <= _MOST_TILE:
-        return steps
-    part = -(-step // -(-step // _MOST_TILE))
-    return -(-part // _VECTOR) * _VECTOR
-
-
-def _tiles(
-    rule: Rule, bounds: tuple[Tensor, Tensor], keys: int, masks: int, scores: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """First query of each tile and the one after its last, the same of its keys.
-
-    Tiles that may share a mask come one after the other.
-
-    Args:
-        keys: how many there are.
-        masks: how often a tile's mask is held, for its heads.
-        scores: about how many numbers these may be.
-    """
-    n, tile = bounds[0].shape[-1], _tile(rule)
-    span = min(rule.reach.longest(tile), keys)
-    if masks * tile * span > scores:
-        tile = max(1, scores // (masks * span * _VECTOR)) * _VECTOR
-    period = max(tile, rule.reach.step)
-    for place in range(0, min(period, n), tile):
-        for start in range(place, n, period):
-            stop = min(start + tile, start - place + period, n)
-            low, high = _keys_of(rule, bounds, start, stop)
-            low, high = max(low, 0), min(high + 1, keys)
-            yield start, stop, *((low, high) if low < high else (0, 1))
-
-
-def _keys_of(rule: Rule, bounds: tuple[Tensor, Tensor], start: int, stop: int) -> tuple[Any, Any]:
-    """First and last key that some of these queries may see."""
-    if rule.tensors or rule.by_head:
-        first, last = bounds
-        return first[..., start].min().item(), last[..., stop - 1].max().item()
-    return rule.keys(0, 0, start)[0], rule.keys(0, 0, stop - 1)[1]
 
 
 def _seen(bounds: Sequence[Tensor], mask: Tensor | None, keys: slice) -> Tensor:

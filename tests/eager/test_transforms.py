@@ -161,7 +161,7 @@ def test_a_vmap_of_the_usual_gradient():
 
 
 def test_a_call_after_a_transform_is_prepared_anew():
-    q = torch.randn(2, 2, 12, D, requires_grad=True)
+    q = torch.randn(2, 2, 12, D, requires_grad=True, dtype=torch.float64)
     run = lambda q: local_attention(q, q, q, BACK).sum()  # noqa: E731
     before, transformed = run(q), vmap(run)(torch.stack((q, q)))
     close(transformed, [before, before])

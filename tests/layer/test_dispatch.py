@@ -113,7 +113,7 @@ def test_a_call_on_a_gpu_that_goes_unfused_is_warned_of(monkeypatch):
 def test_options_that_no_kernel_gets_are_mentioned():
     said = "auto takes the fused kernel on a GPU, and q is on cpu"
     assert explain(Q, K, V, 5, dropout_seed=torch.tensor(1), dropout=0.1).reason == said
-    unused = explain(Q, K, V, 5, kernel_options={"BLOCK_M": 64})
+    unused = explain(Q, K, V, 5, kernel_options={"BLOCK_M": 64}, dropout=0.1)
     assert unused.reason == f"{said}; kernel_options have no kernel to go to"
 
 
