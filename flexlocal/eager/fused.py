@@ -19,7 +19,7 @@ from ..masks.window import Window
 from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
 from .formula import Operands
-from .fused_tiles import Tile, length_of, parts_of, tiles_of
+from .fused_tiles import Tile, length_of, cuts_of, tiles_of
 
 _LEAST_PRODUCTS = 3 * 2**20
 """Products of numbers of queries and keys in a tile of all heads, the fewest that repay a call of
@@ -112,8 +112,11 @@ def _fill_alike(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, scores: int) -> 
     tiles = tiles_of(rule, None, q.shape[2], k.shape[2], groups, scores)
     for of_some, several in groupby(tiles, sight):
         hiding = _mask_of(rule, of_some, groups, q)
-        for queries, keys, values, place in parts_of(list(several), q, k, v, out):
-            place.copy_(_attention(queries, keys, values, hiding, spec.scale))
+        _, _, low, high, _ = tile = next(several)
+        queries, keys = (tile.start, tile.stop - tile.start), (low, high - low)
+        for cut in cuts_of([tile, *several], q, k, v, out):
+            part = _attention(cut(q, *queries), cut(k, *keys), cut(v, *keys), hiding, spec.scale)
+            cut(out, *queries).copy_(part)
 
 
 _Sight = tuple[int, int, int, int]

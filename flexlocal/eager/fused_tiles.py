@@ -3,7 +3,7 @@
 Shapes are those of ``formula``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -78,25 +78,34 @@ def _keys_of(
     return rule.keys(0, 0, start)[0], rule.keys(0, 0, stop - 1)[1]
 
 
-def parts_of(alike: list[Tile], *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-    """Queries, keys, values and outputs of tiles that see alike, as few calls as views allow.
+Cut = Callable[[Tensor, int, int], Tensor]
+"""Of a tensor ``(b, h, n, d)`` as many tokens from one on as are given, and those of further tiles
+or batch entries: a view ``(entries, heads, tokens, d)``."""
 
-    Each is a part of one of ``tensors`` or several, as ``(entries, heads, length, d)``.
+
+def cuts_of(alike: Sequence[Tile], *tensors: Tensor) -> Iterator[Cut]:
+    """How the kernel is given tiles that see alike: as few calls as views of ``tensors`` allow.
+
+    Tokens are those of the first tile.
     """
-    start, stop, low, high, period = alike[0]
+    start, stop, _, _, period = alike[0]
     b, h, _, d = tensors[0].shape
     most = max(1, _NUMBERS // (b * h * (stop - start) * d))
+    joins = all(b == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     for first in range(0, len(alike), most):
         count, shift = min(most, len(alike) - first), first * period
-        queries, keys = (start + shift, stop - start), (low + shift, high - low)
-        places = queries, keys, keys, queries
-        parts = [_parts(x, *place, period, count) for x, place in zip(tensors, places, strict=True)]
-        if count > 1 and all(b == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in parts):
-            yield [x.flatten(0, 1).transpose(0, 1) for x in parts]
+
+        def parts(x: Tensor, token: int, tokens: int, at: int = shift, of: int = count) -> Tensor:
+            return _parts(x, token + at, tokens, period, of)
+
+        if count > 1 and joins:
+            yield lambda *cut: parts(*cut).flatten(0, 1).transpose(0, 1)
         elif b < count:
-            yield from zip(*(x.transpose(1, 2) for x in parts), strict=True)
+            for entry in range(b):
+                yield lambda *cut, entry=entry: parts(*cut)[entry].transpose(0, 1)
         else:
-            yield from zip(*(x.unbind(2) for x in parts), strict=True)
+            for tile in range(count):
+                yield lambda *cut, tile=tile: parts(*cut)[:, :, tile]
 
 
 def _parts(x: Tensor, start: int, length: int, period: int, count: int) -> Tensor:
