@@ -219,6 +219,19 @@ def for_each_gradient(
     ]
 
 
+# The kernel of scaled_dot_product_attention.
+
+flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+"""The one for processors, by its own name.
+
+It returns the log-sum-exps that its backward pass takes, which are not to be had of the public
+function, nor does that take them (torch 2.11 to 2.15).
+"""
+
+flash_backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+"""Its backward pass."""
+
+
 # Memory.
 
 

@@ -1,11 +1,11 @@
 """The eager path: plain tensor operations, for every argument, device and dtype.
 
 Queries are cut into tiles, each of which sees one interval of keys. Tiles are computed a portion at
-a time (``autograd``), on processors the output of most calls by a kernel of torch's (``fused``). A
-compiler takes that for one operator (``operator``). ``torch.export`` and the transforms of
-``torch.func`` are shown all tiles at once, in operators that these know. Where none of these is at
-work, long documents are calls of their own on processors (``apart``). Shapes are those of ``spec``
-and ``tiles``.
+a time (``autograd``). On processors a kernel of torch's computes most outputs (``fused``) and some
+gradients (``fused_autograd``). A compiler takes all that for one operator (``operator``).
+``torch.export`` and the transforms of ``torch.func`` are shown all tiles at once, in operators that
+these know. Where none of these is at work, long documents are calls of their own on processors
+(``apart``). Shapes are those of ``spec`` and ``tiles``.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ from ..spec import (
     wants_gradients,
 )
 from ..torch_limits import is_transformed
-from . import apart, dense, fused, operator
+from . import apart, dense, fused, fused_autograd, operator
 from .autograd import attend_in_portions, output_by_torch, portions
 from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of
 from .formula import Operands, formula_of, operands_of
@@ -78,8 +78,11 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
             draws = query_draws(seed, b * h, n, query), key_draws(seed, b * h, k.shape[2], key)
     with without_autocast(q.device), region("attention"):
         if not (torch.compiler.is_compiling() or is_transformed()):
-            if not wants_gradients(inputs) and fused.serves(spec, rule, inputs):
-                return output_by_torch(spec, rule, operands_of(inputs))
+            if not wants_gradients(inputs):
+                if fused.serves(spec, rule, inputs):
+                    return output_by_torch(spec, rule, operands_of(inputs))
+            elif fused.serves_backward(spec, rule, inputs):
+                return fused_autograd.attend(spec, rule, inputs)
             out, lse = attend_in_portions(*in_tiles(spec, rule, inputs, draws))
         elif operator.serves(spec, rule, inputs):
             out, lse = operator.attend(spec, rule, inputs, draws)

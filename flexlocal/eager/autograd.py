@@ -80,7 +80,7 @@ def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor,
 def output_by_torch(spec: Spec, rule: Rule, operands: Operands) -> Tensor:
     """The output of a call that torch's kernel serves, for which no formula is needed."""
     out = empty_output(operands.q, operands.v)
-    fused.output(spec, rule, operands, out, scores_in_a_portion(out.device))
+    fused.output(spec, rule, operands, out, None, scores_in_a_portion(out.device))
     return out
 
 

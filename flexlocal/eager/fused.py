@@ -1,25 +1,22 @@
 """The output by torch's fused kernel for processors, some tiles of all heads at a time.
 
-``scaled_dot_product_attention`` under a mask writes no scores to memory, and reads a tile's keys
-where they lie. Tiles that see alike share a mask and a call, in which they are batch entries. Its
-backward pass is slower than that of ``autograd``, which takes nothing from the forward pass. Shapes
-are those of ``formula``.
+The kernel writes no scores to memory, and reads a tile's keys where they lie. Tiles that see alike
+are ``fused_alike``'s; here others have a call each, with a mask of its own. Shapes are those of
+``formula``.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks.rule import Rule
-from ..masks.window import Window
 from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
+from . import fused_alike
 from .formula import Operands
-from .fused_tiles import Tile, length_of, cuts_of, tiles_of
+from .fused_kernel import attention, hiding_of
+from .fused_tiles import length_of, tiles_of
 
 _LEAST_PRODUCTS = 3 * 2**20
 """Products of numbers of queries and keys in a tile of all heads, the fewest that repay a call of
@@ -28,19 +25,21 @@ the kernel for each tile; twice as many where each tile has a mask of its own. O
 mask, 4M took 1.18 times and 17M 0.89 times as long. Where tiles that see alike share a call, none
 are too few: 0.1M took 0.4 to 0.7 times as long."""
 
-_MOST_KEPT = 2**17
-"""Numbers of a mask that is kept from call to call."""
+_LEAST_LONG, _MOST_SCORES = 128, 2**20
+"""Queries in a window that stands, the fewest for which the kernel's backward pass leads in long
+sequences, and scores up to which it leads everywhere. On that processor, with one thread and two,
+training took 0.6 to 0.75 times as long with 1M scores and windows of 64, but 0.95 to 1.25 times
+with 2M; 0.85 to 1.0 times with 4M and windows of 128 or 512; and 1.15 times with 8M and windows of
+128 that slide."""
 
 
 def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     """Whether the kernel can compute the call, and is faster."""
-    q, k, v = tensors.q, tensors.k, tensors.v
-    plain = is_plain(spec, tensors.bias, tensors.sinks)
-    fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
-    if not (plain and fits and all(x.stride(-1) == 1 for x in (q, k, v))):
+    if not _can_compute(spec, rule, tensors):
         return False
-    if _repeats(rule, tensors.mask) or tensors.mask is None and hides_nothing(rule, q.shape[2]):
+    if fused_alike.serves(rule, tensors.mask):
         return True
+    q, k = tensors.q, tensors.k
     if (rule.tensors or rule.by_head) and not has_values(q):  # the bounds' are looked at
         return False
     tile = min(length_of(rule), q.shape[2])
@@ -51,22 +50,45 @@ def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     return q.shape[0] * products >= _LEAST_PRODUCTS
 
 
-def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int) -> None:
+def has_backward(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
+    """Whether the kernel's backward pass can compute the gradients, of any length.
+
+    Not of 16-bit numbers: they would be twice as far off as those of ``autograd``, and where the
+    processor does not multiply such numbers, take three times as long.
+    """
+    exact = tensors.q.dtype in (torch.float32, torch.float64)
+    return exact and fused_alike.serves(rule, tensors.mask) and _can_compute(spec, rule, tensors)
+
+
+def serves_backward(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
+    """Whether it also is the faster one."""
+    if not has_backward(spec, rule, tensors):
+        return False
+    q, tile = tensors.q, length_of(rule)
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * min(rule.reach.longest(tile), q.shape[2])
+    long = rule.reach.step >= _LEAST_LONG or fused_alike.hides_nothing(rule, q.shape[2])
+    return long or scores <= _MOST_SCORES
+
+
+def _can_compute(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
+    q, k, v = tensors.q, tensors.k, tensors.v
+    plain = is_plain(spec, tensors.bias, tensors.sinks)
+    fits = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not rule.has_holes
+    return plain and fits and all(x.stride(-1) == 1 for x in (q, k, v))
+
+
+def output(
+    spec: Spec, rule: Rule, operands: Operands, out: Tensor, sums: Tensor | None, scores: int
+) -> None:
     """Fills ``out``, ``(b, h, n, d)``.
 
     Args:
+        sums: filled with log-sum-exps ``(b, h, n)``, if ``serves_backward``.
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
-    if mask is None and hides_nothing(rule, q.shape[2]):
-        causal, groups = rule.window.causal, q.shape[1] != k.shape[1]
-        whole = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=spec.scale, enable_gqa=groups
-        )
-        out.copy_(whole)
-        return
-    if _repeats(rule, mask):
-        _fill_alike(spec, rule, (q, k, v), out, scores)
+    if fused_alike.serves(rule, mask):
+        fused_alike.output(spec, rule, (q, k, v), out, sums, scores)
         return
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:
@@ -79,91 +101,10 @@ def output(spec: Spec, rule: Rule, operands: Operands, out: Tensor, scores: int)
         _fill(spec, rule, (q[one], k[one], v[one]), shown, kept, out[one], scores)
 
 
-def hides_nothing(rule: Rule, n: int) -> bool:
-    """Whether a window hides no key of ``n``, but for later ones where it is causal.
-
-    The kernel needs no mask then, and leaves out what is later by itself.
-    """
-    if not rule.is_window or n == 0:
-        return False
-    window: Window = rule.window
-    last: int = n - 1
-    sees_first = window.first_key(last) <= 0
-    return bool(sees_first and (window.causal or window.last_key(0) >= last))
-
-
-_QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def _repeats(rule: Rule, mask: Tensor | None) -> bool:
-    """Whether tiles at the same place in a step of the rule see alike."""
-    return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
-
-
-def _fill_alike(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, scores: int) -> None:
-    """``output`` of calls whose tiles see alike, many of them at once."""
-    q, k, v = qkv
-    groups, step = q.shape[1] // k.shape[1], rule.reach.step
-
-    def sight(tile: Tile) -> _Sight:
-        shift = tile.start - tile.start % step
-        return tile.start - shift, tile.stop - shift, tile.low - shift, tile.high - shift
-
-    tiles = tiles_of(rule, None, q.shape[2], k.shape[2], groups, scores)
-    for of_some, several in groupby(tiles, sight):
-        hiding = _mask_of(rule, of_some, groups, q)
-        _, _, low, high, _ = tile = next(several)
-        queries, keys = (tile.start, tile.stop - tile.start), (low, high - low)
-        for cut in cuts_of([tile, *several], q, k, v, out):
-            part = _attention(cut(q, *queries), cut(k, *keys), cut(v, *keys), hiding, spec.scale)
-            cut(out, *queries).copy_(part)
-
-
-_Sight = tuple[int, int, int, int]
-"""As of a ``Tile``, whose first query is in the first step of the rule."""
-
-
-def _mask_of(rule: Rule, sight: _Sight, groups: int, q: Tensor) -> Tensor:
-    """``_shared_mask`` for queries like ``q``, kept if it is small."""
-    start, stop, low, high = sight
-    small = groups * (stop - start) * (high - low) <= _MOST_KEPT
-    make = _shared_mask if small and has_values(q) else _shared_mask.__wrapped__
-    return make(rule, sight, groups, q.dtype, q.device)
-
-
-@lru_cache(maxsize=64)
-def _shared_mask(
-    rule: Rule, sight: _Sight, groups: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """0 where a tile's query sees a key, else -inf: ``(1, 1, groups * t, s)``."""
-    start, stop, low, high = sight
-    with torch.inference_mode(False):
-        query = torch.arange(start, stop, device=device)[:, None]
-        key = torch.arange(low, high, device=device)
-        return _hiding(rule.sees(0, 0, query, key).expand(1, 1, -1, -1), dtype, groups)
-
-
-def _hiding(seen: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
-    """What hides keys that are not ``seen``, ``(1, h or 1, t, s)``, from groups of queries."""
-    hiding = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    hiding.masked_fill_(~seen, -torch.inf)
-    if hiding.shape[1] > 1:
-        return hiding.reshape(1, hiding.shape[1] // groups, -1, seen.shape[-1])
-    return hiding.repeat(1, 1, groups, 1) if groups > 1 else hiding
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, hiding: Tensor, scale: float | None) -> Tensor:
-    """By torch's kernel, with a mask to add: ``(b, h, t, d)``."""
-    # The heads of a group as queries of one head: torch would copy the keys for each of them.
-    grouped = q.reshape(len(q), -1, hiding.shape[2], q.shape[3])
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=hiding, scale=scale)
-    return out.reshape(q.shape)
-
-
 def _fill(
     spec: Spec,
     rule: Rule,
-    qkv: _QKV,
+    qkv: tuple[Tensor, Tensor, Tensor],
     bounds: tuple[Tensor, Tensor],
     mask: Tensor | None,
     out: Tensor,
@@ -177,8 +118,9 @@ def _fill(
         queries, keys = slice(start, stop), slice(low, high)
         seen = _seen([x[..., queries] for x in bounds], mask, keys)
         blind = ~seen.any(-1, keepdim=True)
-        hiding = _hiding(seen | blind, q.dtype, groups)
-        part = _attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], hiding, spec.scale)
+        hiding = hiding_of(seen | blind, q.dtype, groups)
+        of_tile = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        part, _ = attention(*of_tile, hiding, False, spec.scale)
         out[:, :, queries] = part.masked_fill(blind, 0.0)
 
 

@@ -18,7 +18,7 @@ from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
 from ..spec import Inputs, Spec
 from ..torch_limits import Index, is_exporting, is_transformed
-from . import fused
+from . import fused, fused_autograd
 from .autograd import empty_output, gradients, output_by_torch, outputs
 from .cutting import bias_within, in_tiles
 from .formula import Formula, Operands, operands_of
@@ -159,6 +159,15 @@ class _Call(NamedTuple):
         )
         return spec, inputs
 
+    @property
+    def keeps_result(self) -> bool:
+        """Whether the backward pass is given the output and log-sum-exps: of no length, or all.
+
+        A compiler that knows no lengths has to know this.
+        """
+        spec, inputs = self.described
+        return fused.has_backward(spec, spec.rule, inputs)
+
     def in_tiles(self) -> tuple[Operands, Formula, Sizes]:
         """The call as ``cutting`` makes it."""
         draws = None
@@ -192,15 +201,19 @@ _ARGUMENTS = ", ".join(f"{_IN_SCHEMAS[kind]} {x}" for x, kind in get_type_hints(
     "flexlocal::attend_in_tiles", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )
 def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The output ``(b, h, n, d_v)`` and log-sum-exps ``(b, h, n)``, ``(0,)`` where not asked for.
+    """The output ``(b, h, n, d_v)`` and log-sum-exps ``(b, h, n)``.
 
+    Log-sum-exps are ``(0,)`` where neither the caller nor the backward pass asks for them.
     Arguments are those of ``_Call``.
     """
     call = _Call(*arguments)
     spec, inputs = call.described
     with without_autocast(call.q.device):
+        if fused.serves_backward(spec, spec.rule, inputs):
+            return fused_autograd.result(spec, spec.rule, inputs)
         if fused.serves(spec, spec.rule, inputs):
-            return output_by_torch(spec, spec.rule, operands_of(inputs)), call.q.new_empty(0)
+            out = output_by_torch(spec, spec.rule, operands_of(inputs))
+            return out, call.q.new_empty(call.q.shape[:-1] if call.keeps_result else 0)
         out, lse = outputs(*call.in_tiles())
     return out, call.q.new_empty(0) if lse is None else lse
 
@@ -210,18 +223,28 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     compute = torch.promote_types(call.q.dtype, torch.float32)
     lse = call.q.new_empty(call.q.shape[:-1], dtype=compute)
-    return empty_output(call.q, call.v), lse if call.return_lse else call.q.new_empty(0)
+    kept = call.return_lse or call.keeps_result
+    return empty_output(call.q, call.v), lse if kept else call.q.new_empty(0)
 
 
 @torch.library.custom_op(
     "flexlocal::gradients_in_tiles",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? grad_lse, {_ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor? grad_lse, Tensor? out, Tensor? lse, {_ARGUMENTS}) -> Tensor[]",
 )
-def gradients_in_tiles(grad: Tensor, grad_lse: Tensor | None, *arguments: Any) -> list[Tensor]:
-    """The gradients of ``_Call.learned``, from those of the output and the log-sum-exps."""
+def gradients_in_tiles(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
+) -> list[Tensor]:
+    """The gradients of ``_Call.learned``, from those of the output and the log-sum-exps.
+
+    Args:
+        out, lse: what ``attend_in_tiles`` returned, if ``_Call.keeps_result``.
+    """
     call = _Call(*arguments)
     with without_autocast(grad.device):
+        spec, inputs = call.described
+        if out is not None and lse is not None and fused.serves_backward(spec, spec.rule, inputs):
+            return list(fused_autograd.gradients(spec, spec.rule, inputs[:3], (out, lse), grad))
         operands, formula, sizes = call.in_tiles()
         *others, grad_bias, grad_sinks = gradients(operands, formula, sizes, grad, grad_lse)
     if call.bias is not None and grad_bias is not None:
@@ -232,19 +255,23 @@ def gradients_in_tiles(grad: Tensor, grad_lse: Tensor | None, *arguments: Any) -
 
 
 @gradients_in_tiles.register_fake
-def _(grad: Tensor, grad_lse: Tensor | None, *arguments: Any) -> list[Tensor]:
+def _(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
+) -> list[Tensor]:
     return [torch.empty_like(x) for x in _Call(*arguments).learned if x is not None]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    kept = output if _Call(*inputs).keeps_result else (None, None)
+    ctx.save_for_backward(*inputs[:_TENSORS], *kept)
     ctx.numbers = inputs[_TENSORS:]
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    call = _Call(*ctx.saved_tensors, *ctx.numbers)
+    *tensors, out, lse = ctx.saved_tensors
+    call = _Call(*tensors, *ctx.numbers)
     given = grad_lse if call.return_lse else None
-    found = iter(gradients_in_tiles(grad, given, *call))
+    found = iter(gradients_in_tiles(grad, given, out, lse, *call))
     grads = [None if x is None else next(found) for x in call.learned]
     return *grads, *(None for _ in call[len(grads) :])
 

@@ -14,7 +14,7 @@ from strategies import windows
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexlocal import LocalAttention, Window, explain, local_attention
-from flexlocal.eager import autograd, fused, fused_tiles
+from flexlocal.eager import autograd, fused, fused_alike, fused_tiles
 
 
 @contextmanager
@@ -23,6 +23,7 @@ def taken(least=1, tile=64, most=128, vector=16):
     calls, as_it_is = [], fused.output
     numbers = {"_LEAST_TILE": tile, "_MOST_TILE": most, "_VECTOR": vector}
     with ExitStack() as stack:
+        stack.enter_context(patch.object(fused, "_MOST_SCORES", 2**60))
         stack.enter_context(patch.object(fused, "_LEAST_PRODUCTS", least))
         for name, value in numbers.items():
             stack.enter_context(patch.object(fused_tiles, name, value))
@@ -81,7 +82,7 @@ def test_errors_are_those_of_products_in_fp32_times_a_little(dtype, window):
 
 
 def test_a_mask_is_as_small_as_a_portion():
-    masks, as_it_is = [], fused._hiding
+    masks, as_it_is = [], fused_alike.hiding_of
 
     def hiding(*call):
         found = as_it_is(*call)
@@ -89,7 +90,7 @@ def test_a_mask_is_as_small_as_a_portion():
         return found
 
     q, k = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8)
-    with taken(), patch.object(fused, "_hiding", hiding):
+    with taken(), patch.object(fused_alike, "hiding_of", hiding):
         local_attention(q, k, k, Window(200, causal=True))
         assert max(masks) > 100 * 300
         masks.clear()
@@ -103,13 +104,13 @@ def test_what_hides_nothing(window, n):
     rule = Window(window.size, window.causal, window.look_backward, window.ahead, window.exact)
     everything = torch.ones(n, n, dtype=torch.bool)
     wanted = everything.tril() if window.causal else everything
-    assert fused.hides_nothing(rule, n) == torch.equal(window.mask(n), wanted)
+    assert fused_alike.hides_nothing(rule, n) == torch.equal(window.mask(n), wanted)
 
 
 def test_what_hides_nothing_has_no_mask():
     q, k = torch.randn(2, 6, 97, 8), torch.randn(2, 2, 97, 8)
     for window in (Window(50, causal=True), Window(97), Window.sliding(97), Window.around(96)):
-        with taken() as calls, patch.object(fused, "_hiding", side_effect=AssertionError):
+        with taken() as calls, patch.object(fused_alike, "hiding_of", side_effect=AssertionError):
             found = local_attention(q, k, k, window)
         assert calls
         right = local_attention(q, k, k, window, softcap=1e9)
@@ -117,11 +118,11 @@ def test_what_hides_nothing_has_no_mask():
 
 
 def test_windows_share_masks():
-    masks, as_it_is = [], fused._hiding
+    masks, as_it_is = [], fused_alike.hiding_of
     q = torch.randn(1, 2, 5 * 192, 8)
     hiding = lambda *call: masks.append(1) or as_it_is(*call)  # noqa: E731
-    fused._shared_mask.cache_clear()
-    with taken(), patch.object(fused, "_hiding", hiding):
+    fused_alike._shared_mask.cache_clear()
+    with taken(), patch.object(fused_alike, "hiding_of", hiding):
         local_attention(q, q, q, Window(192, causal=True))
         # Two tiles in a window, of which the first of all windows has no other before it.
         assert len(masks) == 4
@@ -132,10 +133,10 @@ def test_windows_share_masks():
 def test_large_masks_are_not_kept():
     q = torch.randn(1, 2, 7 * 64, 8)
     for most, kept in ((64 * 128 - 1, 1), (64 * 128, 2)):  # 64 keys are seen from the first tile
-        fused._shared_mask.cache_clear()
-        with patch.object(fused, "_MOST_KEPT", most):
+        fused_alike._shared_mask.cache_clear()
+        with patch.object(fused_alike, "_MOST_KEPT", most):
             local_attention(q, q, q, Window(64, causal=True))
-        assert fused._shared_mask.cache_info().currsize == kept
+        assert fused_alike._shared_mask.cache_info().currsize == kept
 
 
 @pytest.mark.parametrize(
@@ -158,17 +159,84 @@ def test_tiles_that_see_alike_share_calls(entries, transposed, held, calls, kv_h
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     window = Window(64, causal=True)
     right = local_attention(q, k, v, window, softcap=1e9)
-    made, as_it_is = [], fused._attention
+    made, as_it_is = [], fused_alike.attention
     attention = lambda *call: made.append(call) or as_it_is(*call)  # noqa: E731
     numbers = held * entries * 6 * 64 * 8
     with (
-        patch.object(fused, "_attention", attention),
+        patch.object(fused_alike, "attention", attention),
         patch.object(fused_tiles, "_NUMBERS", numbers),
     ):
         found = local_attention(q, k, v, window)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     assert len(made) == calls
     assert found.stride() == q.stride()
+
+
+@settings(max_examples=60)
+@given(
+    window=windows(),
+    n=st.integers(1, 150),
+    sizes=st.sampled_from([(1, 2, 2), (3, 6, 2), (2, 3, 1)]),
+    transposed=st.booleans(),
+    tile=st.sampled_from([3, 8, 64]),
+    held=st.sampled_from([1, 1000, 2**21]),
+    scores=st.sampled_from([200, 2**20]),
+)
+def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, held, scores):
+    entries, heads, kv_heads = sizes
+    rule = Window(window.size, window.causal, window.look_backward, window.ahead, window.exact)
+    generator = torch.Generator().manual_seed(n)
+    q, k, v, grad = (
+        torch.randn(entries, h, n, 8, generator=generator, dtype=torch.float64)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
+    if transposed:
+        q, k, v, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    found, calls, as_it_is = [], [], fused_alike.gradients
+    gradients = lambda *call: calls.append(call) or as_it_is(*call)  # noqa: E731
+    for served in (True, False):
+        with ExitStack() as stack:
+            stack.enter_context(taken(tile=tile, most=2 * tile, vector=2))
+            stack.enter_context(patch.object(fused_alike, "gradients", gradients))
+            stack.enter_context(patch.object(fused_tiles, "_NUMBERS", held))
+            stack.enter_context(patch.object(autograd, "_SCORES_ON_CPU", scores))
+            if not served:
+                stack.enter_context(patch.object(fused, "serves_backward", lambda *_: False))
+            out = local_attention(q, k, v, rule, backend="eager")
+            found.append(torch.autograd.grad(out, (q, k, v), grad))
+        assert len(calls) == 1
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+        assert ours.stride() == right.stride()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "expected"),
+    [
+        (torch.float32, {}, True),
+        (torch.float32, {"n": 1100}, False),
+        (torch.float32, {"n": 1100, "size": 128}, True),
+        (torch.float32, {"n": 1100, "size": 1200}, True),
+        (torch.float32, {"n": 1100, "size": 128, "exact": True}, False),
+        (torch.float32, {"n": 1100, "size": 1100, "exact": True}, True),  # it hides nothing
+        (torch.float16, {}, False),
+        (torch.bfloat16, {}, False),
+        (torch.float32, {"softcap": 9.0}, False),
+        (torch.float32, {"mask": torch.arange(300)[None] < 200}, False),
+        (torch.float32, {"documents": torch.arange(300) // 90}, False),
+    ],
+)
+def test_which_gradients_are_the_kernels(dtype, more, expected):
+    more = dict(more)
+    n, size, exact = (more.pop(x, y) for x, y in (("n", 300), ("size", 64), ("exact", False)))
+    window = Window(size, causal=True, exact=exact)
+    q = torch.randn(1, 8, n, 64, dtype=dtype, requires_grad=True)
+    calls, as_it_is = [], fused_alike.gradients
+    gradients = lambda *call: calls.append(call) or as_it_is(*call)  # noqa: E731
+    with patch.object(fused_alike, "gradients", gradients):
+        local_attention(q, q, q, window, **more).sum().backward()
+    assert bool(calls) == expected
 
 
 def test_tiles_at_offsets_have_masks_of_their_own():
@@ -194,6 +262,9 @@ def test_a_compiled_model_and_second_derivatives_agree():
         assert torch.equal(compiled(x, x, x), out)
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         assert len(calls) == 2
+        (inside,) = torch.autograd.grad(compiled(x, x, x).square().sum(), x)
+        (outside,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        assert torch.equal(inside, outside)
         assert torch.autograd.gradcheck(lambda x: layer(x, x, x), x[:1, :1, :30], fast_mode=True)
     out = layer(x, x, x)
     (true,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)

@@ -75,6 +75,12 @@ def test_normalize_has_no_second_derivative_at_0():
     assert found[0].isnan().any(), mended("unit_keys")
 
 
+def test_attention_returns_no_log_sum_exps():
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(TypeError, match="return_lse"):
+        F.scaled_dot_product_attention(q, q, q, return_lse=True)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_sizes_are_tensors_while_torch_jit_traces():
     """``is_tracing`` in ``is_symbolic``: test_exporters."""

@@ -25,6 +25,7 @@ FILES = {
     "backward": "tests/gpu/test_backward_faults.py",
     "compiled": "tests/decoding/test_compiled.py",
     "exporters": "tests/eager/test_exporters.py",
+    "fused": "tests/eager/test_fused.py",
     "gpu": "tests/gpu/test_gpu.py",
     "on cpu": "tests/flex/test_flex_on_cpu.py",
     "oracle": "tests/eager/test_eager_against_oracle.py",
@@ -189,6 +190,14 @@ BY_DESIGN = {
     "torch_limits.py mark_length_dynamic": (
         "compiler test_sizes_that_stay_at_first_make_a_graph_more",
         "compiler test_sizes_that_stay_at_first_make_a_graph_more",
+    ),
+    "torch_limits.py flash_on_cpu": (
+        "autograd test_attention_returns_no_log_sum_exps",
+        "fused test_gradients_by_the_kernel",
+    ),
+    "torch_limits.py flash_backward_on_cpu": (
+        "autograd test_attention_returns_no_log_sum_exps",
+        "fused test_gradients_by_the_kernel",
     ),
     "flex/compile.py _compiled": (
         "compiler test_callables_of_the_same_code_share_a_limit",

@@ -103,7 +103,8 @@ def test_it_counts_the_steps(board, query):
 def test_it_lists_the_operators(board, query, traced):
     table = board("operation/table", **query, view="Operator", group_by="Operation")
     calls = {row["name"]: row["calls"] for row in table["data"]}
-    for name in ("aten::bmm", "aten::_softmax", "_Tiled"):
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    for name in (kernel, f"{kernel}_backward", "_Fused"):
         assert calls[name] == sum(row.count for row in traced[1] if row.key == name) > 0
 
 

@@ -105,9 +105,9 @@ def test_the_summary_names_files_and_parts(capsys, tmp_path):
     assert "look_forward=1" in printed  # what a window that is not causal has by default
     assert str(file) in printed
     assert f"tensorboard --logdir {tmp_path}" in printed
-    assert re.search(r"^aten::bmm +\d", printed, re.M)
+    assert re.search(r"^aten::_scaled_dot_product_flash_attention_for_cpu +\d", printed, re.M)
     assert "memory on cpu: at most 0.0" in printed
-    assert "BmmBackward" not in printed and "attention backward" not in printed
+    assert "_for_cpu_backward" not in printed and "attention backward" not in printed
 
 
 def test_what_cannot_run_is_said(tmp_path):

@@ -1,0 +1,141 @@
+"""Tiles that see alike, by torch's fused kernel: they share a mask and a call, as batch entries.
+
+Keys of several tiles overlap: the kernel reads them through views, and their gradients are added.
+Shapes are those of ``formula``.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..masks.rule import Rule
+from ..masks.window import Window
+from ..spec import Spec
+from ..torch_limits import has_values
+from .fused_kernel import attention, hiding_of
+from .fused_kernel import gradients as gradients_of_kernel
+from .fused_tiles import Tile, cuts_of, tiles_of
+
+_QKV = tuple[Tensor, Tensor, Tensor]
+
+_MOST_KEPT = 2**17
+"""Numbers of a mask that is kept from call to call."""
+
+
+def serves(rule: Rule, mask: Tensor | None) -> bool:
+    """Whether tiles at the same place in a step of the rule see alike."""
+    return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
+
+
+def output(
+    spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, sums: Tensor | None, scores: int
+) -> None:
+    """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``sums``, ``(b, h, n)``.
+
+    Args:
+        scores: about how many scores a mask may be of.
+    """
+    q, k, v = qkv
+    if hides_nothing(rule, q.shape[2]):
+        whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
+        out.copy_(whole)
+        if sums is not None:
+            sums.copy_(of_rows)
+        return
+    results = [out] if sums is None else [out, sums[..., None]]
+    for tiles, hiding in _alike(rule, q, k, scores):
+        start, stop, low, high, _ = tiles[0]
+        queries, keys = (start, stop - start), (low, high - low)
+        for cut in cuts_of(tiles, q, k, v, *results):
+            part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
+            found, of_rows = attention(*part, hiding, False, spec.scale)
+            for whole, some in zip(results, (found, of_rows[..., None]), strict=False):
+                cut(whole, *queries).copy_(some)
+
+
+def gradients(
+    spec: Spec, rule: Rule, qkv: _QKV, result: tuple[Tensor, Tensor], grad: Tensor, scores: int
+) -> _QKV:
+    """Those of queries, keys and values.
+
+    Args:
+        result: what ``output`` filled: the output and the log-sum-exps.
+        grad: the output's.
+        scores: as in ``output``.
+    """
+    q, k, v = qkv
+    out, sums = result[0], result[1][..., None]
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if hides_nothing(rule, q.shape[2]):
+        at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
+        for place, each in zip((grad_q, grad_k, grad_v), at_once, strict=True):
+            place.copy_(each)  # in the order in memory of what it is a gradient of
+        return grad_q, grad_k, grad_v
+    for tiles, hiding in _alike(rule, q, k, scores):
+        start, stop, low, high, period = tiles[0]
+        queries, keys = (start, stop - start), (low, high - low)
+        for cut in cuts_of(tiles, q, k, v, out, sums, grad, grad_q, grad_k, grad_v):
+            part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
+            of_part = cut(out, *queries), cut(sums, *queries)[..., 0]
+            found_q, *others = gradients_of_kernel(
+                cut(grad, *queries), part, of_part, hiding, False, spec.scale
+            )
+            cut(grad_q, *queries).copy_(found_q)
+            for whole, found in zip((grad_k, grad_v), others, strict=True):
+                # Keys of several tiles overlap, those of a period do not.
+                for first, some in enumerate(found.split(period, 2)):
+                    cut(whole, low + first * period, some.shape[2]).add_(some)
+    return grad_q, grad_k, grad_v
+
+
+def hides_nothing(rule: Rule, n: int) -> bool:
+    """Whether a window hides no key of ``n``, but for later ones where it is causal.
+
+    The kernel needs no mask then, and leaves out what is later by itself.
+    """
+    if not rule.is_window or n == 0:
+        return False
+    window: Window = rule.window
+    last: int = n - 1
+    sees_first = window.first_key(last) <= 0
+    return bool(sees_first and (window.causal or window.last_key(0) >= last))
+
+
+_Sight = tuple[int, int, int, int]
+"""As of a ``Tile``, whose first query is in the first step of the rule."""
+
+
+def _alike(rule: Rule, q: Tensor, k: Tensor, scores: int) -> Iterator[tuple[list[Tile], Tensor]]:
+    """Tiles that see alike, and what hides keys from each of them."""
+    groups, step = q.shape[1] // k.shape[1], rule.reach.step
+
+    def sight(tile: Tile) -> _Sight:
+        shift = tile.start - tile.start % step
+        return tile.start - shift, tile.stop - shift, tile.low - shift, tile.high - shift
+
+    tiles = tiles_of(rule, None, q.shape[2], k.shape[2], groups, scores)
+    for of_some, some in groupby(tiles, sight):
+        yield list(some), _mask_of(rule, of_some, groups, q)
+
+
+def _mask_of(rule: Rule, sight: _Sight, groups: int, q: Tensor) -> Tensor:
+    """``_shared_mask`` for queries like ``q``, kept if it is small."""
+    start, stop, low, high = sight
+    small = groups * (stop - start) * (high - low) <= _MOST_KEPT
+    make = _shared_mask if small and has_values(q) else _shared_mask.__wrapped__
+    return make(rule, sight, groups, q.dtype, q.device)
+
+
+@lru_cache(maxsize=64)
+def _shared_mask(
+    rule: Rule, sight: _Sight, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """0 where a tile's query sees a key, else -inf: ``(1, 1, groups * t, s)``."""
+    start, stop, low, high = sight
+    with torch.inference_mode(False):
+        query = torch.arange(start, stop, device=device)[:, None]
+        key = torch.arange(low, high, device=device)
+        return hiding_of(rule.sees(0, 0, query, key).expand(1, 1, -1, -1), dtype, groups)

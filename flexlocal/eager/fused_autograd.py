@@ -1,0 +1,67 @@
+"""Calls of which torch's fused kernel computes both passes.
+
+The backward pass takes the output and the log-sum-exps from the forward pass, and computes the
+weights again from them. Shapes are those of ``formula``.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autocast import without_autocast
+from ..masks.rule import Rule
+from ..regions import region
+from ..spec import Inputs, Spec
+from ..torch_limits import for_each_gradient, is_transformed
+from . import fused, fused_alike
+from .autograd import differentiable_gradients, empty_output, scores_in_a_portion
+from .cutting import in_tiles
+from .formula import operands_of
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def attend(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
+    """The output ``(b, h, n, d)`` with gradients, where ``fused.serves_backward``."""
+    out: Tensor = _Fused.apply(spec, rule, *inputs[:3])  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.spec, ctx.rule = spec, rule
+        out, sums = result(spec, rule, Inputs(q, k, v))
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums = ctx.saved_tensors
+        spec, rule = ctx.spec, ctx.rule
+        of: Callable[..., Sequence[Tensor | None]]
+        with without_autocast(grad.device), region("attention backward"):
+            if torch.is_grad_enabled() or is_transformed():
+                tiles = in_tiles(spec, rule, Inputs(q, k, v), None)
+                of = partial(differentiable_gradients, *tiles, grad_lse=None)
+            else:
+                of = partial(gradients, spec, rule, (q, k, v), (out, sums))
+            found = for_each_gradient(lambda grad: of(grad=grad), grad)
+        return None, None, *found[:3]
+
+
+def result(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exps ``(b, h, n)``."""
+    q = inputs.q
+    out, sums = empty_output(q, inputs.v), q.new_empty(q.shape[:-1])
+    scores = scores_in_a_portion(q.device)
+    fused.output(spec, rule, operands_of(inputs), out, sums, scores)
+    return out, sums
+
+
+def gradients(spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor) -> QKV:
+    """Those of queries, keys and values, from what ``result`` gave and the output's gradient."""
+    return fused_alike.gradients(spec, rule, qkv, result, grad, scores_in_a_portion(grad.device))
