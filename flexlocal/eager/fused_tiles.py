@@ -4,6 +4,7 @@ Shapes are those of ``formula``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,7 +22,7 @@ _NUMBERS = 2**21
 class Tile(NamedTuple):
     """First query of a tile and the one after its last, the same of its keys.
 
-    The tile at its place in the next step, or the next but some, begins ``period`` tokens later.
+    The tile at the same place in a later step of the rule begins ``period`` tokens after it.
     """
 
     start: int
@@ -79,14 +80,15 @@ def _keys_of(
 
 
 Cut = Callable[[Tensor, int, int], Tensor]
-"""Of a tensor ``(b, h, n, d)`` as many tokens from one on as are given, and those of further tiles
-or batch entries: a view ``(entries, heads, tokens, d)``."""
+"""From a tensor ``(b, h, n, d)`` a view ``(entries, heads, tokens, d)`` of the same tokens of each
+tile. The first token and their number are given as those of the first tile."""
 
 
 def cuts_of(alike: Sequence[Tile], *tensors: Tensor) -> Iterator[Cut]:
-    """How the kernel is given tiles that see alike: as few calls as views of ``tensors`` allow.
+    """How tiles that see alike are cut out of ``tensors``, one cut for each call of the kernel.
 
-    Tokens are those of the first tile.
+    Tiles become batch entries. Where no view joins the tensors' own batch entries with heads, each
+    of these has a call, or each tile, whichever are fewer.
     """
     start, stop, _, _, period = alike[0]
     b, h, _, d = tensors[0].shape
@@ -94,18 +96,29 @@ def cuts_of(alike: Sequence[Tile], *tensors: Tensor) -> Iterator[Cut]:
     joins = all(b == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     for first in range(0, len(alike), most):
         count, shift = min(most, len(alike) - first), first * period
-
-        def parts(x: Tensor, token: int, tokens: int, at: int = shift, of: int = count) -> Tensor:
-            return _parts(x, token + at, tokens, period, of)
-
         if count > 1 and joins:
-            yield lambda *cut: parts(*cut).flatten(0, 1).transpose(0, 1)
+            yield partial(_joined, shift, period, count)
         elif b < count:
             for entry in range(b):
-                yield lambda *cut, entry=entry: parts(*cut)[entry].transpose(0, 1)
+                yield partial(_of_entry, entry, shift, period, count)
         else:
             for tile in range(count):
-                yield lambda *cut, tile=tile: parts(*cut)[:, :, tile]
+                yield partial(_of_tile, shift + tile * period)
+
+
+def _joined(shift: int, period: int, count: int, x: Tensor, token: int, tokens: int) -> Tensor:
+    parts = _parts(x, token + shift, tokens, period, count)
+    return parts.flatten(0, 1).transpose(0, 1)
+
+
+def _of_entry(
+    entry: int, shift: int, period: int, count: int, x: Tensor, token: int, tokens: int
+) -> Tensor:
+    return _parts(x, token + shift, tokens, period, count)[entry].transpose(0, 1)
+
+
+def _of_tile(shift: int, x: Tensor, token: int, tokens: int) -> Tensor:
+    return x.narrow(2, token + shift, tokens)
 
 
 def _parts(x: Tensor, start: int, length: int, period: int, count: int) -> Tensor:
