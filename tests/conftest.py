@@ -18,7 +18,7 @@ settings.register_profile(
     "ci",
     deadline=None,  # the first call of a torch operator is slow, and says nothing
     derandomize=True,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(

@@ -10,7 +10,7 @@ import rules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import windows
+from strategies import EXAMPLES, windows
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexlocal import LocalAttention, Window, explain, local_attention
@@ -42,7 +42,7 @@ def plain(draw):
     return replace(call, case=case, softcap=None, sink_heads=None)
 
 
-@settings(max_examples=50)
+@settings(max_examples=EXAMPLES)
 @given(call=plain(), tile=st.sampled_from([3, 8, 64]), scores=st.sampled_from([1, 200, 2**20]))
 def test_outputs_and_gradients(call, tile, scores):
     def run(tensors):
@@ -172,7 +172,7 @@ def test_tiles_that_see_alike_share_calls(entries, transposed, held, calls, kv_h
     assert found.stride() == q.stride()
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     window=windows(),
     n=st.integers(1, 150),
