@@ -112,6 +112,7 @@ def test_kernels_of_the_cpu(name):
         check(name, lambda *of, **more: local_attention(*of, backend="flex", **more))
 
 
+@pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
 @pytest.mark.usefixtures("no_limit_is_hit")
 def test_kernels_are_shared_by_rules_that_differ_in_tensors():
