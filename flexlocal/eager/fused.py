@@ -78,17 +78,17 @@ def _can_compute(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
 
 
 def output(
-    spec: Spec, rule: Rule, operands: Operands, out: Tensor, sums: Tensor | None, scores: int
+    spec: Spec, rule: Rule, operands: Operands, out: Tensor, lse: Tensor | None, scores: int
 ) -> None:
     """Fills ``out``, ``(b, h, n, d)``.
 
     Args:
-        sums: filled with log-sum-exps ``(b, h, n)``, if ``serves_backward``.
+        lse: filled with log-sum-exps ``(b, h, n)``; only if ``serves_backward``.
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
     if fused_alike.serves(rule, mask):
-        fused_alike.output(spec, rule, (q, k, v), out, sums, scores)
+        fused_alike.output(spec, rule, (q, k, v), out, lse, scores)
         return
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:

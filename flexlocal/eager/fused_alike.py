@@ -30,10 +30,8 @@ def serves(rule: Rule, mask: Tensor | None) -> bool:
     return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
 
 
-def output(
-    spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, sums: Tensor | None, scores: int
-) -> None:
-    """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``sums``, ``(b, h, n)``.
+def output(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, lse: Tensor | None, scores: int) -> None:
+    """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``lse``, ``(b, h, n)``.
 
     Args:
         scores: about how many scores a mask may be of.
@@ -42,10 +40,10 @@ def output(
     if hides_nothing(rule, q.shape[2]):
         whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
         out.copy_(whole)
-        if sums is not None:
-            sums.copy_(of_rows)
+        if lse is not None:
+            lse.copy_(of_rows)
         return
-    results = [out] if sums is None else [out, sums[..., None]]
+    results = [out] if lse is None else [out, lse[..., None]]
     for tiles, hiding in _alike(rule, q, k, scores):
         start, stop, low, high, _ = tiles[0]
         queries, keys = (start, stop - start), (low, high - low)
@@ -67,7 +65,7 @@ def gradients(
         scores: as in ``output``.
     """
     q, k, v = qkv
-    out, sums = result[0], result[1][..., None]
+    out, lse = result[0], result[1][..., None]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if hides_nothing(rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
@@ -77,9 +75,9 @@ def gradients(
     for tiles, hiding in _alike(rule, q, k, scores):
         start, stop, low, high, period = tiles[0]
         queries, keys = (start, stop - start), (low, high - low)
-        for cut in cuts_of(tiles, q, k, v, out, sums, grad, grad_q, grad_k, grad_v):
+        for cut in cuts_of(tiles, q, k, v, out, lse, grad, grad_q, grad_k, grad_v):
             part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
-            of_part = cut(out, *queries), cut(sums, *queries)[..., 0]
+            of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
             found_q, *others = gradients_of_kernel(
                 cut(grad, *queries), part, of_part, hiding, False, spec.scale
             )

@@ -34,13 +34,13 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Spec, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.spec, ctx.rule = spec, rule
-        out, sums = result(spec, rule, Inputs(q, k, v))
-        ctx.save_for_backward(q, k, v, out, sums)
+        out, lse = result(spec, rule, Inputs(q, k, v))
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, sums = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         spec, rule = ctx.spec, ctx.rule
         of: Callable[..., Sequence[Tensor | None]]
         with without_autocast(grad.device), region("attention backward"):
@@ -48,7 +48,7 @@ class _Fused(torch.autograd.Function):
                 tiles = in_tiles(spec, rule, Inputs(q, k, v), None)
                 of = partial(differentiable_gradients, *tiles, grad_lse=None)
             else:
-                of = partial(gradients, spec, rule, (q, k, v), (out, sums))
+                of = partial(gradients, spec, rule, (q, k, v), (out, lse))
             found = for_each_gradient(lambda grad: of(grad=grad), grad)
         return None, None, *found[:3]
 
@@ -56,10 +56,10 @@ class _Fused(torch.autograd.Function):
 def result(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exps ``(b, h, n)``."""
     q = inputs.q
-    out, sums = empty_output(q, inputs.v), q.new_empty(q.shape[:-1])
+    out, lse = empty_output(q, inputs.v), q.new_empty(q.shape[:-1])
     scores = scores_in_a_portion(q.device)
-    fused.output(spec, rule, operands_of(inputs), out, sums, scores)
-    return out, sums
+    fused.output(spec, rule, operands_of(inputs), out, lse, scores)
+    return out, lse
 
 
 def gradients(spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor) -> QKV:

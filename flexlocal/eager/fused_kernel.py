@@ -38,8 +38,8 @@ def attention(
         return torch.empty_like(q), q.new_empty(q.shape[:-1])
     # The heads of a group as queries of one head: torch would copy the keys for each of them.
     grouped = q if hiding is None else _folded(q, k)
-    out, sums = flash_on_cpu(grouped, k, v, 0.0, causal, attn_mask=hiding, scale=scale)
-    return out.reshape(q.shape), sums.reshape(q.shape[:-1])
+    out, lse = flash_on_cpu(grouped, k, v, 0.0, causal, attn_mask=hiding, scale=scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
 def gradients(
@@ -59,14 +59,14 @@ def gradients(
     q, k, v = qkv
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    out, sums = result
+    out, lse = result
     groups = q.shape[1] // k.shape[1]
     if hiding is None and groups > 1:  # which the backward pass does not know
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     grad, q, out = (_folded(x, k) for x in (grad, q, out))
-    sums = _folded(sums[..., None], k)[..., 0]
+    lse = _folded(lse[..., None], k)[..., 0]
     grad_q, *others = flash_backward_on_cpu(
-        grad, q, k, v, out, sums, 0.0, causal, attn_mask=hiding, scale=scale
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=hiding, scale=scale
     )
     grad_k, grad_v = others
     if hiding is None and groups > 1:

@@ -161,9 +161,9 @@ class _Call(NamedTuple):
 
     @property
     def keeps_result(self) -> bool:
-        """Whether the backward pass is given the output and log-sum-exps: of no length, or all.
+        """Whether the backward pass is given the output and log-sum-exps, whatever the length.
 
-        A compiler that knows no lengths has to know this.
+        A compiler asks, which may not know lengths.
         """
         spec, inputs = self.described
         return fused.has_backward(spec, spec.rule, inputs)
@@ -213,7 +213,8 @@ def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
             return fused_autograd.result(spec, spec.rule, inputs)
         if fused.serves(spec, spec.rule, inputs):
             out = output_by_torch(spec, spec.rule, operands_of(inputs))
-            return out, call.q.new_empty(call.q.shape[:-1] if call.keeps_result else 0)
+            shape = call.q.shape[:-1] if call.keeps_result else (0,)
+            return out, call.q.new_full(shape, torch.nan)  # nothing asks for them
         out, lse = outputs(*call.in_tiles())
     return out, call.q.new_empty(0) if lse is None else lse
 
