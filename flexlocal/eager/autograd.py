@@ -77,10 +77,16 @@ def outputs(operands: Operands, formula: Formula, sizes: Sizes) -> tuple[Tensor,
     return out, lse
 
 
-def output_by_torch(spec: Spec, rule: Rule, operands: Operands) -> Tensor:
-    """The output of a call that torch's kernel serves, for which no formula is needed."""
+def output_by_torch(
+    spec: Spec, rule: Rule, operands: Operands, lse: Tensor | None = None
+) -> Tensor:
+    """The output of a call that torch's kernel serves, for which no formula is needed.
+
+    Args:
+        lse: as in ``fused.output``.
+    """
     out = empty_output(operands.q, operands.v)
-    fused.output(spec, rule, operands, out, None, scores_in_a_portion(out.device))
+    fused.output(spec, rule, operands, out, lse, scores_in_a_portion(out.device))
     return out
 
 

@@ -15,7 +15,7 @@ from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
 from . import fused_alike
 from .formula import Operands
-from .fused_kernel import attention, hiding_of
+from .fused_kernel import QKV, attention, hiding_of
 from .fused_tiles import length_of, tiles_of
 
 _LEAST_PRODUCTS = 3 * 2**20
@@ -64,8 +64,8 @@ def serves_backward(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     """Whether it also is the faster one."""
     if not has_backward(spec, rule, tensors):
         return False
-    q, tile = tensors.q, length_of(rule)
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * min(rule.reach.longest(tile), q.shape[2])
+    q, k = tensors.q, tensors.k
+    scores = q.shape[:-1].numel() * min(rule.reach.longest(length_of(rule)), k.shape[2])
     long = rule.reach.step >= _LEAST_LONG or fused_alike.hides_nothing(rule, q.shape[2])
     return long or scores <= _MOST_SCORES
 
@@ -104,7 +104,7 @@ def output(
 def _fill(
     spec: Spec,
     rule: Rule,
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: QKV,
     bounds: tuple[Tensor, Tensor],
     mask: Tensor | None,
     out: Tensor,

@@ -15,11 +15,9 @@ from ..masks.rule import Rule
 from ..masks.window import Window
 from ..spec import Spec
 from ..torch_limits import has_values
-from .fused_kernel import attention, hiding_of
+from .fused_kernel import QKV, attention, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
 from .fused_tiles import Tile, cuts_of, tiles_of
-
-_QKV = tuple[Tensor, Tensor, Tensor]
 
 _MOST_KEPT = 2**17
 """Numbers of a mask that is kept from call to call."""
@@ -30,7 +28,7 @@ def serves(rule: Rule, mask: Tensor | None) -> bool:
     return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
 
 
-def output(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, lse: Tensor | None, scores: int) -> None:
+def output(spec: Spec, rule: Rule, qkv: QKV, out: Tensor, lse: Tensor | None, scores: int) -> None:
     """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``lse``, ``(b, h, n)``.
 
     Args:
@@ -55,8 +53,8 @@ def output(spec: Spec, rule: Rule, qkv: _QKV, out: Tensor, lse: Tensor | None, s
 
 
 def gradients(
-    spec: Spec, rule: Rule, qkv: _QKV, result: tuple[Tensor, Tensor], grad: Tensor, scores: int
-) -> _QKV:
+    spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor, scores: int
+) -> QKV:
     """Those of queries, keys and values.
 
     Args:

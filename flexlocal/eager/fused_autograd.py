@@ -16,12 +16,11 @@ from ..masks.rule import Rule
 from ..regions import region
 from ..spec import Inputs, Spec
 from ..torch_limits import for_each_gradient, is_transformed
-from . import fused, fused_alike
-from .autograd import differentiable_gradients, empty_output, scores_in_a_portion
+from . import fused_alike
+from .autograd import differentiable_gradients, output_by_torch, scores_in_a_portion
 from .cutting import in_tiles
 from .formula import operands_of
-
-QKV = tuple[Tensor, Tensor, Tensor]
+from .fused_kernel import QKV
 
 
 def attend(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
@@ -55,11 +54,8 @@ class _Fused(torch.autograd.Function):
 
 def result(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exps ``(b, h, n)``."""
-    q = inputs.q
-    out, lse = empty_output(q, inputs.v), q.new_empty(q.shape[:-1])
-    scores = scores_in_a_portion(q.device)
-    fused.output(spec, rule, operands_of(inputs), out, lse, scores)
-    return out, lse
+    lse = inputs.q.new_empty(inputs.q.shape[:-1])
+    return output_by_torch(spec, rule, operands_of(inputs), lse), lse
 
 
 def gradients(spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor) -> QKV:

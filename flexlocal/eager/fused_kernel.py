@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..torch_limits import flash_backward_on_cpu, flash_on_cpu
 
+QKV = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, or their gradients."""
+
 
 def hiding_of(seen: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     """What hides keys from groups of heads, to be added to their scores: 0 or -inf.
@@ -44,12 +47,12 @@ def attention(
 
 def gradients(
     grad: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: QKV,
     result: tuple[Tensor, Tensor],
     hiding: Tensor | None,
     causal: bool,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> QKV:
     """Those of queries, keys and values.
 
     Args:
