@@ -14,6 +14,7 @@ from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .flash import Way
+from .flash_attention import Turn
 from .kernel import Blocks
 from .split import in_parts, parts_of
 from .threads import GATE
@@ -67,12 +68,10 @@ def turning(spec: Spec, inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tens
     """What rotates queries and keys of calls like this one, without xpos, and nothing else."""
     if torch.compiler.is_compiling():
         return partial(_turned, spec)
-    with torch.no_grad():
-        like = _of_turning(inputs, inputs.q.detach(), inputs.k.detach())
-        turn = _with_own_graph(spec, like, None)
+    turn_of = _turn_of(spec, inputs)
 
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _Turned.apply(inputs.q, inputs.k, inputs, turn)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _Turned.apply(inputs.q, inputs.k, turn_of(inputs))  # type: ignore[no-untyped-call]
         return found
 
     return run
@@ -85,26 +84,41 @@ class _Turned(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, inputs: Inputs, turn: Callable[[Inputs], Any]
-    ) -> tuple[Tensor, Tensor]:
-        inputs = _of_turning(inputs, q.detach(), k.detach())
-        ctx.turn, ctx.places = turn, inputs._replace(q=inputs.v, k=inputs.v)
-        found: tuple[Tensor, Tensor] = turn(inputs)
-        return found
+    def forward(ctx: Any, q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        ctx.turn = turn
+        return turn(q, k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
-        inv_freq = -ctx.places.inv_freq
-        q, k = ctx.turn(_of_turning(ctx.places._replace(inv_freq=inv_freq), q, k))
-        return q, k, None, None
+        return *ctx.turn(q, k, back=True), None
 
 
-def _of_turning(inputs: Inputs, q: Tensor, k: Tensor) -> Inputs:
-    """``inputs`` with other queries and keys, and without what does not place them."""
-    v = k.new_empty(0)  # not a part of `k`, whose memory it would hold until the backward pass
-    return inputs._replace(q=q, k=k, v=v, mask=None, bias=None, seed=None, zeta=None, sinks=None)
+def _turn_of(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Turn]:
+    """What rotates, for calls like this one: of a call's tensors, a function of queries and keys.
+
+    One graph serves both directions.
+    """
+    with torch.no_grad():
+        like = _of_turning(inputs)._replace(q=inputs.q.detach(), k=inputs.k.detach())
+        run = _with_own_graph(spec, like, None)
+
+    def turn(places: Inputs, q: Tensor, k: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+        assert places.inv_freq is not None
+        inv_freq = -places.inv_freq if back else places.inv_freq
+        with torch.no_grad():
+            q, k = run(places._replace(q=q.detach(), k=k.detach(), inv_freq=inv_freq))
+        return q, k
+
+    return lambda inputs: partial(turn, _of_turning(inputs))
+
+
+def _of_turning(inputs: Inputs) -> Inputs:
+    """``inputs`` without what does not place tokens, to be kept until the backward pass."""
+    none = inputs.q.new_empty(0)  # no part of another tensor, whose memory it would hold
+    return inputs._replace(
+        q=none, k=none, v=none, mask=None, bias=None, seed=None, zeta=None, sinks=None
+    )
 
 
 def _turned(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -117,13 +131,8 @@ def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
     attend = partial(flash_attention.attend, spec)
     if inputs.inv_freq is None or torch.compiler.is_compiling():
         return attend
-    turn = turning(spec, inputs)
-
-    def run(inputs: Inputs) -> Result:
-        q, k = turn(inputs)
-        return attend(inputs._replace(q=q, k=k, inv_freq=None))
-
-    return run
+    turn_of = _turn_of(spec, inputs)
+    return lambda inputs: attend(inputs, turn_of(inputs))
 
 
 def _with_own_graph(

@@ -11,6 +11,7 @@ FlexAttention's backend FLASH.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from torch import Tensor
 from ..spec import Inputs, Result, Spec, numbered, rule_of, wants_gradients
 from .turned import turned
 
+Turn = Callable[..., tuple[Tensor, Tensor]]
+"""Rotates queries and keys, or with ``back=True`` their gradients the other way; no autograd."""
 
-def attend(spec: Spec, inputs: Inputs) -> Result:
+
+def attend(spec: Spec, inputs: Inputs, turn: Turn | None = None) -> Result:
     """Local attention over a sliding window.
 
     Args:
         spec: the call, resolved; ``flash.preferred`` says which there are.
         inputs: its tensors, shaped.
+        turn: rotates the call's queries and keys, if they are to be rotated outside a compiler.
 
     Returns:
         ``(b, h, n, d)`` in ``q``'s order in memory, and with ``return_lse`` the log-sum-exps
@@ -33,7 +38,7 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     """
     q, k, v, sinks, window = inputs.q, inputs.k, inputs.v, inputs.sinks, spec.rule.window
     sums = inputs.cu_seqlens
-    if inputs.inv_freq is not None:
+    if inputs.inv_freq is not None and turn is None:
         inputs = numbered(inputs)
         q, k = turned(rule_of(spec, inputs), None, inputs, None)
     if sums is not None:
@@ -43,8 +48,9 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     if torch.compiler.is_compiling():
         out, lse = _forward_operator(q, k, v, sinks, sums, *numbers)
     elif wants_gradients(inputs):
-        out, lse = _Flash.apply(q, k, v, sinks, sums, *numbers)  # type: ignore[no-untyped-call]
+        out, lse = _Flash.apply(q, k, v, sinks, sums, turn, *numbers)  # type: ignore[no-untyped-call]
     else:
+        q, k = (q, k) if turn is None else turn(q, k)
         out, lse = _forward(q, k, v, sinks, sums, *numbers)
     return (out, lse) if spec.return_lse else out
 
@@ -183,7 +189,10 @@ def _gradients(
 
 
 class _Flash(torch.autograd.Function):
-    """Both passes outside a compiler, where an operator's dispatch would only cost time."""
+    """Both passes outside a compiler, where an operator's dispatch would only cost time.
+
+    Rotation is a part of them: as a function of its own it would take as long again.
+    """
 
     @staticmethod
     def forward(
@@ -193,26 +202,38 @@ class _Flash(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         sums: Tensor | None,
+        turn: Turn | None,
         *numbers: Any,
     ) -> tuple[Tensor, Tensor]:
+        if turn is not None:
+            q, k = turn(q, k)
         out, lse = _forward(q, k, v, sinks, sums, *numbers)
         ctx.save_for_backward(q, k, v, sinks, sums, out, lse)
-        ctx.numbers = numbers
+        ctx.turn, ctx.numbers = turn, numbers
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         again = torch.is_grad_enabled()  # by create_graph=True
-        return _gradients(ctx, _Once.apply if again else _backward, grad, grad_lse)
+        run = partial(_Once.apply if again else _backward_and_turn, ctx.turn)
+        return *_gradients(ctx, run, grad, grad_lse), None
+
+
+def _backward_and_turn(turn: Turn | None, *arguments: Any) -> Sequence[Tensor]:
+    """``_backward``, whose gradients of rotated queries and keys are rotated back."""
+    dq, dk, *others = _backward(*arguments)
+    if turn is not None:
+        dq, dk = turn(dq, dk, back=True)
+    return dq, dk, *others
 
 
 class _Once(torch.autograd.Function):
     """The gradients, of which there is no other gradient."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward(*arguments))
+    def forward(ctx: Any, turn: Turn | None, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_backward_and_turn(turn, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
