@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.nn.attention import flex_attention
 
+from flexlocal import dispatch
+from flexlocal.flex import compile as compiling
 from flexlocal.flex import support
 
 settings.register_profile(
@@ -60,6 +62,21 @@ def dense_on_the_cpu(monkeypatch):
     """The fused path takes gradients on the CPU: FlexAttention's dense operators have them."""
     monkeypatch.setattr(support, "refusal", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def graphs_without_code(monkeypatch):
+    """Graphs are traced and then run as they are: what is asked is which ones there are."""
+    compile_as_it_is = torch.compile
+
+    def traced(function, **options):
+        return compile_as_it_is(function, **{**options, "backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compiling._compiled.cache_clear()
+    yield
+    compiling._compiled.cache_clear()
+    dispatch._PREPARED.clear()
 
 
 @pytest.fixture

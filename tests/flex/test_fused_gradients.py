@@ -60,7 +60,7 @@ def test_arguments(name):
 
 
 @pytest.mark.slow
-@settings(max_examples=4, phases=[Phase.generate])
+@settings(max_examples=3, phases=[Phase.generate])
 @given(cases())
 def test_random_calls(case):
     torch.compiler.reset()

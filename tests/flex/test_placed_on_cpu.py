@@ -8,25 +8,27 @@ from compilers import needs_compiled_kernels_on_the_cpu, quick
 pytestmark = needs_compiled_kernels_on_the_cpu
 
 NAMES = [
-    "softcap",
     "documents",
-    "documents of one row",
     "documents, xpos, many segments",
     "documents, bias",
-    "documents, shared",
-    "documents, mask by head",
     "a part by row, xpos",
     "a part of documents",
     "padding on the left",
 ]
-"""Those without sinks, which need a log-sum-exp. ``test_fused_gradients`` has all of them."""
+CASES = {name: placed.CASES[name] for name in NAMES} | {
+    "documents of one row, softcap": placed.case_of("far looks", **placed.ROW, softcap=2.0),
+    "documents, shared, mask by head": placed.case_of(
+        "grouped, mask by head", **placed.PACKED, shared_qk=True
+    ),
+}
+"""Without sinks, which need a log-sum-exp. ``test_fused_gradients`` has each argument by itself."""
 
 KEPT = ["documents"]
 
 
-@pytest.mark.parametrize("name", quick(NAMES, KEPT))
+@pytest.mark.parametrize("name", quick(CASES, KEPT))
 def test_results(name):
-    case = placed.CASES[name]
+    case = CASES[name]
     call = case.tensors(torch.float32)
     with torch.no_grad():
         found = case.run(call, backend="flex", return_lse=False).double()
