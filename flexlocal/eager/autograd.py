@@ -96,10 +96,11 @@ def gradients(
     """Gradients as in FlashAttention (arXiv:2205.14135, appendix B.2)."""
     q, k, v, bias, sinks, _ = operands
     compute = formula.compute
-    learned = q, k, v, bias, sinks
-    totals = [None if x is None else torch.zeros_like(x, dtype=compute) for x in learned]
-    grad_q, grad_k, grad_v, grad_bias, grad_sinks = totals
-    assert grad_q is not None and grad_k is not None and grad_v is not None
+    grad_q = torch.empty_like(q)
+    summed = k, v, bias, sinks
+    totals = [None if x is None else torch.zeros_like(x, dtype=compute) for x in summed]
+    grad_k, grad_v, grad_bias, grad_sinks = totals
+    assert grad_k is not None and grad_v is not None
     for tiles in map(formula.narrowed, portions(sizes, q.device)):
         q_factor, k_factor = formula.factors(tiles)
         q_tiles, k_tiles = formula.scaled(tiles, q, k)
@@ -121,12 +122,13 @@ def gradients(
             of_rows = -(weight * along).sum((2, 3, 4))
             grad_sinks += gradient_of_sinks(sinks, tiles.rows(q.device), of_rows)
         grad_scores = found.backward(grad_scores, grad_bias)
-        tiles.add_queries(grad_q, grad_scores @ k_tiles * q_factor)
+        tiles.put_queries(grad_q, grad_scores @ k_tiles * q_factor)
         tiles.add_keys(grad_k, times(grad_scores.transpose(-1, -2) @ q_tiles, k_factor))
-    return [
+    of_sums = [
         None if x is None or total is None else total.to(x.dtype)
-        for x, total in zip(learned, totals, strict=True)
+        for x, total in zip(summed, totals, strict=True)
     ]
+    return [grad_q, *of_sums]
 
 
 def differentiable_gradients(

@@ -136,10 +136,10 @@ class Tiles:
             kept = self._cut(key_mask[self.batch, heads, :, None], *self.key_range)[..., 0]
         return kept.unfold(-1, self.sizes.span, self.sizes.tile)[..., None, :]
 
-    def add_queries(self, total: Tensor, tiles: Tensor) -> None:
-        """Adds ``(b, h, g, t, d)`` to the queries in ``total`` ``(batch, heads, n, d)``."""
+    def put_queries(self, out: Tensor, tiles: Tensor) -> None:
+        """Writes ``(b, h, g, t, d)`` to the queries in ``out`` ``(batch, heads, n, d)``."""
         start, stop = self.query_range[0], min(self.query_range[1], self.sizes.n)
-        total[self.batch, self.heads, start:stop] += tiles.flatten(2, 3)[:, :, : stop - start]
+        out[self.batch, self.heads, start:stop] = tiles.flatten(2, 3)[:, :, : stop - start]
 
     def add_keys(self, total: Tensor, tiles: Tensor) -> None:
         """Adds ``(b, h, g, s, d)`` to the keys in ``total`` ``(batch, kv_heads, m, d)``."""
