@@ -232,6 +232,14 @@ flash_backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_c
 """Its backward pass."""
 
 
+@lru_cache
+def multiplies_float16() -> bool:
+    """Whether this processor multiplies fp16 numbers, as that kernel asks."""
+    return not torch.backends.mkldnn.is_available() or bool(
+        torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
+
+
 # Memory.
 
 

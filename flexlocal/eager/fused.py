@@ -15,7 +15,7 @@ from ..spec import Inputs, Spec, is_plain
 from ..torch_limits import at_least, at_most, has_values
 from . import fused_alike
 from .formula import Operands
-from .fused_kernel import QKV, attention, hiding_of
+from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_tiles import length_of, tiles_of
 
 _LEAST_PRODUCTS = 3 * 2**20
@@ -118,7 +118,7 @@ def _fill(
         queries, keys = slice(start, stop), slice(low, high)
         seen = _seen([x[..., queries] for x in bounds], mask, keys)
         blind = ~seen.any(-1, keepdim=True)
-        hiding = hiding_of(seen | blind, q.dtype, groups)
+        hiding = hiding_of(seen | blind, computed_in(q.dtype), groups)
         of_tile = q[:, :, queries], k[:, :, keys], v[:, :, keys]
         part, _ = attention(*of_tile, hiding, False, spec.scale)
         out[:, :, queries] = part.masked_fill(blind, 0.0)

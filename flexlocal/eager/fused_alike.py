@@ -15,7 +15,7 @@ from ..masks.rule import Rule
 from ..masks.window import Window
 from ..spec import Spec
 from ..torch_limits import has_values
-from .fused_kernel import QKV, attention, hiding_of
+from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
 from .fused_tiles import Tile, cuts_of, tiles_of
 
@@ -122,7 +122,7 @@ def _mask_of(rule: Rule, sight: _Sight, groups: int, q: Tensor) -> Tensor:
     start, stop, low, high = sight
     small = groups * (stop - start) * (high - low) <= _MOST_KEPT
     make = _shared_mask if small and has_values(q) else _shared_mask.__wrapped__
-    return make(rule, sight, groups, q.dtype, q.device)
+    return make(rule, sight, groups, computed_in(q.dtype), q.device)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from strategies import EXAMPLES, windows
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexlocal import LocalAttention, Window, explain, local_attention
-from flexlocal.eager import autograd, fused, fused_alike, fused_tiles
+from flexlocal.eager import autograd, fused, fused_alike, fused_kernel, fused_tiles
 
 
 @contextmanager
@@ -79,6 +79,29 @@ def test_errors_are_those_of_products_in_fp32_times_a_little(dtype, window):
         error = (local_attention(q, k, v, window).double() - truth).norm()
     assert fused_error <= 1.5 * error
     assert fused_error != error
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [
+        (32, {}),
+        (301, {}),  # which hides nothing
+        (32, {"mask": torch.arange(300)[None] < 200}),
+        (32, {"documents": torch.arange(300) // 90}),
+    ],
+)
+def test_fp16_is_multiplied_in_fp32_where_a_processor_does_not_multiply_it(native, size, more):
+    q, k, v = torch.randn(3, 2, 3, 300, 16).half()
+    kernel = patch.object(fused_kernel, "flash_on_cpu", wraps=fused_kernel.flash_on_cpu)
+    window = Window(size, causal=True)
+    with patch.object(fused_kernel, "multiplies_float16", lambda: native), taken(), kernel as given:
+        found = local_attention(q, k, v, window, **more)
+        wide = local_attention(q.float(), k.float(), v.float(), window, **more)
+    first, *_, last = (call.args[0].dtype for call in given.call_args_list)
+    assert (first, last) == (torch.float16 if native else torch.float32, torch.float32)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, wide.half()) != native
 
 
 def test_a_mask_is_as_small_as_a_portion():
