@@ -30,13 +30,13 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    spec, inputs = _checked(spec, inputs, cache)
+    spec, inputs, sliced = _checked(spec, inputs, cache)
     order = None if inputs.mask is None else _order_of(inputs.mask)
     if order is not None:
         q, k, v = (at_tokens(x, order.tokens) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v, mask=None)
     inputs = _turned(spec, inputs, cache)
-    seen = None if order is not None else step.slice_of(spec, inputs, cache)
+    seen = step.slice_of(inputs.q, cache) if sliced and order is None else None
     if seen is not None:
         return step.attend(spec, inputs, cache, seen)
     count = inputs.q.shape[2] if order is None else order.taken
@@ -52,7 +52,7 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
 
 def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
     """The path that ``attend`` would take."""
-    spec, inputs = _checked(spec, inputs, cache)
+    spec, inputs, sliced = _checked(spec, inputs, cache)
     first, n, masked = cache.lengths, inputs.q.shape[2], inputs.mask is not None
     inputs = inputs._replace(mask=None)  # of new tokens: it says which are stored
     if _fit_in_ring(spec, n, cache):
@@ -62,7 +62,7 @@ def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
         k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
         call = _over_order(spec, inputs, cache, k, v, first)
     choice = dispatch.choose(*dispatch.checked(*call))
-    if masked or step.slice_of(spec, inputs, cache) is None:
+    if masked or not sliced or step.slice_of(inputs.q, cache) is None:
         return choice
     return replace(choice, reason=f"{choice.reason}; a slice of the ring, without a mask")
 
@@ -130,30 +130,36 @@ def _over_order(
     return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
 
 
-_CHECKED: dict[object, tuple[torch.dtype | None]] = {}
-"""By kind of call, the dtype that autocast wants for q, k and v, if they have another."""
+_Known = tuple[torch.dtype | None, bool]
+"""The dtype that autocast wants for q, k and v, if they have another, and ``step.serves``."""
+
+_CHECKED: dict[object, _Known] = {}
+"""By kind of call."""
 
 
-def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs]:
+def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs, bool]:
     """The call in autocast's dtype, and fit for its cache; checked once for all of a kind.
 
     All of it is checked here: a call that fails must leave the cache as it was.
+
+    Returns:
+        The call, and ``step.serves``.
     """
     if not isinstance(cache, LocalCache):
         raise TypeError(f"cache must be a LocalCache or None, got {kind_of(cache)}")
     spec = with_plain_numbers(spec)
     check = partial(_check, spec, inputs, cache)
     if torch.compiler.is_compiling():
-        (dtype,) = check()
+        dtype, sliced = check()
     else:
-        (dtype,) = dispatch.kept(_CHECKED, check, spec, inputs, cache.kind)
+        dtype, sliced = dispatch.kept(_CHECKED, check, spec, inputs, cache.kind)
     if dtype is not None:
         q, k, v = (x.to(dtype) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v)
-    return spec, inputs
+    return spec, inputs, sliced
 
 
-def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> tuple[torch.dtype | None]:
+def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Known:
     """Refuses what does not fit; gives what ``_CHECKED`` holds."""
     for name in ("documents", "cu_seqlens", "q_offset", "kv_offset"):
         if getattr(inputs, name) is not None:
@@ -185,4 +191,5 @@ def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> tuple[torch.dtype |
         raise ValueError(
             f"mask must have a row for each of the cache's {q.shape[0]}, got {tuple(mask.shape)}"
         )
-    return (q.dtype if any(x.dtype != q.dtype for x in inputs[:3]) else None,)
+    dtype = q.dtype if any(x.dtype != q.dtype for x in inputs[:3]) else None
+    return dtype, step.serves(spec, inputs)

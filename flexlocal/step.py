@@ -29,9 +29,19 @@ class Slice(NamedTuple):
     stop: int
 
 
-def slice_of(spec: Spec, inputs: Inputs, cache: LocalCache) -> Slice | None:
-    """The slice that a call sees; None where it is no such call."""
-    if not _is_served(spec, inputs):
+def serves(spec: Spec, inputs: Inputs) -> bool:
+    """Whether torch's operator does calls of this kind, outside a compiler."""
+    q = inputs.q
+    if q.device.type != "cpu" or q.shape[2] != 1 or spec.backend == "flex":
+        return False
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return is_plain(spec, inputs.bias, inputs.sinks)
+
+
+def slice_of(q: Tensor, cache: LocalCache) -> Slice | None:
+    """The slice that queries see; None where there is none, or no number can be looked at."""
+    if not has_values(q):
         return None
     lengths = set(cache.lengths.tolist())
     slots, *others = {cache.slots_seen(length) for length in lengths}
@@ -67,13 +77,3 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache, seen: Slice) -> Tensor
 
 def _attended(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=spec.scale)
-
-
-def _is_served(spec: Spec, inputs: Inputs) -> bool:
-    """Whether torch's operator does the call, outside a compiler, and numbers can be looked at."""
-    q = inputs.q
-    if q.device.type != "cpu" or q.shape[2] != 1 or spec.backend == "flex":
-        return False
-    if torch.compiler.is_compiling() or not is_plain(spec, inputs.bias, inputs.sinks):
-        return False
-    return has_values(q) and not is_transformed()

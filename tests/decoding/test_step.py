@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from flexlocal import LocalCache, Rotary, Window, explain, local_attention, step
 
@@ -111,6 +112,15 @@ def test_which_calls_they_are():
     assert not served(cache, return_lse=True)
     assert not served(cache, mask=torch.tensor([[True], [False]]))
     assert served(cache)  # of rows whose lengths differ now, with all slots seen in each
+
+
+def test_no_number_is_looked_at_where_operators_are_recorded():
+    """Whatever calls of the kind did before."""
+    cache = LocalCache(Window.sliding(5), 2, 2, 4, dtype=torch.float32, device="cpu")
+    assert served(cache)
+    with FlopCounterMode(display=False):
+        assert not served(cache)
+    assert served(cache)
 
 
 def test_slots_that_close_the_ring_are_no_slice():
