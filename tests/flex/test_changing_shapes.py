@@ -182,12 +182,12 @@ def test_masks_by_head_on_a_gpu():
     check_cases(of_masks_by_head())
 
 
-def check_windows(backend, given, moved=lambda x: x):
+def check_windows(path, given, moved=lambda x: x, **options):
     """The window as an argument of what is compiled, which takes its numbers for open."""
 
-    @partial(torch.compile, fullgraph=True)
+    @partial(torch.compile, fullgraph=True, **options)
     def attend(q, k, v, window):
-        return local_attention(q, k, v, window, backend=backend)
+        return local_attention(q, k, v, window, backend=path)
 
     for window in given:
         rule = Window(window) if isinstance(window, int) else window
@@ -214,7 +214,7 @@ def test_windows_of_the_eager_path(given):
 @pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
 def test_windows_of_kernels():
-    check_windows("flex", WINDOWS["sizes"][:2])
+    check_windows("flex", WINDOWS["sizes"][:2], backend=as_kernels_take)
 
 
 @pytest.mark.gpu

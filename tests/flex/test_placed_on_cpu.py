@@ -10,7 +10,6 @@ pytestmark = needs_compiled_kernels_on_the_cpu
 NAMES = [
     "documents",
     "documents, xpos, many segments",
-    "documents, bias",
     "a part by row, xpos",
     "a part of documents",
     "padding on the left",
