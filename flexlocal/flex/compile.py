@@ -14,12 +14,11 @@ from ..torch_limits import inductor, keep_guard, mark_length_dynamic
 from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .flash import Way
-from .flash_attention import Turn
 from .kernel import Blocks
 from .split import in_parts, parts_of
 from .threads import GATE
 from .tuning import Tuning, tuning_of, without_bounds
-from .turned import turned
+from .turned import Turn, turned
 
 _Lists = tuple[Tensor, ...]
 """The index tensors of a block mask."""

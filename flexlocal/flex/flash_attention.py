@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Inputs, Result, Spec, numbered, rule_of, wants_gradients
-from .turned import turned
-
-Turn = Callable[..., tuple[Tensor, Tensor]]
-"""Rotates queries and keys, or with ``back=True`` their gradients the other way; no autograd."""
+from .turned import Turn, turned
 
 
 def attend(spec: Spec, inputs: Inputs, turn: Turn | None = None) -> Result:
@@ -191,7 +188,7 @@ def _gradients(
 class _Flash(torch.autograd.Function):
     """Both passes outside a compiler, where an operator's dispatch would only cost time.
 
-    Rotation is a part of them: as a function of its own it would take as long again.
+    They rotate as well: another function of autograd's for that took the host 60 to 100 us a step.
     """
 
     @staticmethod

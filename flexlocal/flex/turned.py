@@ -3,6 +3,8 @@
 Shapes are those of ``spec``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from ..masks.key_layout import KeyLayout
 from ..masks.rule import Rule
 from ..rotary import Table, Xpos, rotate, tables_of
 from ..spec import Inputs, positions
+
+Turn = Callable[..., tuple[Tensor, Tensor]]
+"""Rotates queries and keys, or with ``back=True`` their gradients the other way; no autograd."""
 
 
 def turned(
