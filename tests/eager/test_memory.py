@@ -29,7 +29,7 @@ print(run(n))
     ("kind", "most"),
     [
         pytest.param("plain", 1.5, marks=pytest.mark.slow),
-        ("rotary", 2.8),
+        pytest.param("rotary", 2.8, marks=pytest.mark.slow),
         ("dropout", 1.7),
         pytest.param("bias", 1.6, marks=pytest.mark.slow),
     ],

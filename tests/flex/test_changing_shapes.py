@@ -118,7 +118,8 @@ def check_inference(cases, **options):
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu")
-@pytest.mark.parametrize("name", quick(["rows, mask", "shared", "xpos"], kept=["shared"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows, mask", "shared", "xpos"])
 def test_dropout(name):
     check_dropout(name, backend="aot_eager")
 
@@ -170,7 +171,7 @@ OF_KERNELS += ["mask by head"]
 
 
 @needs_compiled_kernels_on_the_cpu
-@pytest.mark.parametrize("name", quick(OF_KERNELS, kept=["rows, bias"]))
+@pytest.mark.parametrize("name", quick(OF_KERNELS, kept=["mask by head"]))
 def test_kernels_meet_sizes_that_they_take(name):
     """On the GPU they refuse others."""
     cases = calls(name) if name in KINDS else of_masks_by_head()

@@ -60,6 +60,7 @@ def test_calls_of_a_kind_share_a_plan(monkeypatch):
     assert len(made) == 4
 
 
+@pytest.mark.usefixtures("graphs_without_code")
 def test_a_plan_knows_what_wants_a_gradient():
     """The fused path of a CPU has none to give, and says so."""
     with pytest.raises(ValueError, match="no backward pass on the CPU"):

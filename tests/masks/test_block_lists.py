@@ -113,7 +113,7 @@ def longest_run(chosen):
     return best
 
 
-@settings(max_examples=6 * EXAMPLES)
+@settings(max_examples=3 * EXAMPLES)
 @given(
     windows(),
     st.integers(1, 90),
