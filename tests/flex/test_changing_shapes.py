@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from budget import gradients
-from compilers import needs_compiled_kernels_on_the_cpu, quick
+from compilers import needs_compiled_kernels_on_the_cpu
 from features import PLAIN, windows_of
 from sympy import sympify
 
@@ -119,7 +119,7 @@ def check_inference(cases, **options):
 
 @pytest.mark.usefixtures("dense_on_the_cpu")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows, mask", "shared", "xpos"])
+@pytest.mark.parametrize("name", ["shared", "xpos"])
 def test_dropout(name):
     check_dropout(name, backend="aot_eager")
 
@@ -165,13 +165,13 @@ def as_kernels_take(graph, inputs):
     return graph.forward
 
 
-OF_KERNELS = [name for name in KINDS if name not in ("plain", "mask", "bias", "xpos")]
-OF_KERNELS += ["mask by head"]
-"""What the others do is done by rows with a mask or a bias, and by xpos with other arguments."""
+OF_KERNELS = ["rows, bias", "rows, mask", "shared", "xpos, mask, bias, shared", "mask by head"]
+"""What other kinds do is done by these."""
 
 
 @needs_compiled_kernels_on_the_cpu
-@pytest.mark.parametrize("name", quick(OF_KERNELS, kept=["mask by head"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_KERNELS)
 def test_kernels_meet_sizes_that_they_take(name):
     """On the GPU they refuse others."""
     cases = calls(name) if name in KINDS else of_masks_by_head()

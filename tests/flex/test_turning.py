@@ -18,13 +18,13 @@ def rotated(q, k, window, q_offset, kv_offset):
     return compiled.turning(Spec(window, scale=1.0), inputs)(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "q_offset", "kv_offset", "m"),
     [
         (Window(5, causal=True), 31, torch.tensor([3, 11]), 29),
-        pytest.param(Window(5, causal=True), None, None, 23, marks=pytest.mark.slow),
-        # Queries as if they stood a window further on.
-        pytest.param(Window(5), 7, 7, 23, marks=pytest.mark.slow),
+        (Window(5, causal=True), None, None, 23),
+        (Window(5), 7, 7, 23),  # queries as if they stood a window further on
     ],
 )
 def test_it_rotates_by_position_and_its_gradients_back(window, q_offset, kv_offset, m):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from compilers import quick
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +75,7 @@ def one_process(rank, way, device, where):
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick(WAYS, kept=["DDP"]))
 def test_two_processes_train_as_one(way, device, tmp_path):
     processes.spawn(one_process, args=(way, device, str(tmp_path)), nprocs=PROCESSES)
     found = torch.load(tmp_path / "found", weights_only=True)

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import rules
 import torch
-from compilers import needs_compiled_kernels_on_the_cpu
+from compilers import needs_compiled_kernels_on_the_cpu, quick
 
 from flexlocal import Rotary, dispatch, explain, local_attention
 from flexlocal.masks import Reach, Rule
@@ -79,14 +79,14 @@ def on_both_paths(name, **given):
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, kept=["by entry"]))
 def test_dropout_on_the_flex_path_drops_what_the_eager_path_drops(name):
     for fused, eager in on_both_paths(name, dropout=0.3, dropout_seed=torch.tensor(3)):
         torch.testing.assert_close(fused, eager, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, kept=["by entry"]))
 def test_rotary_and_shared_qk_give_the_same_on_both_paths(name):
     for fused, eager in on_both_paths(name, shared_qk=True, rotary=Rotary(16)):
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
