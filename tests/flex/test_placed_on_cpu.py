@@ -3,9 +3,9 @@
 import placed
 import pytest
 import torch
-from compilers import needs_compiled_kernels_on_the_cpu, quick
+from compilers import needs_compiled_kernels_on_the_cpu
 
-pytestmark = needs_compiled_kernels_on_the_cpu
+pytestmark = [needs_compiled_kernels_on_the_cpu, pytest.mark.slow]
 
 NAMES = [
     "documents",
@@ -22,10 +22,8 @@ CASES = {name: placed.CASES[name] for name in NAMES} | {
 }
 """Without sinks, which need a log-sum-exp. ``test_fused_gradients`` has each argument by itself."""
 
-KEPT = ["documents"]
 
-
-@pytest.mark.parametrize("name", quick(CASES, KEPT))
+@pytest.mark.parametrize("name", CASES)
 def test_results(name):
     case = CASES[name]
     call = case.tensors(torch.float32)
