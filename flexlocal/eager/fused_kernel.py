@@ -15,7 +15,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """What the kernel is given for tensors of ``dtype``.
 
-    Where the processor does not multiply fp16, the kernel does so number by number: 2 to 2.8 times
+    Where the processor does not multiply fp16, the kernel does so number by number: 2 to 3 times
     as long as with fp32 copies, which are also rounded less (torch 2.13, AMD EPYC).
     """
     return torch.float32 if dtype == torch.float16 and not multiplies_float16() else dtype
