@@ -6,10 +6,12 @@ HYPOTHESIS_PROFILE=search for a longer, random hunt.
 
 import builtins
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch._inductor import codecache
 from torch.nn.attention import flex_attention
 
 from flexlocal import dispatch
@@ -48,6 +50,20 @@ def exact_float32():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def headers_of_fused_kernels():
+    """Inductor precompiles the headers of a fused kernel too, not of any kernel alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        header = str(Path(__file__).with_name("fused_kernel.h"))
+        patch.setattr(
+            codecache,
+            "_get_cpp_prefix_header",
+            lambda device: header if device.startswith("cpu") else None,
+            raising=False,  # a torch without it only takes longer
+        )
+        yield
 
 
 @pytest.fixture
