@@ -8,8 +8,9 @@ is copied is as long as the prompt or the window.
 Shapes: ``b`` rows, ``h`` query heads, ``n`` new tokens, ``d`` the head size.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor
 from . import dispatch, step
 from .cache import LocalCache, at_tokens
 from .dispatch import Choice
+from .flex import tuning
+from .flex.own_graph import for_one_kind, in_own_graph, without_gradients_on_cpu
 from .masks.arguments import kind_of
 from .masks.ring import Ring
 from .rotary import rotate, table_of
-from .spec import Inputs, Spec, with_plain_numbers
+from .spec import Inputs, Spec, resolved, with_plain_numbers
+from .torch_limits import is_tracing
 
 
 def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
@@ -30,18 +34,46 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    spec, inputs, sliced = _checked(spec, inputs, cache)
+    spec, inputs, known = _checked(spec, inputs, cache)
+    return known.run(spec, inputs, cache)
+
+
+def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
+    """The path that ``attend`` would take."""
+    spec, inputs, known = _checked(spec, inputs, cache)
+    choice = _choice(spec, inputs, cache)
+    if inputs.mask is not None or known.run is not _of_slices:
+        return choice
+    if step.slice_of(inputs.q, cache) is None:
+        return choice
+    return replace(choice, reason=f"{choice.reason}; a slice of the ring, without a mask")
+
+
+def _choice(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
+    """The path of a call that fits its cache."""
+    first, n = cache.lengths, inputs.q.shape[2]
+    inputs = inputs._replace(mask=None)  # of new tokens: it says which are stored
+    if _fit_in_ring(spec, n, cache):
+        call = _over_ring(spec, inputs, cache, cache.rule(first))
+    else:
+        rows, room = cache.keys.shape[:2], cache.slots + n
+        k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
+        call = _over_order(spec, inputs, cache, k, v, first)
+    return dispatch.choose(*dispatch.checked(*call))
+
+
+_Run = Callable[[Spec, Inputs, LocalCache], Any]
+
+
+def _of_keys(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
+    """Over the ring or what it held and the new keys, by any path."""
     order = None if inputs.mask is None else _order_of(inputs.mask)
     if order is not None:
         q, k, v = (at_tokens(x, order.tokens) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v, mask=None)
     inputs = _turned(spec, inputs, cache)
-    seen = step.slice_of(inputs.q, cache) if sliced and order is None else None
-    if seen is not None:
-        return step.attend(spec, inputs, cache, seen)
     count = inputs.q.shape[2] if order is None else order.taken
-    spec, inputs = _stored(spec, inputs, cache, count)
-    found = dispatch.attend(spec, inputs)
+    found = dispatch.attend(*_stored(spec, inputs, cache, count))
     if order is None:
         return found
     if isinstance(found, Tensor):
@@ -50,21 +82,38 @@ def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
     return order.back(out, 0.0), order.back(lse[..., None], -torch.inf)[..., 0]
 
 
-def choose(spec: Spec, inputs: Inputs, cache: LocalCache) -> Choice:
-    """The path that ``attend`` would take."""
-    spec, inputs, sliced = _checked(spec, inputs, cache)
-    first, n, masked = cache.lengths, inputs.q.shape[2], inputs.mask is not None
-    inputs = inputs._replace(mask=None)  # of new tokens: it says which are stored
-    if _fit_in_ring(spec, n, cache):
-        call = _over_ring(spec, inputs, cache, cache.rule(first))
-    else:
-        rows, room = cache.keys.shape[:2], cache.slots + n
-        k, v = (x.new_empty(*rows, room, x.shape[3]) for x in (inputs.k, inputs.v))
-        call = _over_order(spec, inputs, cache, k, v, first)
-    choice = dispatch.choose(*dispatch.checked(*call))
-    if masked or not sliced or step.slice_of(inputs.q, cache) is None:
-        return choice
-    return replace(choice, reason=f"{choice.reason}; a slice of the ring, without a mask")
+def _of_slices(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:
+    """Over a slice of the ring, if all that tokens see lies in one."""
+    seen = None if inputs.mask is not None else step.slice_of(inputs.q, cache)
+    if seen is None:
+        return _of_keys(spec, inputs, cache)
+    return step.attend(spec, _turned(spec, inputs, cache), cache, seen)
+
+
+def _in_own_graph(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Run:
+    """``_of_keys`` in one graph: a GPU has done a kernel before the host has launched the next."""
+    q, keys, n = inputs.q, cache.keys, inputs.q.shape[2]
+    given: list[object] = [type(x) for x in inputs]
+    # Sizes that lead to other code count against a limit of their own.
+    compiled = _compiled(
+        resolved(spec, inputs), keys.dtype, keys.device, keys.shape[1:], cache.values.shape[-1],
+        q.shape[1], *given, n <= cache.fits, n > cache.slots, len(q) if n == 1 else None,
+        torch.is_grad_enabled(), tuning.overridden(),
+    )  # fmt: skip
+    call = for_one_kind(compiled)
+    return lambda _, inputs, cache: call(cache, *without_gradients_on_cpu(inputs))
+
+
+@lru_cache(maxsize=256)
+def _compiled(spec: Spec, *kind: object) -> Callable[..., Any]:
+    name = f"decoded_{spec.rule.reach.label}_{abs(hash((spec, kind))):x}"
+    options = None if spec.kernel_options is None else dict(spec.kernel_options)
+    spec = spec._replace(backend="flex", kernel_options=options)
+
+    def call(cache: LocalCache, *inputs: Any) -> Any:
+        return _of_keys(spec, Inputs(*inputs), cache)
+
+    return in_own_graph(call, name, (".window", ".rewindable", ".slots"))
 
 
 class _Order(NamedTuple):
@@ -130,33 +179,39 @@ def _over_order(
     return spec, inputs._replace(k=k, v=v, q_offset=first, kv_offset=first - cache.slots)
 
 
-_Known = tuple[torch.dtype | None, bool]
-"""The dtype that autocast wants for q, k and v, if they have another, and ``step.serves``."""
+class _Known(NamedTuple):
+    """What all calls of a kind share.
+
+    Attributes:
+        dtype: what autocast wants for q, k and v, if they have another.
+        run: how they are attended to.
+    """
+
+    dtype: torch.dtype | None
+    run: _Run
+
 
 _CHECKED: dict[object, _Known] = {}
 """By kind of call."""
 
 
-def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs, bool]:
+def _checked(spec: Spec, inputs: Inputs, cache: object) -> tuple[Spec, Inputs, _Known]:
     """The call in autocast's dtype, and fit for its cache; checked once for all of a kind.
 
     All of it is checked here: a call that fails must leave the cache as it was.
-
-    Returns:
-        The call, and ``step.serves``.
     """
     if not isinstance(cache, LocalCache):
         raise TypeError(f"cache must be a LocalCache or None, got {kind_of(cache)}")
     spec = with_plain_numbers(spec)
     check = partial(_check, spec, inputs, cache)
-    if torch.compiler.is_compiling():
-        dtype, sliced = check()
+    if torch.compiler.is_compiling() or is_tracing():
+        known = check()
     else:
-        dtype, sliced = dispatch.kept(_CHECKED, check, spec, inputs, cache.kind)
-    if dtype is not None:
-        q, k, v = (x.to(dtype) for x in inputs[:3])
+        known = dispatch.kept(_CHECKED, check, spec, inputs, cache.kind)
+    if known.dtype is not None:
+        q, k, v = (x.to(known.dtype) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v)
-    return spec, inputs, sliced
+    return spec, inputs, known
 
 
 def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Known:
@@ -192,4 +247,15 @@ def _check(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Known:
             f"mask must have a row for each of the cache's {q.shape[0]}, got {tuple(mask.shape)}"
         )
     dtype = q.dtype if any(x.dtype != q.dtype for x in inputs[:3]) else None
-    return dtype, step.serves(spec, inputs)
+    return _Known(dtype, _run_of(spec, cast, cache))
+
+
+def _run_of(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Run:
+    """How calls like this one are attended to."""
+    if step.serves(spec, inputs):
+        return _of_slices
+    if torch.compiler.is_compiling() or is_tracing():
+        return _of_keys
+    if _choice(spec, inputs, cache).backend == "flex":
+        return _in_own_graph(spec, inputs, cache)
+    return _of_keys

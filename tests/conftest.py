@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from torch._inductor import codecache
 from torch.nn.attention import flex_attention
 
-from flexlocal import dispatch
+from flexlocal import decoding, dispatch
 from flexlocal.flex import compile as compiling
 from flexlocal.flex import support
 
@@ -88,11 +88,16 @@ def graphs_without_code(monkeypatch):
     def traced(function, **options):
         return compile_as_it_is(function, **{**options, "backend": "eager"})
 
+    def forget():
+        for kept in (compiling._compiled, decoding._compiled):
+            kept.cache_clear()
+        for known in (dispatch._PREPARED, decoding._CHECKED):
+            known.clear()
+
     monkeypatch.setattr(torch, "compile", traced)
-    compiling._compiled.cache_clear()
+    forget()
     yield
-    compiling._compiled.cache_clear()
-    dispatch._PREPARED.clear()
+    forget()
 
 
 @pytest.fixture

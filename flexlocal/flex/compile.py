@@ -1,7 +1,6 @@
 """The compiled callables that are kept, and the block lists that they are given."""
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -10,13 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
-from ..torch_limits import inductor, keep_guard, mark_length_dynamic
+from ..torch_limits import mark_length_dynamic
 from . import flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .flash import Way
 from .kernel import Blocks
+from .own_graph import for_one_kind, in_own_graph, without_gradients_on_cpu
 from .split import in_parts, parts_of
-from .threads import GATE
 from .tuning import Tuning, tuning_of, without_bounds
 from .turned import Turn, turned
 
@@ -153,25 +152,16 @@ def _with_own_graph(
         spec._replace(backend="flex"), tuning, *kind, q.shape[1], k.shape[1], *optional,
         torch.is_grad_enabled(),
     )  # fmt: skip
-    device, placed = q.device, is_placed(inputs)
-    warm = False  # once this kind of call has been compiled, with its backward pass
+    device, placed, call = q.device, is_placed(inputs), for_one_kind(compiled)
     blocks = None  # where the graph makes the lists of each call
     if tuning is not None and mask is None and not inputs.rule_tensors and not placed:
         blocks = blocks_of(spec, spec.rule, inputs, tuning)
 
     def run(inputs: Inputs) -> Result:
-        nonlocal warm
         if placed:
             inputs = with_offsets_in_memory(inputs)
-        if device.type == "cpu":  # its kernels refuse what requires a gradient, if under no_grad
-            inputs = Inputs(*map(_detached, inputs))
         lists = None if blocks is None else _lists(blocks, device)
-        call = partial(compiled, lists, *inputs)
-        if warm:
-            return GATE.together(call)
-        found = GATE.alone(call)
-        warm = True
-        return found
+        return call(lists, *without_gradients_on_cpu(inputs))
 
     return run
 
@@ -186,37 +176,12 @@ def _in_a_users_graph(spec: Spec, tuning: Tuning, inputs: Inputs) -> Result:
 @lru_cache(maxsize=256)
 def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[..., Result]:
     def call(lists: _Lists | None, *inputs: Any) -> Result:
-        if not torch.compiler.is_compiling():  # FlexAttention would hold every score
-            raise RuntimeError(
-                "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
-                "backend must be 'eager' here"
-            )
         if tuning is None:
             return _turned(spec, Inputs(*inputs))
         return attend(spec, Inputs(*inputs), tuning, lists)
 
-    # torch counts recompiles by code object, so that each callable needs one of its own. Its
-    # closure holds `spec` and `tuning`: `_on_arguments_and_modes` finds guards by these names.
     name = f"fused_{spec.rule.reach.label}_{abs(hash((spec, tuning, kind))):x}"
-    own = types.FunctionType(
-        call.__code__.replace(co_name=name), globals(), name, closure=call.__closure__
-    )
-    compiled: Callable[..., Result] = torch.compile(
-        own,
-        fullgraph=True,
-        backend=inductor,
-        options={"guard_filter_fn": _on_arguments_and_modes},
-    )
-    return compiled
-
-
-def _on_arguments_and_modes(guards: Sequence[Any]) -> list[bool]:
-    """Which guards a callable keeps: none on its closure, on modules or on globals.
-
-    The key of ``_compiled`` settles what these guard. To evaluate hundreds of them on every call
-    would take longer than to launch the kernel.
-    """
-    return [keep_guard(guard, ("spec", "tuning", "__import__")) for guard in guards]
+    return in_own_graph(call, name)
 
 
 def _lists(blocks: Blocks, device: torch.device) -> _Lists:
@@ -254,7 +219,3 @@ def _lists_of_a_graph(
 
 _CAPTURED: dict[tuple[Blocks, torch.device], _Lists] = {}
 """Lists that CUDA graphs read, kept for good: nothing tells when a graph is deleted."""
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x

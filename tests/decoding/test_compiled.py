@@ -5,6 +5,7 @@ import pytest
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from flexlocal import LocalCache, LocalMHA, Window, local_attention
 
@@ -41,6 +42,19 @@ def test_steps_of_the_fused_kernel():
         *writes, ("reset", (1,)), writes[0], W=3, exact=False, groups=2, d=32, d_v=32, softcap=0.7
     )
     decoded.tell(story, story.cache(torch.float32), tolerance=1e-5, sums=False, backend="flex")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler", "graphs_without_code", "no_limit_is_hit")
+def test_the_fused_path_makes_few_graphs_of_its_own():
+    """One for steps, two each for pieces that fit, for others, and for those past the ring."""
+    writes = [("write", (n, n), n) for n in (1, 3, 9, 2, 1, 14, 12, 3, 1, 10, 17, 2)]
+    story = decoded.story_of(
+        *writes, ("reset", (1,)), writes[0], W=7, exact=False, groups=2, d=6, d_v=5, rotary=True,
+        rewindable=2,
+    )  # fmt: skip
+    decoded.tell(story, story.cache(torch.float32), tolerance=1e-5, sums=False, backend="flex")
+    assert 5 <= counters["stats"]["unique_graphs"] <= 7
 
 
 @pytest.mark.usefixtures("fresh_compiler")

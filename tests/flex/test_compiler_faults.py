@@ -92,7 +92,7 @@ def test_a_kernel_of_the_cpu_takes_one_size_for_another(monkeypatch):
 
 
 def test_callables_of_the_same_code_share_a_limit():
-    """A code object for each callable in ``flex/compile.py``: test_changing_shapes."""
+    """A code object for each callable in ``flex/own_graph.py``: test_changing_shapes."""
 
     def make(name):
         return eagerly(lambda x: x + len(name))

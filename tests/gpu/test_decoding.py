@@ -56,7 +56,23 @@ def test_one_graph_and_no_synchronisation():
     torch.testing.assert_close(torch.cat(found, dim=2), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cuda_graph_replays_a_thousand_steps():
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_synchronisation_outside_a_compiled_model():
+    layer, text, cache = layer_and_text(150)
+    found = []
+    with torch.no_grad():
+        whole = layer(*text)
+        for token in range(150):
+            new = [x[:, :, token : token + 1] for x in text]
+            if token == 2:
+                torch.cuda.set_sync_debug_mode("error")
+            found.append(layer(*new, cache=cache))
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(torch.cat(found, dim=2), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_replays_a_thousand_steps(compiled):
     layer, text, cache = layer_and_text(1003, dtype=torch.bfloat16)
     new = [torch.empty_like(x[:, :, :1]) for x in text]
 
@@ -67,7 +83,7 @@ def test_a_cuda_graph_replays_a_thousand_steps():
     found = []
     with torch.no_grad():
         whole = layer(*text)
-        step = torch.compile(layer, fullgraph=True)
+        step = torch.compile(layer, fullgraph=True) if compiled else layer
         for token in range(3):
             feed(token)
             found.append(step(*new, cache=cache).clone())

@@ -199,11 +199,11 @@ BY_DESIGN = {
         "autograd test_attention_returns_no_log_sum_exps",
         "fused test_gradients_by_the_kernel",
     ),
-    "flex/compile.py _compiled": (
+    "flex/own_graph.py in_own_graph": (
         "compiler test_callables_of_the_same_code_share_a_limit",
         "on cpu test_features_against_the_oracle",
     ),
-    "flex/compile.py _prepared": (
+    "flex/own_graph.py without_gradients_on_cpu": (
         "compiler test_a_kernel_of_the_cpu_takes_nothing_that_requires_a_gradient",
         "on cpu test_features_against_the_oracle",
     ),
