@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention
-from flexlocal.flex import compile as compiling
+from flexlocal.flex import own_graph
 
 pytestmark = pytest.mark.usefixtures("dense_on_the_cpu", "fresh_compiler")
 
@@ -188,8 +188,8 @@ def test_dropout_of_random_calls(case):
 
 def test_checkpointing_drops_the_same_weights_again(monkeypatch):
     """Outside of a compiled model: the backward pass is made while hooks save what it needs."""
-    monkeypatch.setattr(compiling, "inductor", aot_eager)
-    monkeypatch.setattr(compiling, "_detached", lambda x: x)
+    monkeypatch.setattr(own_graph, "inductor", aot_eager)
+    monkeypatch.setattr(own_graph, "_detached", lambda x: x)
     case = feature("bias", n=301)
     layer = LocalAttention(**{**case.arguments(), "dropout": 0.3}, backend="flex")
     found = []
