@@ -21,17 +21,18 @@ def in_own_graph(
     """``function``, compiled.
 
     Args:
+        function: of one argument beside a call's inputs, and of these.
         name: of its graph, in profiles.
-        settled: attributes of its arguments that never change.
+        settled: attributes of that argument which never change.
     """
 
-    def call(*arguments: Any) -> Result:
+    def call(beside: Any, *inputs: Any) -> Result:
         if not torch.compiler.is_compiling():  # FlexAttention would hold every score
             raise RuntimeError(
                 "torch.compile left the fused kernel uncompiled (torch.compiler.set_stance?): "
                 "backend must be 'eager' here"
             )
-        return function(*arguments)
+        return function(beside, *inputs)
 
     # torch counts recompiles by code object, so that each callable needs one of its own. Its
     # closure holds `function`: `_needed` finds guards on what that holds by this name.

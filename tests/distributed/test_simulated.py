@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import EXAMPLES
 
-from flexlocal.flex import compile
+from flexlocal.flex import own_graph
 
 
 def check(drawn, overlap, backend="eager", **more):
@@ -69,7 +69,7 @@ FUSED = {
 @pytest.mark.parametrize("name", FUSED)
 def test_the_fused_path_lets_queries_wait_for_other_ranks_keys(name, monkeypatch):
     """In graphs of its own: on FlexAttention's dense operators, which have gradients."""
-    monkeypatch.setattr(compile, "inductor", lambda graph, inputs: graph)
-    monkeypatch.setattr(compile, "_detached", lambda x: x)
+    monkeypatch.setattr(own_graph, "inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(own_graph, "_detached", lambda x: x)
     case = placed.case_of(**{**SMALL, **FUSED[name]})
     check((case, [37, 23], [37, 23]), True, "flex", dtype=torch.float32, tolerance=2e-5)
