@@ -97,8 +97,8 @@ def _in_own_graph(spec: Spec, inputs: Inputs, cache: LocalCache) -> _Run:
     # Sizes that lead to other code count against a limit of their own.
     compiled = _compiled(
         resolved(spec, inputs), keys.dtype, keys.device, keys.shape[1:], cache.values.shape[-1],
-        q.shape[1], *given, n <= cache.fits, n > cache.slots, len(q) if n == 1 else None,
-        torch.is_grad_enabled(), tuning.overridden(),
+        q.shape[1], *given, _fit_in_ring(spec, n, cache), n > cache.slots,
+        len(q) if n == 1 else None, torch.is_grad_enabled(), tuning.overridden(),
     )  # fmt: skip
     call = for_one_kind(compiled)
     return lambda _, inputs, cache: call(cache, *without_gradients_on_cpu(inputs))

@@ -51,7 +51,7 @@ def in_own_graph(
 def _needed(settled: Sequence[str], guards: Sequence[Any]) -> list[bool]:
     """Which guards a callable keeps: none on its closure, on modules or on globals.
 
-    What is kept by the key of a callable settles what these guard. To evaluate hundreds of them on
+    The key that a callable is kept by settles what these guard. To evaluate hundreds of them on
     every call would take longer than to launch the kernel.
     """
     return [keep_guard(guard, settled) for guard in guards]
