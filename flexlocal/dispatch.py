@@ -19,8 +19,8 @@ from .checks import check_call
 from .eager import apart, fused
 from .eager import attend as eager
 from .flex import compile as flex
-from .flex import flash, support, tuning
-from .flex.flash import Way
+from .flex import engines, support, tuning
+from .flex.engines import Engine
 from .masks import Rule
 from .spec import Inputs, Result, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
@@ -33,13 +33,13 @@ class Choice:
     Attributes:
         backend: ``"flex"`` or ``"eager"``.
         reason: why, in a line.
-        flash: how FlashAttention 4's kernels are called; None where Triton's serve.
+        engine: whose kernels serve on the flex path; None on the eager one.
         fault: what is wrong with an installed FlashAttention 4 that would be faster; None else.
     """
 
     backend: Literal["flex", "eager"]
     reason: str
-    flash: Way | None = None
+    engine: Engine | None = None
     fault: str | None = None
 
     def __str__(self) -> str:
@@ -47,9 +47,10 @@ class Choice:
 
 
 _KERNEL = {
-    None: "",
-    "directly": ", FlashAttention 4's, called directly: measured to be faster at this size",
-    "by FlexAttention": ", FlashAttention 4's: measured to be faster at this size",
+    "flex": "",
+    "dense": ", scaled_dot_product_attention's: measured to be faster for so few tokens",
+    "flash": ", FlashAttention 4's, called directly: measured to be faster at this size",
+    "flash by flex": ", FlashAttention 4's: measured to be faster at this size",
 }
 
 
@@ -67,10 +68,10 @@ def choose(spec: Spec, inputs: Inputs) -> Choice:
     else:
         refusal = support.refusal(spec, inputs)
     if refusal is None:
-        way, fault = flash.preferred(spec, inputs)
+        engine, fault = engines.preferred(spec, inputs)
         reason = "one fused kernel on the GPU" if spec.backend == "auto" else "asked for by name"
         note = "" if fault is None else f"; FlashAttention 4's would be faster, but {fault}"
-        return Choice("flex", reason + _KERNEL[way] + note, way, fault)
+        return Choice("flex", reason + _KERNEL[engine] + note, engine, fault)
     if spec.backend == "auto":
         unused = spec.kernel_options is not None
         note = "; kernel_options have no kernel to go to" if unused else ""
@@ -234,6 +235,7 @@ def _kind(spec: Spec, inputs: Inputs) -> object:
         None if cu_seqlens is None else _kind_of_sums(cu_seqlens),
         torch.is_grad_enabled(),
         is_transformed(),
+        torch.are_deterministic_algorithms_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         tuning.overridden(),
     )
@@ -260,12 +262,12 @@ def _prepare(spec: Spec, inputs: Inputs) -> Prepared:
     given = inputs
     spec, inputs = checked(spec, inputs)
     choice = choose(spec, inputs)
-    by_number = inputs.cu_seqlens is not None and choice.flash != "directly"
-    if choice.backend == "flex":
+    by_number = inputs.cu_seqlens is not None and choice.engine != "flash"
+    if choice.engine is not None:
         if choice.fault is not None:
             warn_once(f"local attention goes on without FlashAttention 4's kernel: {choice.fault}")
         like = shaped(inputs)
-        run = flex.prepared(spec, numbered(like) if by_number else like, choice.flash)
+        run = flex.prepared(spec, numbered(like) if by_number else like, choice.engine)
     else:
         on_gpu = inputs.q.device.type == "cuda" and inputs.q.numel() and inputs.v.numel()
         if spec.backend == "auto" and on_gpu:

@@ -231,6 +231,16 @@ function, nor does that take them (torch 2.11 to 2.15).
 flash_backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 """Its backward pass."""
 
+efficient_on_gpu = torch.ops.aten._scaled_dot_product_efficient_attention.default
+"""The one for GPUs that takes a mask and any dtype, by its own name.
+
+On Hopper the public function takes cuDNN's, which makes a plan for each size that it meets: 55 ms
+forward and 60 backward (H200, torch 2.11).
+"""
+
+flash_on_gpu = torch.ops.aten._scaled_dot_product_flash_attention.default
+"""The one for GPUs and 16 bits that takes no mask, likewise."""
+
 
 @lru_cache
 def multiplies_float16() -> bool:

@@ -169,6 +169,11 @@ class Window(Rule):
         """``first_query`` and ``last_query``, the same for every batch entry and head."""
         return self.first_query(key), self.last_query(key)
 
+    def hides_nothing(self, n: int) -> bool:
+        """Whether each of ``n`` tokens sees all, but for later ones where it is ``causal``."""
+        sees_first = self.first_key(n - 1) <= 0
+        return bool(sees_first and (self.causal or self.last_key(0) >= n - 1))
+
     @property
     def reach(self) -> Reach:
         """What follows from the numbers alone."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..masks.rule import Rule
-from ..masks.window import Window
 from ..spec import Spec
 from ..torch_limits import has_values
 from .fused_kernel import QKV, attention, computed_in, hiding_of
@@ -88,16 +87,8 @@ def gradients(
 
 
 def hides_nothing(rule: Rule, n: int) -> bool:
-    """Whether a window hides no key of ``n``, but for later ones where it is causal.
-
-    The kernel needs no mask then, and leaves out what is later by itself.
-    """
-    if not rule.is_window or n == 0:
-        return False
-    window: Window = rule.window
-    last: int = n - 1
-    sees_first = window.first_key(last) <= 0
-    return bool(sees_first and (window.causal or window.last_key(0) >= last))
+    """Whether the kernel needs no mask: it leaves out later keys by itself."""
+    return n > 0 and rule.is_window and bool(rule.window.hides_nothing(n))
 
 
 _Sight = tuple[int, int, int, int]

@@ -1,4 +1,4 @@
-"""The compiled callables that are kept, and the block lists that they are given."""
+"""What serves calls of a kind: compiled callables, with their block lists, or kernels of others."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
 from ..torch_limits import mark_length_dynamic
-from . import flash_attention
+from . import dense, flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
-from .flash import Way
+from .engines import Engine
+from .kept import kept
 from .kernel import Blocks
 from .own_graph import for_one_kind, in_own_graph, without_gradients_on_cpu
 from .split import in_parts, parts_of
@@ -23,41 +24,43 @@ _Lists = tuple[Tensor, ...]
 """The index tensors of a block mask."""
 
 
-def prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], Result]:
+def prepared(spec: Spec, inputs: Inputs, engine: Engine) -> Callable[[Inputs], Result]:
     """Local attention in one fused kernel, for calls like this one.
 
     Args:
         spec: the call, resolved.
         inputs: its tensors, shaped.
-        flash: how FlashAttention 4's kernels are called, if they are.
+        engine: whose kernels are called.
 
     Returns:
         A function of a call's shaped tensors, with the result of ``attend``.
     """
     parts = parts_of(spec, inputs)
     if parts is None:
-        return _prepared(spec, inputs, flash)
-    kept: dict[object, Callable[[Inputs], Result]] = {}
+        return _prepared(spec, inputs, engine)
+    made: dict[object, Callable[[Inputs], Result]] = {}
 
     def run_of(part: Inputs) -> Callable[[Inputs], Result]:
         if torch.compiler.is_compiling():
-            return _prepared(spec, part, flash)
+            return _prepared(spec, part, engine)
         kind = part.q.shape[:2]
-        if kind not in kept:
-            kept[kind] = _prepared(spec, part, flash)
-        return kept[kind]
+        if kind not in made:
+            made[kind] = _prepared(spec, part, engine)
+        return made[kind]
 
     return lambda inputs: in_parts(parts, inputs, run_of)
 
 
-def _prepared(spec: Spec, inputs: Inputs, flash: Way | None) -> Callable[[Inputs], Result]:
+def _prepared(spec: Spec, inputs: Inputs, engine: Engine) -> Callable[[Inputs], Result]:
     """``prepared`` of calls that one launch of a kernel serves."""
-    if flash == "directly":
+    if engine == "flash":
         return _called_directly(spec, inputs)
-    tuning = tuning_of(spec, inputs, flash is not None)
+    if engine == "dense":
+        return _over_all_pairs(spec, inputs)
+    tuning = tuning_of(spec, inputs, engine == "flash by flex")
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)
-    if flash is None:
+    if engine == "flex":
         tuning = without_bounds(tuning, spec, inputs)
     return _with_own_graph(spec, inputs, tuning)
 
@@ -133,6 +136,23 @@ def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
     return lambda inputs: attend(inputs, turn_of(inputs))
 
 
+def _over_all_pairs(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
+    """By ``dense``: only what turns queries and keys is compiled.
+
+    Without a compiler it would be thirty launches, 0.9 ms of the host's (H200, torch 2.11).
+    """
+    attend = partial(dense.attend, spec)
+    if inputs.inv_freq is None:
+        return attend
+    turn = turning(spec, inputs)
+
+    def run(inputs: Inputs) -> Result:
+        q, k = turn(inputs)
+        return attend(inputs._replace(q=q, k=k))
+
+    return run
+
+
 def _with_own_graph(
     spec: Spec, inputs: Inputs, tuning: Tuning | None
 ) -> Callable[[Inputs], Result]:
@@ -186,36 +206,11 @@ def _compiled(spec: Spec, tuning: Tuning | None, *kind: object) -> Callable[...,
 
 def _lists(blocks: Blocks, device: torch.device) -> _Lists:
     """The lists of the block mask, kept from call to call."""
-    made, stream = _made_lists(blocks, device), None
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _lists_of_a_graph(blocks, device, made)
-        # Kept for each stream: another stream would have to wait until the lists are written, and
-        # could not tell when their memory is reused.
-        stream = torch.cuda.current_stream(device).cuda_stream
-    if stream not in made:
-        with torch.inference_mode(False), torch.no_grad():
-            lists = blocks.lists(device)
-        for x in lists:
-            mark_length_dynamic(x, 2)
-        made[stream] = lists
-    return made[stream]
+    return kept(blocks, device, partial(_made_lists, blocks, device))
 
 
-@lru_cache(maxsize=256)
-def _made_lists(blocks: Blocks, device: torch.device) -> dict[int | None, _Lists]:
-    """The kept lists, by CUDA stream; by None on the CPU."""
-    return {}
-
-
-def _lists_of_a_graph(
-    blocks: Blocks, device: torch.device, made: dict[int | None, _Lists]
-) -> _Lists:
-    """Lists for a CUDA graph that is being captured, which reads them as long as it lives."""
-    if made:  # by earlier calls, whose work is done: a capture begins with a synchronisation
-        return _CAPTURED.setdefault((blocks, device), tuple(made.values())[0])
-    return blocks.lists(device)  # captured as well: each replay makes them again
-
-
-_CAPTURED: dict[tuple[Blocks, torch.device], _Lists] = {}
-"""Lists that CUDA graphs read, kept for good: nothing tells when a graph is deleted."""
+def _made_lists(blocks: Blocks, device: torch.device) -> _Lists:
+    lists = blocks.lists(device)
+    for x in lists:
+        mark_length_dynamic(x, 2)
+    return lists

@@ -17,7 +17,7 @@ from ..torch_limits import seen_as_constant
 from . import flash_attention
 from .tuning import FLASH, STOCK_BLOCK, capability, nearest, overridden
 
-Way = Literal["directly", "by FlexAttention"]
+Way = Literal["flash", "flash by flex"]
 """How the kernels are called: by ``flash_attention``, or by FlexAttention's backend FLASH."""
 
 _LEAST_VERSION = (4, 0, 0, 36)
@@ -49,7 +49,7 @@ def preferred(spec: Spec, inputs: Inputs) -> tuple[Way | None, str | None]:
     fault = broken()
     if fault is not None:
         return None, fault
-    return "by FlexAttention" if standing else "directly", None
+    return "flash by flex" if standing else "flash", None
 
 
 def _kinds(spec: Spec, inputs: Inputs) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 
 from flexlocal import Rotary, Window, dispatch
 from flexlocal.cli import doctor
-from flexlocal.flex import flash, flash_attention
+from flexlocal.flex import dense, flash, flash_attention
 from flexlocal.flex.tuning import FLASH, STOCK, Entry, overriding
 from flexlocal.spec import Inputs, Spec
 
@@ -87,17 +87,17 @@ KNOWN_DIRECTLY = [
 
 @pytest.mark.parametrize(
     ("changes", "way"),
-    [*((changes, None) for changes in UNKNOWN), *((x, "directly") for x in KNOWN_DIRECTLY)],
+    [*((changes, None) for changes in UNKNOWN), *((x, "flash") for x in KNOWN_DIRECTLY)],
     ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
 )
 def test_flash_attention_4_gets_what_it_was_tried_on(changes, way, measured):
     measured("forward", "training", "standing")
     tried = {"q": Q, "k": Q, "v": Q}
-    assert preferred(**tried) == ("directly", None)
-    assert preferred(STANDS, **tried) == ("by FlexAttention", None)
+    assert preferred(**tried) == ("flash", None)
+    assert preferred(STANDS, **tried) == ("flash by flex", None)
     assert preferred(**{**tried, **changes}) == (way, None)
     as_tried = "inv_freq" in changes or changes.get("q", Q).shape == (5, 2048, 128)
-    by_lists = "by FlexAttention" if as_tried else None
+    by_lists = "flash by flex" if as_tried else None
     assert preferred(STANDS, **{**tried, **changes}) == (by_lists, None)
 
 
@@ -107,14 +107,14 @@ def test_flash_attention_4_gets_what_it_was_measured_to_be_faster_at(measured, m
     packed = {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS}
     measured("training")
     assert preferred(**tried) == preferred(STANDS, **wanting) == (None, None)
-    assert preferred(**wanting) == ("directly", None)
+    assert preferred(**wanting) == ("flash", None)
     with torch.no_grad():
         assert preferred(**wanting) == (None, None)
     assert preferred(**packed) == (None, None)
     measured("forward")
     assert preferred(**wanting) == preferred(**packed) == (None, None)
     measured("forward", "training")  # documents cost these kernels more
-    assert preferred(**packed) == ("directly", None)
+    assert preferred(**packed) == ("flash", None)
     monkeypatch.setattr(flash, "nearest", lambda *_: None)  # measured nowhere near
     assert preferred(**tried) == preferred(**wanting) == (None, None)
 
@@ -123,8 +123,8 @@ def test_a_sweep_gets_what_it_asks_for(measured):
     tried = {"q": Q, "k": Q, "v": Q}
     measured()
     with overriding(FLASH):
-        assert preferred(**tried) == ("directly", None)
-        assert preferred(STANDS, **tried) == ("by FlexAttention", None)
+        assert preferred(**tried) == ("flash", None)
+        assert preferred(STANDS, **tried) == ("flash by flex", None)
     measured("forward", "standing")
     with overriding(STOCK):
         assert preferred(**tried) == preferred(STANDS, **tried) == (None, None)
@@ -197,17 +197,18 @@ def test_a_broken_install_is_seen(version, code, fault, install):
 
 def test_auto_goes_on_without_a_broken_install_and_says_so_once(install, monkeypatch):
     install("4.0.0b36", RAISES)
-    monkeypatch.setattr(flash, "capability", lambda device: H100)
+    for module in (flash, dense):
+        monkeypatch.setattr(module, "capability", lambda device: H100)
     monkeypatch.setattr(dispatch, "_SAID", set())
     monkeypatch.setattr(dispatch.support, "refusal", lambda *_: None)
-    monkeypatch.setattr(dispatch.flex, "prepared", lambda spec, inputs, flash: flash)
+    monkeypatch.setattr(dispatch.flex, "prepared", lambda spec, inputs, engine: engine)
     spec = Spec(SLIDES)
     choice = dispatch.choose(spec, Inputs(Q, Q, Q))
-    assert (choice.backend, choice.flash) == ("flex", None)
+    assert (choice.backend, choice.engine) == ("flex", "flex")
     assert "FlashAttention 4's would be faster, but flash-attn-4 cannot be" in choice.reason
     with pytest.warns(UserWarning, match=f"goes on without FlashAttention 4's kernel: {FAULT}"):
         run, _ = dispatch._prepare(spec, Inputs(Q, Q, Q))
-    assert run is None  # no kernel of FlashAttention's
+    assert run == "flex"  # no kernel of FlashAttention's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch._prepare(spec, Inputs(Q, Q, Q))

@@ -108,9 +108,9 @@ def test_graphs_of_our_own_are_told_so(monkeypatch):
     )
     monkeypatch.setattr(tuning, "capability", lambda device: H100)
     for n in (8192, 8191):
-        compile.prepared(SPEC, on_gpu(2, 8, n), None)
+        compile.prepared(SPEC, on_gpu(2, 8, n), "flex")
     assert ["IS_DIVISIBLE" in dict(found.options) for found in seen] == [True, False]
-    compile.prepared(SPEC, on_gpu(2, 8, 8192), "by FlexAttention")
+    compile.prepared(SPEC, on_gpu(2, 8, 8192), "flash by flex")
     assert seen[-1] == tuning.FLASH
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from faults import TORCH, assert_refused, dense_attention, is_close, mended
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexlocal import Window
 from flexlocal.flex import renormalised
@@ -166,3 +167,18 @@ def test_a_launch_counts_to_65535(shape):
         assert_refused(
             lambda: compiled(flex_attention)(q, k, v), "invalid argument", "parts of 65,535"
         )
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="seen on Hopper alone",
+)
+def test_attention_with_a_mask_makes_a_plan_for_each_size():
+    """By cuDNN: why ``efficient_on_gpu`` and ``flash_on_gpu`` are called by their own names."""
+    q, k, v = qkv(2, 3, 203, 64, dtype=torch.bfloat16)
+    hiding = torch.zeros(203, 208, device="cuda", dtype=torch.bfloat16)[:, :203]
+    for given in ({"attn_mask": hiding}, {"is_causal": True}):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            scaled_dot_product_attention(q, k, v, **given)
+            torch.cuda.synchronize()
+        assert any("cudnn" in event.name for event in profile.events())

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from flexlocal import LocalAttention, Window, explain, local_attention
-from flexlocal.flex import compile as compiling
+from flexlocal.flex import kept
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -91,7 +91,7 @@ def test_a_captured_graph_keeps_what_it_reads():
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         out = layer(q, k, v)
-    compiling._made_lists.cache_clear()
+    kept._made.cache_clear()
     torch.cuda.empty_cache()
     # Where lists that nobody keeps lay, other numbers lie now.
     junk = [torch.full((2**20,), 7, device="cuda", dtype=torch.int32) for _ in range(8)]
@@ -139,7 +139,7 @@ def test_training_after_inference_mode():
     found = []
     for backend in ("flex", "eager"):
         layer = LocalAttention(64, causal=True, dropout=0.0, backend=backend)
-        compiling._made_lists.cache_clear()
+        kept._made.cache_clear()
         with torch.inference_mode():
             layer(q, k, v)
         found.append(torch.autograd.grad(layer(q, k, v).square().sum(), (q, k, v)))
@@ -155,7 +155,7 @@ def test_a_million_tokens_in_eight_gigabytes():
     )
     layer = LocalAttention(256, causal=True, dropout=0.0, dim=64, exact_windowsize=True).cuda()
     # FlashAttention 4's backward pass sums the gradients of queries up in fp32: 2.1 GB.
-    most = 8e9 if layer.explain(q, k, v).flash is None else 8e9 + 4 * q.numel()
+    most = 8e9 if layer.explain(q, k, v).engine == "flex" else 8e9 + 4 * q.numel()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # 3.2 GB of q, k and v
     out = layer(q, k, v)
@@ -170,7 +170,7 @@ def test_flash_attention_4_gives_the_same(n, exact):
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     window = Window(1024, causal=True, exact=exact)
     q, k, v = tensors(n=n, d=128, d_v=128, heads=4, grad=True)  # as that kernel needs them
-    assert explain(q, k, v, window).flash == ("directly" if exact else "by FlexAttention")
+    assert explain(q, k, v, window).engine == ("flash" if exact else "flash by flex")
     found = []
     for more in ({}, {"kernel_options": {"BACKEND": "TRITON"}}, {"backend": "eager"}):
         out = local_attention(q, k, v, window, **more)

@@ -23,6 +23,7 @@ FILES = {
     "kernels": "tests/gpu/test_kernel_faults.py",
     "memory": "tests/gpu/test_memory_faults.py",
     "backward": "tests/gpu/test_backward_faults.py",
+    "dense on a gpu": "tests/gpu/test_dense.py",
     "compiled": "tests/decoding/test_compiled.py",
     "exporters": "tests/eager/test_exporters.py",
     "fused": "tests/eager/test_fused.py",
@@ -198,6 +199,14 @@ BY_DESIGN = {
     "torch_limits.py flash_backward_on_cpu": (
         "autograd test_attention_returns_no_log_sum_exps",
         "fused test_gradients_by_the_kernel",
+    ),
+    "torch_limits.py efficient_on_gpu": (
+        "kernels test_attention_with_a_mask_makes_a_plan_for_each_size",
+        "dense on a gpu test_no_size_has_a_plan",
+    ),
+    "torch_limits.py flash_on_gpu": (
+        "kernels test_attention_with_a_mask_makes_a_plan_for_each_size",
+        "dense on a gpu test_no_size_has_a_plan",
     ),
     "flex/own_graph.py in_own_graph": (
         "compiler test_callables_of_the_same_code_share_a_limit",

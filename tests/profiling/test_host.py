@@ -29,7 +29,8 @@ def test_what_is_right_is_timed_in_turns(on_the_cpu):
     rows = {row["call"]: row for row in host.measure(torch.device("cpu"), 0.001)}
     assert list(rows) == [
         "FlexAttention, stock", "FlashAttention 4", "local_attention", "LocalAttention",
-        "with rotary embeddings", "with a key mask", "with a bias", "wrong",
+        "with rotary embeddings", "with a key mask", "with a bias",
+        "backend='flex'", "backend='flex', rotary", "backend='flex', key mask", "wrong",
     ]  # fmt: skip
     timed = {name for name, row in rows.items() if "step" in row}
     assert timed == set(rows) - {"FlashAttention 4", "wrong"}

@@ -187,8 +187,8 @@ def test_an_overriding_tuning_is_what_the_kernel_gets(monkeypatch):
     """Also for calls whose like were made before, with the table's."""
     got = []
 
-    def prepared(spec, inputs, flash):
-        got.append(tuning.tuning_of(spec, inputs, flash))
+    def prepared(spec, inputs, engine):
+        got.append(tuning.tuning_of(spec, inputs, engine == "flash by flex"))
         return lambda inputs: inputs.q
 
     monkeypatch.setattr(flex, "prepared", prepared)
