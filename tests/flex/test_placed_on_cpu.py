@@ -8,7 +8,6 @@ from compilers import needs_compiled_kernels_on_the_cpu
 pytestmark = [needs_compiled_kernels_on_the_cpu, pytest.mark.slow]
 
 NAMES = [
-    "documents",
     "documents, xpos, many segments",
     "a part by row, xpos",
     "a part of documents",
