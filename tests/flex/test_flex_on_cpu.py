@@ -14,9 +14,6 @@ import torch
 from budget import assert_within_budget
 from compilers import MOST_GRAPHS, graphs, needs_compiled_kernels_on_the_cpu, quick
 from features import feature
-from hypothesis import Phase, given, settings
-from local_attention import LocalAttention as Upstream
-from strategies import cases
 
 from flexlocal import LocalAttention, Rotary, Window, explain, local_attention
 from flexlocal.flex import compile as compiling
@@ -49,16 +46,6 @@ def test_features_against_the_oracle(name):
     call = case.tensors(torch.float32)
     truth, rough = case.truth(call.to(torch.float64)), case.truth(call, torch.float32)
     assert_within_budget(run(case, call), rough, truth, torch.float32, "the output")
-
-
-@pytest.mark.slow
-@settings(max_examples=2, phases=[Phase.generate])
-@given(cases(upstream=True))
-def test_random_calls_against_upstream(case):
-    call = case.tensors(torch.float32)
-    with torch.no_grad():
-        theirs = case.run(Upstream(**case.arguments()), call)
-    torch.testing.assert_close(run(case, call), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
