@@ -127,11 +127,8 @@ def by_size(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     everywhere = {"MOST_SCORES": 2**62, "MOST_WHOLE": 2**62}
     for problem in SIZES:
         tensors = Task(problem, torch.bfloat16, device).tensors()
-        made = ours(problem, device)
-        ways = {
-            "all pairs": made["local_attention"]("auto"),
-            "flex": made["local_attention"]("flex"),
-        }
+        attend_by = ours(problem, device)["local_attention"]
+        ways = {"all pairs": attend_by("auto"), "flex": attend_by("flex")}
         with patch.multiple(dense, **everywhere):  # a choice is made once
             for of_kind in (forward_of, training_of):
                 of_kind(ways["all pairs"], tensors)()
@@ -152,10 +149,9 @@ def text_by_size(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         pairs, flex = (row["rounds"][name] for name in ("all pairs", "flex"))
         us = [number(1e3 * statistics.median(each)) for each in (pairs, flex)]
-        lines.append(
-            [row["size"], row["pass"], row["of"], *us, ratio_of_rounds(pairs, flex).words()]
-        )
-    return table(["size, window", "pass", "of", "all pairs us", "flex us", "ratio"], lines)
+        what = [row[name] for name in ("size", "window", "pass", "of")]
+        lines.append([*what, *us, ratio_of_rounds(pairs, flex).words()])
+    return table(["size", "window", "pass", "of", "pairs us", "flex us", "ratio"], lines)
 
 
 def text(rows: list[dict[str, Any]]) -> str:

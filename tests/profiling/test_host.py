@@ -51,6 +51,15 @@ def test_a_table_holds_medians_ratios_and_reasons():
     assert "too noisy for the step of ours" in said
 
 
+def test_a_table_by_size_says_what_each_row_is_of():
+    rounds = {"all pairs": [0.05] * 7, "flex": [0.1] * 7}
+    of = {"size": "1 x 8 x 256 x 64", "window": "128 back", "pass": "step", "of": "host"}
+    words = r"^1 x 8 x 256 x 64 +128 back +step +host +50\.0 +100 +0\.50x \(0\.50-0\.50\)$"
+    said = host.text_by_size([of | {"rounds": rounds}])
+    assert re.search(words, said, re.M)
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
 def test_without_a_gpu_there_is_nothing_to_time(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--host", "--device", "cpu"])
