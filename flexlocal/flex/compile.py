@@ -56,7 +56,7 @@ def _prepared(spec: Spec, inputs: Inputs, engine: Engine) -> Callable[[Inputs], 
     if engine == "flash":
         return _called_directly(spec, inputs)
     if engine == "dense":
-        return _over_all_pairs(spec, inputs)
+        return partial(dense.attend, spec)
     tuning = tuning_of(spec, inputs, engine == "flash by flex")
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)
@@ -134,23 +134,6 @@ def _called_directly(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
         return attend
     turn_of = _turn_of(spec, inputs)
     return lambda inputs: attend(inputs, turn_of(inputs))
-
-
-def _over_all_pairs(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Result]:
-    """By ``dense``: only what turns queries and keys is compiled.
-
-    Without a compiler it would be thirty launches, 0.9 ms of the host's (H200, torch 2.11).
-    """
-    attend = partial(dense.attend, spec)
-    if inputs.inv_freq is None:
-        return attend
-    turn = turning(spec, inputs)
-
-    def run(inputs: Inputs) -> Result:
-        q, k = turn(inputs)
-        return attend(inputs._replace(q=q, k=k))
-
-    return run
 
 
 def _with_own_graph(

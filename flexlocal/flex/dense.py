@@ -6,14 +6,15 @@ Shapes are those of ``spec``.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks.keys import finite_padding, for_each_head
+from ..masks.keys import for_each_head
 from ..masks.window import Window
-from ..spec import Inputs, Spec, is_placed, is_plain, mask_of_queries, wants_gradients
+from ..spec import Inputs, Spec, is_placed, is_plain, wants_gradients
 from ..torch_limits import (
     KERNEL_DTYPES,
     efficient_on_gpu,
@@ -21,6 +22,7 @@ from ..torch_limits import (
     has_values,
     is_tracing,
 )
+from .dense_inputs import Padding, Treatment, treated, turns_of
 from .kept import kept
 from .tuning import TABLE, capability, overridden
 
@@ -67,12 +69,26 @@ def serves(spec: Spec, inputs: Inputs) -> bool:
     return n <= LONGEST and scores <= MOST_SCORES
 
 
+class _Table(NamedTuple):
+    """What a window hides, and numbers that would otherwise have to be sent to the GPU.
+
+    Attributes:
+        hiding: 0 where a token sees another, else -inf: ``(LONGEST, LONGEST)``.
+        low: what hides padding, ``()``.
+        zero: what takes the place of padding, ``()``.
+    """
+
+    hiding: Tensor
+    low: Tensor
+    zero: Tensor
+
+
 def attend(spec: Spec, inputs: Inputs) -> Tensor:
     """Local attention.
 
     Args:
         spec: the call, resolved; ``serves`` says which there are.
-        inputs: its tensors, shaped, queries and keys rotated.
+        inputs: its tensors, shaped.
 
     Returns:
         ``(b, h, n, d)`` in ``q``'s order in memory.
@@ -83,56 +99,51 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
 
 
 def _attend(spec: Spec, inputs: Inputs) -> Tensor:
-    q, k, v = (_aligned(x) for x in inputs[:3])
-    window, (b, h, n, _) = spec.rule.window, q.shape
-    whole = inputs.mask is None and window.hides_nothing(n)
+    window, mask, (b, h, n, _) = spec.rule.window, inputs.mask, inputs.q.shape
+    trains, turns, padding, hiding = wants_gradients(inputs), None, None, None
+    whole = mask is None and window.hides_nothing(n)
+    if not whole:
+        table = _table(window, inputs.q)
+        hiding = _hiding(table, mask, n).expand(b, h, -1, -1)
+        padding = None if mask is None else Padding(mask[..., None], table.zero)
+    if inputs.inv_freq is not None:
+        turns = turns_of(inputs.inv_freq, n, window.after, inputs.q.dtype)
+    q, k, v = map(_aligned, treated(*inputs[:3], Treatment(turns, padding), trains))
     if whole and q.dtype != torch.float32:
         found: Tensor = flash_on_gpu(q, k, v, 0.0, window.causal, scale=spec.scale)[0]
         return found
-    hiding = None
-    if not whole:
-        q, k, v, hiding = _hidden(window, inputs._replace(q=q, k=k, v=v))
-        hiding = hiding.expand(b, h, -1, -1)
     k, v = for_each_head(k, h), for_each_head(v, h)
-    causal, trains = whole and window.causal, wants_gradients(inputs)
+    causal = whole and window.causal
     found = efficient_on_gpu(q, k, v, hiding, trains, 0.0, causal, scale=spec.scale)[0]
     return found
 
 
-def _hidden(window: Window, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values, free of padding, and what is added to scores, ``(b, h, n, n)``.
-
-    ``b`` and ``h`` of the latter may be 1.
-    """
-    q, k, v, mask = inputs[:4]
-    n, table = q.shape[2], _table(window, q)
+def _hiding(table: _Table, mask: Tensor | None, n: int) -> Tensor:
+    """What is added to scores: ``(n, n)``, and with a key mask ``(b, h or 1, n, n)``."""
     if mask is None:
-        return q, k, v, table[..., :n, :n]
-    padded_queries = mask_of_queries(window, inputs)
-    if padded_queries is not None:
-        q = finite_padding(q, padded_queries)
-    # Not `without_padding`, whose backward pass lets gradients of hidden values through.
-    k, v = (torch.where(mask[..., None], x, 0.0) for x in (k, v))
+        return table.hiding[:n, :n]
     beyond = -n % _ALIGNED
-    mask = F.pad(mask, (0, beyond)) if beyond else mask
-    low = max(torch.finfo(q.dtype).min, _LOW)
-    hiding = torch.where(mask[:, :, None], table[..., :n, : n + beyond], low)
-    return q, k, v, hiding[..., :n]
+    if not beyond:
+        return torch.where(mask[:, :, None], table.hiding[:n, :n], table.low)
+    mask = F.pad(mask, (0, beyond))
+    return torch.where(mask[:, :, None], table.hiding[:n, : n + beyond], table.low)[..., :n]
 
 
 def _aligned(x: Tensor) -> Tensor:
-    places = x.storage_offset(), *x.stride()[:3]
-    fits = x.stride(3) == 1 and not any(place % _ALIGNED for place in places)
+    *rows, last = x.stride()
+    fits = last == 1 and not (x.storage_offset() | rows[0] | rows[1] | rows[2]) % _ALIGNED
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _table(window: Window, q: Tensor) -> Tensor:
-    """0 where a token sees another, else -inf: ``(1, 1, LONGEST, LONGEST)`` in ``q``'s dtype."""
+def _table(window: Window, q: Tensor) -> _Table:
+    """In ``q``'s dtype, on its device."""
     make = partial(_made, window, q.dtype, q.device)
     return kept((window, q.dtype), q.device, make) if has_values(q) else make()
 
 
-def _made(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _made(window: Window, dtype: torch.dtype, device: torch.device) -> _Table:
     token = torch.arange(LONGEST, device=device)
-    table = torch.full((1, 1, LONGEST, LONGEST), -torch.inf, dtype=dtype, device=device)
-    return table.masked_fill_(window.sees(0, 0, token[:, None], token), 0.0)
+    hiding = torch.full((LONGEST, LONGEST), -torch.inf, dtype=dtype, device=device)
+    hiding.masked_fill_(window.sees(0, 0, token[:, None], token), 0.0)
+    low = max(torch.finfo(dtype).min, _LOW)
+    return _Table(hiding, hiding.new_full((), low), hiding.new_zeros(()))

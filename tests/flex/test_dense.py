@@ -6,7 +6,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from budget import gradients
-from compilers import needs_compiled_kernels_on_the_cpu, quick
 from features import PLAIN, feature, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from strategies import EXAMPLES, cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlocal import Rotary, Window, dispatch
-from flexlocal.flex import dense, engines, kept
+from flexlocal.flex import dense, dense_inputs, engines, kept
 from flexlocal.flex.compile import prepared
 from flexlocal.flex.tuning import STOCK, overriding
 from flexlocal.spec import Inputs, Spec, resolved, shaped
@@ -81,7 +80,7 @@ def check(case, dtype=torch.float64, tolerance=1e-9):
         torch.testing.assert_close(found[name].double(), gradient, **close)
 
 
-SERVED = {"shared_qk": False, "rotary": False, "xpos": False, "override": None, "bias_heads": None}
+SERVED = {"shared_qk": False, "xpos": False, "override": None, "bias_heads": None}
 
 
 @settings(max_examples=2 * EXAMPLES)
@@ -91,7 +90,8 @@ def test_results_and_gradients(case, d):
         case = dataclasses.replace(case, n=case.n % 300 + 1, autopad=True)
     kept._made.cache_clear()
     scale = case.scale if case.scale is None else abs(case.scale) or None
-    check(dataclasses.replace(case, **SERVED, scale=scale, d=d, d_v=d))
+    close = 1e-4 if case.rotary else 1e-9  # frequencies are fp32
+    check(dataclasses.replace(case, **SERVED, scale=scale, d=d, d_v=d), tolerance=close)
 
 
 NAMES = {
@@ -100,12 +100,15 @@ NAMES = {
     "hides nothing": {"window": windows_of(400), "n": 301},
     "hides nothing both ways": {"window": windows_of(301, causal=False), "n": 301},
     "hides nothing but padding": {"window": windows_of(400), "n": 301, "mask_batch": 2},
+    "rotary": {"rotary": True, "n": 117, "window": windows_of(16), "transposed": True},
     "rotary, mask": {"rotary": True, "mask_batch": 2, "n": 117, "window": windows_of(16)},
+    "rotary, grouped": {"rotary": True, "lead": (2, 6), "kv_heads": 3, "window": windows_of(100)},
+    "rotary, both ways": {"rotary": True, "window": windows_of(31, causal=False)},
+    "rotary, hides nothing": {"rotary": True, "window": windows_of(301, causal=False), "n": 301},
 }
 
 
-@needs_compiled_kernels_on_the_cpu
-@pytest.mark.parametrize("name", quick(NAMES, [name for name in NAMES if "rotary" not in name]))
+@pytest.mark.parametrize("name", NAMES)
 def test_features(name):
     changes = {"n": 217, "d": 24, "d_v": 24, **NAMES[name]}
     for dtype in (torch.float32, torch.float64):
@@ -183,6 +186,42 @@ def test_a_table_serves_every_length_and_is_made_once(monkeypatch):
 def test_what_hides_nothing_has_no_table():
     with patch.object(dense, "_made", side_effect=AssertionError):
         check(dataclasses.replace(PLAIN, d_v=64, **NAMES["hides nothing"]), torch.float32, 1e-5)
+
+
+def turned_by(inv_freq, x, dtype=torch.float32):
+    """``x``'s keys as they are rotated there."""
+    turns = dense_inputs.turns_of(inv_freq, x.shape[2], 0, dtype)
+    treatment = dense_inputs.Treatment(turns, None)
+    return dense_inputs.treated(x, x, x, treatment, trains=False)[1]
+
+
+def test_layers_of_the_same_frequencies_share_a_table():
+    made = [dense_inputs.turns_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
+    tables = {x.untyped_storage().data_ptr() for turns in made for x in turns[1]}
+    assert len(tables) == 2  # of cosines and of sines
+    others = dense_inputs.turns_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
+    assert others[1][0].untyped_storage().data_ptr() not in tables
+
+
+def test_frequencies_that_change_are_read_again():
+    """In place, as a checkpoint changes them; also where nothing would tell that they did."""
+    x = torch.randn(1, 2, 7, 12)
+    first, second = Rotary(12).inv_freq, Rotary(12, theta=500.0).inv_freq
+    right = turned_by(second, x)
+    assert not torch.equal(turned_by(first, x), right)
+    first.copy_(second)
+    assert torch.equal(turned_by(first, x), right)
+    with torch.inference_mode():
+        first = Rotary(12).inv_freq
+        turned_by(first, x)
+        first.copy_(second)
+        assert torch.equal(turned_by(first, x), right)
+
+
+def test_rotations_beyond_the_table_of_short_sequences():
+    window = windows_of(1100, causal=False)
+    case = dataclasses.replace(PLAIN, n=1100, lead=(1, 2), d=8, d_v=8, rotary=True, window=window)
+    check(case, torch.float32, 1e-4)
 
 
 def on_gpu(*shape, dtype=torch.bfloat16):
