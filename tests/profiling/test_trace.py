@@ -119,8 +119,8 @@ def test_what_cannot_run_is_said(tmp_path):
 @pytest.mark.gpu
 def test_a_trace_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "default_device", lambda: torch.device("cuda", 0))
-    flags = ["--shape", "1", "2", "1024", "64", "--window", "128", "--rotary"]
-    steps, tensor = 8, 1024 * 2 * 64 * 2  # bytes
+    flags = ["--shape", "1", "2", "2048", "64", "--window", "128", "--rotary"]
+    steps, tensor = 8, 2048 * 2 * 64 * 2  # bytes
     file, rows = trace.main([*flags, "--steps", str(steps), "--out", str(tmp_path)])
     kernels = {row.key: row.count for row in rows}
     for words in ("flex_attention", "flex_attention_backward"):
