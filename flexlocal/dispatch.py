@@ -21,7 +21,7 @@ from .eager import attend as eager
 from .flex import compile as flex
 from .flex import engines, support, tuning
 from .flex.engines import Engine
-from .masks import Rule
+from .masks import Rule, Window
 from .spec import Inputs, Result, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
 from .torch_limits import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
@@ -172,8 +172,11 @@ def checked(spec: Spec, inputs: Inputs) -> tuple[Spec, Inputs]:
     """The call, its arguments checked: resolved, with q, k and v in autocast's dtype."""
     spec = with_plain_numbers(spec)
     if torch.compiler.is_compiling() and spec.rule.is_window:
-        # Dynamo may make a window's numbers symbolic. A new Window has plain ints.
-        spec = spec._replace(rule=replace(spec.rule.window))
+        # Dynamo may make a window's numbers symbolic. A new Window has plain ints. It would guard
+        # sixty details of dataclasses.replace.
+        old = spec.rule.window
+        new = Window(old.size, old.causal, old.look_backward, old.look_forward, old.exact)
+        spec = spec._replace(rule=new)
     check_call(spec, inputs)
     dtype = autocast_dtype(inputs.q.device)
     if dtype is not None and inputs.q.dtype != torch.float64:
