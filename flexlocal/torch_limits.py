@@ -120,6 +120,14 @@ def has_values(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
+def state_of(x: Tensor) -> tuple[int, int] | None:
+    """What is another once ``x`` has changed, unless it was through ``x.data``.
+
+    None where nothing tells: of a stand-in, and of a tensor of inference mode.
+    """
+    return (x._version, x.data_ptr()) if has_values(x) and not x.is_inference() else None
+
+
 def plain_int(size: int) -> int:
     """``size`` as a number, where a compiler made it symbolic.
 

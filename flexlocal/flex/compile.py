@@ -25,7 +25,7 @@ _Lists = tuple[Tensor, ...]
 
 
 def prepared(spec: Spec, inputs: Inputs, engine: Engine) -> Callable[[Inputs], Result]:
-    """Local attention in one fused kernel, for calls like this one.
+    """Local attention by fused kernels, for calls like this one.
 
     Args:
         spec: the call, resolved.

@@ -1,7 +1,7 @@
 """Short sequences on a GPU: all pairs of tokens by ``scaled_dot_product_attention``'s kernels.
 
-A GPU is done with their scores sooner than the host has launched a compiled kernel, outside a
-compiled model; and no size is compiled for. What the window hides stands in a table, which is kept.
+Outside a compiled model a GPU has all their scores sooner than the host can launch a compiled
+kernel, and no size has to be compiled for. What a window hides stands in a table, which is kept.
 Shapes are those of ``spec``.
 """
 
@@ -22,31 +22,40 @@ from ..torch_limits import (
     has_values,
     is_tracing,
 )
-from .dense_inputs import Padding, Treatment, treated, turns_of
+from .dense_inputs import Padding, Treatment, rotations_of, treated
 from .kept import kept
 from .tuning import TABLE, capability, overridden
 
 LONGEST = 1024
-"""Tokens of a sequence whose window hides something, at most: a table takes 2 MB in 16 bits."""
+"""The most tokens, where the window hides something: its table then takes 2 MB in 16 bits."""
 
 MOST_SCORES = 2**23
-"""Scores of all heads for which a window's table repays itself: ``profiling.bench --host``."""
+"""The most scores of all heads, where the window hides something: ``profiling.bench --host``."""
 
 MOST_WHOLE = 2**25
-"""As ``MOST_SCORES``, where the window hides nothing: all kernels have the same to do."""
+"""The most where it hides nothing, and other kernels have as much to do."""
 
 _ALIGNED = 8
-"""Numbers: rows of a tensor begin at multiples, or kernels cannot read it."""
+"""Rows of a tensor begin at multiples of so many numbers, or kernels cannot read it."""
+
+_ALIGNED_BYTES = 16
+"""And the first of them at a multiple of so many bytes."""
 
 _LOW = -(2.0**24)
-"""What hides padding, or the lowest number of a dtype. It is finite, so that a query that sees
-padding alone has a softmax; of lower ones the backward pass knows the log-sum-exp too roughly. Keys
-and values of padding are zeros: so is what such a query is given.
+"""Added to the scores of padding; or a dtype's lowest number, if that is higher.
+
+It is finite, so that a query that sees padding alone has a softmax. Lower ones would cost the
+backward pass digits of the log-sum-exp. Keys and values of padding are zeros, and so is the output
+of such a query.
 """
 
 
 def serves(spec: Spec, inputs: Inputs) -> bool:
-    """Whether a call on a GPU is one of these: measured to be faster so."""
+    """Whether a call on a GPU is one of these.
+
+    Without rotary embeddings they are measured to take the host less time. With them they take it
+    as much, but no length has to be compiled for.
+    """
     q, k, v, mask = inputs[:4]
     if spec.backend != "auto" or spec.kernel_options is not None or overridden() is not None:
         return False
@@ -91,7 +100,7 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
         inputs: its tensors, shaped.
 
     Returns:
-        ``(b, h, n, d)`` in ``q``'s order in memory.
+        ``(b, h, n, d)``, in memory by head or by token as ``q`` is.
     """
     by_head = inputs.q.stride(1) >= inputs.q.stride(2)
     out = _attend(spec, inputs)
@@ -100,15 +109,15 @@ def attend(spec: Spec, inputs: Inputs) -> Tensor:
 
 def _attend(spec: Spec, inputs: Inputs) -> Tensor:
     window, mask, (b, h, n, _) = spec.rule.window, inputs.mask, inputs.q.shape
-    trains, turns, padding, hiding = wants_gradients(inputs), None, None, None
+    trains, rotations, padding, hiding = wants_gradients(inputs), None, None, None
     whole = mask is None and window.hides_nothing(n)
     if not whole:
         table = _table(window, inputs.q)
         hiding = _hiding(table, mask, n).expand(b, h, -1, -1)
         padding = None if mask is None else Padding(mask[..., None], table.zero)
     if inputs.inv_freq is not None:
-        turns = turns_of(inputs.inv_freq, n, window.after, inputs.q.dtype)
-    q, k, v = map(_aligned, treated(*inputs[:3], Treatment(turns, padding), trains))
+        rotations = rotations_of(inputs.inv_freq, n, window.after, inputs.q.dtype)
+    q, k, v = map(_aligned, treated(*inputs[:3], Treatment(rotations, padding), trains))
     if whole and q.dtype != torch.float32:
         found: Tensor = flash_on_gpu(q, k, v, 0.0, window.causal, scale=spec.scale)[0]
         return found
@@ -131,7 +140,9 @@ def _hiding(table: _Table, mask: Tensor | None, n: int) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     *rows, last = x.stride()
-    fits = last == 1 and not (x.storage_offset() | rows[0] | rows[1] | rows[2]) % _ALIGNED
+    rows_fit = last == 1 and not (rows[0] | rows[1] | rows[2]) % _ALIGNED
+    begins = x.data_ptr() if has_values(x) else x.storage_offset() * x.element_size()
+    fits = rows_fit and not begins % _ALIGNED_BYTES
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -125,12 +125,38 @@ def test_rows_that_no_kernel_can_read_are_copied(monkeypatch):
 
     monkeypatch.setattr(dense, "efficient_on_gpu", noted)
     odd, spread = torch.randn(2, 3, 75, 33)[..., 3:27], torch.randn(2, 3, 75, 48)[..., ::2]
+    foreign = torch.from_numpy(torch.randn(2 * 3 * 75 * 24 + 1).numpy()[1:]).view(2, 3, 75, 24)
+    assert foreign.storage_offset() == 0
     with torch.no_grad():
-        for q in (odd, spread, call.q.detach()):
+        for q in (odd, spread, foreign, call.q.detach()):
             at_once(case)(dataclasses.replace(call, q=q, k=q, v=q))
-    assert all(map(torch.equal, given, (odd, spread, call.q)))
-    assert all(x.is_contiguous() for x in given)
-    assert given[2].data_ptr() == call.q.data_ptr()
+    assert all(map(torch.equal, given, (odd, spread, foreign, call.q)))
+    assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given)
+    assert given[3].data_ptr() == call.q.data_ptr()
+
+
+def test_a_key_mask_may_be_transposed():
+    case = feature("mask", n=120, d=16, d_v=16, window=windows_of(16))
+    call = case.tensors(torch.float32)
+    found = at_once(case)(dataclasses.replace(call, mask=call.mask.t().contiguous().t()))
+    assert torch.equal(found, at_once(case)(call))
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_batch": 2}], ids=["rotary", "rotary, mask"])
+def test_what_kernels_are_given_has_second_derivatives(changes):
+    """Those of the GPU have none, and say so."""
+    case = dataclasses.replace(
+        PLAIN, n=11, lead=(2, 1), d=8, d_v=8, rotary=True, window=windows_of(4), **changes
+    )
+    call = case.tensors(torch.float64)
+
+    def attend(*learned):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return at_once(case)(
+                dataclasses.replace(call, **dict(zip("qkv", learned, strict=True)))
+            )
+
+    assert torch.autograd.gradgradcheck(attend, (call.q, call.k, call.v), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -190,16 +216,16 @@ def test_what_hides_nothing_has_no_table():
 
 def turned_by(inv_freq, x, dtype=torch.float32):
     """``x``'s keys as they are rotated there."""
-    turns = dense_inputs.turns_of(inv_freq, x.shape[2], 0, dtype)
+    turns = dense_inputs.rotations_of(inv_freq, x.shape[2], 0, dtype)
     treatment = dense_inputs.Treatment(turns, None)
     return dense_inputs.treated(x, x, x, treatment, trains=False)[1]
 
 
 def test_layers_of_the_same_frequencies_share_a_table():
-    made = [dense_inputs.turns_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
+    made = [dense_inputs.rotations_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
     tables = {x.untyped_storage().data_ptr() for turns in made for x in turns[1]}
     assert len(tables) == 2  # of cosines and of sines
-    others = dense_inputs.turns_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
+    others = dense_inputs.rotations_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
     assert others[1][0].untyped_storage().data_ptr() not in tables
 
 
@@ -211,11 +237,23 @@ def test_frequencies_that_change_are_read_again():
     assert not torch.equal(turned_by(first, x), right)
     first.copy_(second)
     assert torch.equal(turned_by(first, x), right)
+    replaced = Rotary(12).inv_freq
+    turned_by(replaced, x)
+    replaced.data = second.clone()
+    assert torch.equal(turned_by(replaced, x), right)
     with torch.inference_mode():
         first = Rotary(12).inv_freq
         turned_by(first, x)
         first.copy_(second)
         assert torch.equal(turned_by(first, x), right)
+
+
+def test_a_far_look_ahead_makes_no_longer_a_table(monkeypatch):
+    made, make = [], dense_inputs._made
+    monkeypatch.setattr(dense_inputs, "_made", lambda *kind: made.append(kind[1:3]) or make(*kind))
+    window = windows_of(5000, causal=False, look_forward=2)
+    check(dataclasses.replace(PLAIN, d=8, d_v=8, n=40, rotary=True, window=window), tolerance=1e-4)
+    assert made == [(0, 1024), (10000, 1024)]
 
 
 def test_rotations_beyond_the_table_of_short_sequences():
@@ -311,5 +349,5 @@ def test_the_choice_says_so(measured, monkeypatch):
     monkeypatch.setattr(dispatch.support, "refusal", lambda *_: None)
     choice = dispatch.choose(Spec(SLIDES), Inputs(Q, Q, Q))
     assert (choice.backend, choice.engine) == ("flex", "dense")
-    assert "scaled_dot_product_attention's: measured to be faster" in str(choice)
+    assert "scaled_dot_product_attention's: for so few tokens" in str(choice)
     assert engines.preferred(Spec(SLIDES, backend="flex"), Inputs(Q, Q, Q)) == ("flex", None)

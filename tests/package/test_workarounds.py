@@ -238,6 +238,7 @@ NO_WORKAROUNDS = {
     "is_symbolic": "asks torch",
     "is_exporting": "asks torch",
     "has_values": "asks torch",
+    "state_of": "asks torch",
     "multiplies_float16": "asks torch",
     "at_most": "as at_least",
     "fast_tanh": "an instruction that torch does not use, for speed",
