@@ -155,7 +155,7 @@ def in_the_end(task: Task, tunings: dict[str, Tuning]) -> dict[str, dict[str, li
 
 
 def attention(problem: Problem, tuning: Tuning) -> Attend:
-    """The layer's fused path as a call of ``tuning`` takes it."""
+    """The layer's flex path as a call of ``tuning`` takes it."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with overriding(tuning):

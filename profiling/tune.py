@@ -4,7 +4,7 @@
     python -m profiling.tune --shape 2 8 8192 64 --window 128 --causal --exact --json sweep.json
     python -m profiling.tune --blocks 128        # what a caller can pass as kernel_options
 
-Each candidate runs through flexlocal's fused path, is compared with the eager path and then
+Each candidate runs through flexlocal's flex path, is compared with the eager path and then
 timed. The forward pass is swept first; the backward pass is timed as training, after the fastest
 forward options of its blocks. In the end the fastest is timed again in turns with FlexAttention's
 own options and, where it is installed, FlashAttention 4.

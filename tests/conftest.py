@@ -75,7 +75,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def dense_on_the_cpu(monkeypatch):
-    """The fused path takes gradients on the CPU: FlexAttention's dense operators have them."""
+    """The flex path takes gradients on the CPU: FlexAttention's dense operators have them."""
     monkeypatch.setattr(support, "refusal", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 

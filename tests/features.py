@@ -1,6 +1,6 @@
 """Named calls, one for each argument and for pairs that meet in the kernel.
 
-Compiling is slow, so the fused path is tried on these and on few random calls. Sequences are
+Compiling is slow, so the flex path is tried on these and on few random calls. Sequences are
 longer than a block of 128, most are no multiple of it, and few are shorter. Sizes differ on every
 axis of a case (batch, heads, key heads, n, d, d_v, W), so that no two can be swapped unseen.
 """

@@ -1,4 +1,4 @@
-"""Whose kernels serve a call on the fused path: the fastest by measurement."""
+"""Whose kernels serve a call on the flex path: the fastest by measurement."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The fused path where CI can run it: compiled on the CPU, inference only.
+"""The flex path where CI can run it: compiled on the CPU, inference only.
 
 Each call compiles a kernel for some seconds, so there are few of them. The GPU's tests take every
 feature and every gradient.

@@ -1,7 +1,7 @@
-"""Gradients of the fused path without a GPU: what is compiled, on FlexAttention's dense operators.
+"""Gradients of the flex path without a GPU: what is compiled, on FlexAttention's dense operators.
 
 They compute every score, heed no block list and take no option, but all that surrounds them is
-the fused path's own: rotary, xpos's layout, the scores and masks, and dropout's backward pass.
+the flex path's own: rotary, xpos's layout, the scores and masks, and dropout's backward pass.
 """
 
 from functools import partial

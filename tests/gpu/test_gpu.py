@@ -1,4 +1,4 @@
-"""The fused path on a GPU: against the oracle over the argument space, and in compiled models.
+"""The flex path on a GPU: against the oracle over the argument space, and in compiled models.
 
 Every case compiles a kernel or two, so these run best in parallel: `pytest -m gpu -n 8`.
 """

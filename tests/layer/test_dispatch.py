@@ -62,7 +62,7 @@ def test_calls_of_a_kind_share_a_plan(monkeypatch):
 
 @pytest.mark.usefixtures("graphs_without_code")
 def test_a_plan_knows_what_wants_a_gradient():
-    """The fused path of a CPU has none to give, and says so."""
+    """The flex path of a CPU has none to give, and says so."""
     with pytest.raises(ValueError, match="no backward pass on the CPU"):
         for learning in (False, True):
             call(q=Q.clone().requires_grad_(learning), backend="flex")

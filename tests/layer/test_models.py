@@ -1,7 +1,7 @@
 """The layer in a model that trains: compilers, autocast, checkpointing, export and copies.
 
 On the CPU training takes the eager path, and what is compiled goes to `aot_eager`, which traces
-and differentiates as inductor does and generates no code. The same tests run the fused path on a
+and differentiates as inductor does and generates no code. The same tests run the flex path on a
 GPU.
 """
 

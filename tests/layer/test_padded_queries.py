@@ -26,7 +26,7 @@ def results(run, poison, **more):
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
 def test_no_gradient_of_a_real_token(poison, rotary):
-    """tests/flex/test_fused_gradients.py has the same of the fused path."""
+    """tests/flex/test_fused_gradients.py has the same of the flex path."""
     run = LocalAttention(**{**CASE.arguments(), "dim": CASE.d if rotary else None})
     poisoned, clean = results(run, poison), results(run, 0.0)
     for found, expected in zip(poisoned, clean, strict=True):

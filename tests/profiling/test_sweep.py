@@ -169,7 +169,7 @@ def test_a_candidate_that_raises_has_failed(monkeypatch, tmp_path):
 
 
 def test_a_call_takes_the_tuning_that_is_tried(monkeypatch):
-    """The public function by its fused path, with the candidate's sparse blocks and options."""
+    """The public function by its flex path, with the candidate's sparse blocks and options."""
     seen = []
 
     def local_attention(q, k, v, window, backend):
