@@ -111,6 +111,15 @@ def test_views_that_begin_anywhere(dtype):
                 torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("n", [200, 203])
+def test_a_key_mask_may_be_transposed(n):
+    """Kernels want rows of what is added to scores in one piece."""
+    q, k, v = torch.randn(3, 2, 3, n, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(n, 2, device="cuda") < 0.7
+    run = partial(local_attention, q, k, v, Window(16, causal=True))
+    assert torch.equal(run(mask=mask.t()), run(mask=mask.t().contiguous()))
+
+
 def test_a_captured_graph_keeps_its_table():
     """Tables of other calls go, and their memory with them; the graph goes on."""
     q, k, v = torch.randn(3, 2, 3, 200, 64, device="cuda", dtype=torch.bfloat16)
