@@ -8,6 +8,7 @@ Shapes are those of ``spec``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
-from ..spec import Inputs, Spec
+from ..spec import Inputs, Spec, wants_gradients
 from ..torch_limits import Index, is_exporting, is_transformed
 from . import fused, fused_autograd
 from .autograd import empty_output, gradients, output_by_torch, outputs
@@ -59,7 +60,7 @@ def attend(
     call = _Call(
         q, k, v, bias, inputs.sinks, mask, query_draws, key_draws, inputs.zeta, first, last,
         numbers, spec.scale, spec.softcap, spec.dropout, spec.xpos_base, spec.shared_qk,
-        spec.return_lse,
+        spec.return_lse, wants_gradients(inputs),
     )  # fmt: skip
     out, lse = attend_in_tiles(*call)
     return out, lse if spec.return_lse else None
@@ -117,6 +118,7 @@ class _Call(NamedTuple):
         first, last: tensors of ``Bounds``; None for both where the rule is a ``Window``.
         numbers: the ``Window``'s, or those of ``Bounds``.
         scale, softcap, dropout, xpos_base, shared_qk, return_lse: as in ``Spec``.
+        trains: whether gradients will be taken.
     """
 
     q: Tensor
@@ -137,13 +139,13 @@ class _Call(NamedTuple):
     xpos_base: float | None
     shared_qk: bool
     return_lse: bool
+    trains: bool
 
     @property
     def rule(self) -> Rule:
         """The rule of the call."""
         if self.first is None or self.last is None:
-            size, causal, backward, forward, exact = self.numbers
-            return Window(size, bool(causal), backward, forward, bool(exact))
+            return _window_of(*self.numbers)
         keys, back, ahead, align, lead = self.numbers
         return Bounds(self.first, self.last, Reach(keys, back, ahead, "bounds", align), lead)
 
@@ -166,7 +168,7 @@ class _Call(NamedTuple):
         A compiler asks, which may not know lengths.
         """
         spec, inputs = self.described
-        return fused.has_backward(spec, spec.rule, inputs)
+        return self.trains and fused.has_backward(spec, spec.rule, inputs)
 
     def in_tiles(self) -> tuple[Operands, Formula, Sizes]:
         """The call as ``cutting`` makes it."""
@@ -180,6 +182,11 @@ class _Call(NamedTuple):
     def learned(self) -> tuple[Tensor | None, ...]:
         """The tensors that may be given gradients."""
         return self.q, self.k, self.v, self.bias, self.sinks
+
+
+@lru_cache
+def _window_of(size: int, causal: int, backward: int, forward: int, exact: int) -> Window:
+    return Window(size, bool(causal), backward, forward, bool(exact))
 
 
 _TENSORS = _Call._fields.index("numbers")
@@ -209,12 +216,11 @@ def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     spec, inputs = call.described
     with without_autocast(call.q.device):
-        if fused.serves_backward(spec, spec.rule, inputs):
+        if call.trains and fused.serves_backward(spec, spec.rule, inputs):
             return fused_autograd.result(spec, spec.rule, inputs)
         if fused.serves(spec, spec.rule, inputs):
             out = output_by_torch(spec, spec.rule, operands_of(inputs))
-            keeps_result = fused.has_backward(spec, spec.rule, inputs)
-            shape = call.q.shape[:-1] if keeps_result else (0,)
+            shape = call.q.shape[:-1] if call.keeps_result else (0,)
             return out, call.q.new_full(shape, torch.nan)  # nothing asks for them
         out, lse = outputs(*call.in_tiles())
     return out, call.q.new_empty(0) if lse is None else lse

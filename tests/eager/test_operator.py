@@ -94,6 +94,29 @@ def test_inside_a_compiler_the_same_code_runs(name):
     assert "attend_in_tiles" in found[0]
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_only_training_keeps_log_sum_exps(trains):
+    q, k, _ = tensors()
+    given, kept = (q, k, k.detach().flip(-1)), []
+
+    def backend(graph, inputs):
+        class Noting(torch.fx.Interpreter):
+            def call_function(self, target, args, kwargs):
+                found = super().call_function(target, args, kwargs)
+                if "attend_in_tiles" in str(target):
+                    kept.append(found[1].numel())
+                return found
+
+        return Noting(graph).run
+
+    run, _ = called(CALLS["plain"])
+    torch.compiler.reset()
+    with torch.set_grad_enabled(trains):
+        found = torch.compile(run, fullgraph=True, backend=backend)(*given)
+        assert torch.equal(found, run(*given))
+    assert kept == [2 * HEADS * N if trains else 0]
+
+
 def captured(name):
     """The arguments with which a call reaches the operator."""
     run, learned = called(CALLS[name])

@@ -145,10 +145,11 @@ def test_a_captured_graph_keeps_its_table():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_waits_for_the_gpu_and_no_length_compiles():
+@pytest.mark.parametrize("dim", [None, 64], ids=["plain", "rotary"])
+def test_nothing_waits_for_the_gpu_and_no_length_compiles(dim):
     mask = torch.rand(2, 400, device="cuda") < 0.7
     drawn = torch.randn(3, 2, 3, 400, 64, device="cuda", dtype=torch.bfloat16)
-    layer = LocalAttention(16, causal=True, autopad=True, dropout=0.0).cuda()
+    layer = LocalAttention(16, causal=True, autopad=True, dim=dim, dropout=0.0).cuda()
     torch._dynamo.utils.counters.clear()
     for n in (301, 117, 400, 7):
         q, k, v = (x[:, :, :n].detach().requires_grad_() for x in drawn)

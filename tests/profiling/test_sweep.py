@@ -9,7 +9,7 @@ import pytest
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
 
-from flexlocal import Window, local_attention
+from flexlocal import Window, dispatch, local_attention
 from flexlocal.flex import compile as flex
 from flexlocal.flex import support, tuning
 from flexlocal.flex.tuning import TABLE
@@ -192,6 +192,7 @@ def test_an_overriding_tuning_is_what_the_kernel_gets(monkeypatch):
         return lambda inputs: inputs.q
 
     monkeypatch.setattr(flex, "prepared", prepared)
+    monkeypatch.setattr(dispatch, "_PREPARED", {})
     monkeypatch.setattr(support, "refusal", lambda *_: None)
     q, k, v = torch.zeros(3, 1, 2, 130, 8)
     one, other = (Trial("forward", 64, False, {"fwd_num_warps": warps}).tuning for warps in (4, 8))
