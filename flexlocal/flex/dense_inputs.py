@@ -127,7 +127,7 @@ def _one_rotated(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     halves = x.view(*x.shape[:-1], 2, -1)
     terms = halves * rotation.cos, halves.flip(-2), rotation.sin
     sign = -1 if back else 1
-    if x.requires_grad:  # a gradient, of which another is wanted
+    if torch.is_grad_enabled() and x.requires_grad:  # a gradient, of which another is wanted
         return torch.addcmul(*terms, value=sign).to(x.dtype).flatten(-2)
     return torch.addcmul(*terms, value=sign, out=torch.empty_like(halves)).flatten(-2)
 
