@@ -24,7 +24,7 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     if copies == masks == 1:
         return key_mask.contiguous()[:, None]
     # Not repeat_interleave, which launches a copy even where it repeats nothing.
-    return key_mask.contiguous()[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
+    return key_mask[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
 
 
 def padding_mod(kept: Tensor) -> MaskMod:

@@ -220,7 +220,8 @@ def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
             return fused_autograd.result(spec, spec.rule, inputs)
         if fused.serves(spec, spec.rule, inputs):
             out = output_by_torch(spec, spec.rule, operands_of(inputs))
-            shape = call.q.shape[:-1] if call.keeps_result else (0,)
+            keeps_result = call.trains and fused.has_backward(spec, spec.rule, inputs)
+            shape = call.q.shape[:-1] if keeps_result else (0,)
             return out, call.q.new_full(shape, torch.nan)  # nothing asks for them
         out, lse = outputs(*call.in_tiles())
     return out, call.q.new_empty(0) if lse is None else lse
