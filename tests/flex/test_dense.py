@@ -1,4 +1,4 @@
-"""Short sequences on a GPU by ``scaled_dot_product_attention``: which calls, and their results."""
+"""Short sequences by ``scaled_dot_product_attention``, on stand-ins for the GPU's kernels."""
 
 import dataclasses
 from unittest.mock import patch
@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from strategies import EXAMPLES, cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexlocal import Rotary, Window, dispatch
-from flexlocal.flex import dense, dense_inputs, engines, kept
+from flexlocal import Rotary, Window
+from flexlocal.flex import dense, dense_inputs, kept
 from flexlocal.flex.compile import prepared
-from flexlocal.flex.tuning import STOCK, overriding
 from flexlocal.spec import Inputs, Spec, resolved, shaped
-
-H200 = (9, 0)
-SLIDES = Window(100, causal=True, exact=True)
 
 
 def efficient(q, k, v, hiding, trains, dropout, causal, scale):
@@ -214,40 +210,6 @@ def test_what_hides_nothing_has_no_table():
         check(dataclasses.replace(PLAIN, d_v=64, **NAMES["hides nothing"]), torch.float32, 1e-5)
 
 
-def turned_by(inv_freq, x, dtype=torch.float32):
-    """``x``'s keys as they are rotated there."""
-    turns = dense_inputs.rotations_of(inv_freq, x.shape[2], 0, dtype)
-    treatment = dense_inputs.Treatment(turns, None)
-    return dense_inputs.treated(x, x, x, treatment, trains=False)[1]
-
-
-def test_layers_of_the_same_frequencies_share_a_table():
-    made = [dense_inputs.rotations_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
-    tables = {x.untyped_storage().data_ptr() for turns in made for x in turns[1]}
-    assert len(tables) == 2  # of cosines and of sines
-    others = dense_inputs.rotations_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
-    assert others[1][0].untyped_storage().data_ptr() not in tables
-
-
-def test_frequencies_that_change_are_read_again():
-    """In place, as a checkpoint changes them; also where nothing would tell that they did."""
-    x = torch.randn(1, 2, 7, 12)
-    first, second = Rotary(12).inv_freq, Rotary(12, theta=500.0).inv_freq
-    right = turned_by(second, x)
-    assert not torch.equal(turned_by(first, x), right)
-    first.copy_(second)
-    assert torch.equal(turned_by(first, x), right)
-    replaced = Rotary(12).inv_freq
-    turned_by(replaced, x)
-    replaced.data = second.clone()
-    assert torch.equal(turned_by(replaced, x), right)
-    with torch.inference_mode():
-        first = Rotary(12).inv_freq
-        turned_by(first, x)
-        first.copy_(second)
-        assert torch.equal(turned_by(first, x), right)
-
-
 def test_a_far_look_ahead_makes_no_longer_a_table(monkeypatch):
     made, make = [], dense_inputs._made
     monkeypatch.setattr(dense_inputs, "_made", lambda *kind: made.append(kind[1:3]) or make(*kind))
@@ -260,94 +222,3 @@ def test_rotations_beyond_the_table_of_short_sequences():
     window = windows_of(1100, causal=False)
     case = dataclasses.replace(PLAIN, n=1100, lead=(1, 2), d=8, d_v=8, rotary=True, window=window)
     check(case, torch.float32, 1e-4)
-
-
-def on_gpu(*shape, dtype=torch.bfloat16):
-    with FakeTensorMode():
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-
-Q = on_gpu(2, 6, 300, 64)
-WHOLE = on_gpu(1, 6, 2100, 64)
-LEFT = {
-    "fp64": dict.fromkeys("qkv", on_gpu(2, 6, 300, 64, dtype=torch.float64)),
-    "a head of 33": dict.fromkeys("qkv", on_gpu(2, 6, 300, 33)),
-    "values": {"v": on_gpu(2, 6, 300, 32)},
-    "a bias": {"bias": torch.zeros(6, 100, 200)},
-    "shared_qk": {"shared_qk": True},
-    "dropout": {"dropout": 0.1},
-    "xpos": {"xpos_base": 64.0},
-    "softcap": {"softcap": 30.0},
-    "log-sum-exps": {"return_lse": True},
-    "sinks": {"sinks": torch.zeros(6)},
-    "documents": {"documents": torch.zeros(300, dtype=torch.int32)},
-    "offsets": {"q_offset": 1, "kv_offset": 1},
-    "options": {"kernel_options": {}},
-    "scale zero": {"scale": 0.0},
-    "scale below zero": {"scale": -0.3},
-    "by name": {"backend": "flex"},
-    "too long": dict.fromkeys("qkv", on_gpu(1, 1, 321, 64)),
-    "too many": dict.fromkeys("qkv", on_gpu(40, 6, 300, 64)),
-    "too long for a mask": {**dict.fromkeys("qkv", WHOLE), "mask": torch.ones(1, 2100) > 0},
-}
-SERVED_TOO = {
-    "plain": {},
-    "rows": dict.fromkeys("qkv", on_gpu(5, 300, 64)),
-    "grouped": dict.fromkeys("kv", on_gpu(2, 3, 300, 64)),
-    "fp32": dict.fromkeys("qkv", on_gpu(2, 6, 300, 64, dtype=torch.float32)),
-    "fp16": dict.fromkeys("qkv", on_gpu(2, 6, 300, 64, dtype=torch.float16)),
-    "a mask": {"mask": torch.ones(2, 300, dtype=torch.bool)},
-    "rotary": {"inv_freq": Rotary(64).inv_freq},
-    "a scale": {"scale": 0.3},
-}
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    monkeypatch.setattr(dense, "capability", lambda device: H200)
-    monkeypatch.setattr(dense, "MOST_SCORES", 4 * 2 * 6 * 300 * 300)
-
-
-def served(window=SLIDES, **changes):
-    arguments = {"q": Q, "k": Q, "v": Q, **changes}
-    known = {name: arguments.pop(name) for name in Spec._fields if name in arguments}
-    return dense.serves(Spec(window, **known), Inputs(**arguments))
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_what_is_left_to_other_kernels(name, measured):
-    assert served()
-    assert not served(Window(2100, causal=True) if "a mask" in name else SLIDES, **LEFT[name])
-
-
-@pytest.mark.parametrize("name", SERVED_TOO)
-def test_what_is_served(name, measured, monkeypatch):
-    assert served(**SERVED_TOO[name])
-    monkeypatch.setattr(dense, "capability", lambda device: (8, 0))  # not measured
-    assert not served(**SERVED_TOO[name])
-
-
-def test_what_hides_nothing_may_be_longer(measured):
-    longer = dict.fromkeys("qkv", WHOLE)
-    assert served(Window(2100, causal=True), **longer)
-    assert not served(Window(1000, causal=True), **longer)
-    assert not served(Window(9000, causal=True), **dict.fromkeys("qkv", on_gpu(1, 2, 8200, 64)))
-
-
-def test_where_the_same_bits_are_asked_for_it_does_not_serve(measured):
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not served()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    with overriding(STOCK):  # as a sweep does
-        assert not served()
-    assert served()
-
-
-def test_the_choice_says_so(measured, monkeypatch):
-    monkeypatch.setattr(dispatch.support, "refusal", lambda *_: None)
-    choice = dispatch.choose(Spec(SLIDES), Inputs(Q, Q, Q))
-    assert (choice.backend, choice.engine) == ("flex", "dense")
-    assert "scaled_dot_product_attention's: for so few tokens" in str(choice)
-    assert engines.preferred(Spec(SLIDES, backend="flex"), Inputs(Q, Q, Q)) == ("flex", None)
