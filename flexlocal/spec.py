@@ -138,10 +138,14 @@ def call_of(
     return spec, inputs
 
 
+_OF_PYTHON = {type(None), bool, int, float}
+"""Types of numbers and flags that stay what they are."""
+
+
 def with_plain_numbers(spec: Spec) -> Spec:
     """``spec`` with Python's numbers and flags for scalars of numpy and 0-d tensors."""
     given = spec.scale, spec.softcap, spec.dropout, spec.shared_qk, spec.return_lse
-    if all(x is None or type(x) in (int, float, bool) for x in given):
+    if {*map(type, given)} <= _OF_PYTHON:
         return spec
     scale, softcap, dropout, shared_qk, return_lse = map(plain, given)
     return spec._replace(
@@ -338,8 +342,9 @@ def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
         return inputs
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    batch = _batch_of(inputs) if q.dim() < 4 else None
-    q, k, v = (_four_dimensional(x, batch) for x in (q, k, v))
+    if q.dim() != 4:
+        batch = _batch_of(inputs) if q.dim() < 4 else None
+        q, k, v = (_four_dimensional(x, batch) for x in (q, k, v))
     b, h = q.shape[:2]
     if mask is not None:
         mask = mask_of_rows(mask, b, h)
@@ -395,8 +400,6 @@ def _four_dimensional(x: Tensor, batch: int | None) -> Tensor:
     Args:
         batch: batch entries among the rows, where some tensor tells them apart.
     """
-    if x.dim() == 4:
-        return x
     if x.dim() > 4:
         return x.flatten(0, -4)
     rows = math.prod(x.shape[:-2])

@@ -22,7 +22,7 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     rows_each = batch * heads // key_mask.shape[0]
     copies, masks = (rows_each, heads) if rows_each % heads else (rows_each // heads, 1)
     if copies == masks == 1:
-        return key_mask.contiguous()[:, None]
+        return key_mask.contiguous().unsqueeze(1)
     # Not repeat_interleave, which launches a copy even where it repeats nothing.
     return key_mask[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
 

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..torch_limits import raw_stream
+
 Made = TypeVar("Made")
 
 
@@ -22,7 +24,7 @@ def kept(key: Hashable, device: torch.device, make: Callable[[], Made]) -> Made:
             return _of_a_graph(key, device, by_stream, make)
         # Kept for each stream: another stream would have to wait until they are written, and could
         # not tell when their memory is reused.
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = raw_stream(device)
     if stream not in by_stream:
         with torch.inference_mode(False), torch.no_grad():
             by_stream[stream] = make()

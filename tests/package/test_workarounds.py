@@ -235,6 +235,8 @@ NO_WORKAROUNDS = {
     "unavailable": "what kernels take, and why they are not there",
     "cpp_compiler": "what kernels take, and why they are not there",
     "has_float64": "what a device holds",
+    "has_address": "asks torch",
+    "raw_stream": "asks torch",
     "is_symbolic": "asks torch",
     "is_exporting": "asks torch",
     "has_values": "asks torch",
