@@ -48,7 +48,7 @@ class Choice:
 
 _KERNEL = {
     "flex": "",
-    "dense": ", scaled_dot_product_attention's: for so few tokens nothing has to be compiled",
+    "dense": ", scaled_dot_product_attention's: for so few tokens no length has to be compiled",
     "flash": ", FlashAttention 4's, called directly: measured to be faster at this size",
     "flash by flex": ", FlashAttention 4's: measured to be faster at this size",
 }

@@ -6,7 +6,9 @@ HYPOTHESIS_PROFILE=search for a longer, random hunt.
 
 import builtins
 import os
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -55,9 +57,9 @@ def exact_float32():
 @pytest.fixture(scope="session", autouse=True)
 def headers_of_fused_kernels():
     """Inductor precompiles the headers of a fused kernel too, not of any kernel alone."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as replacing:
         header = str(Path(__file__).with_name("fused_kernel.h"))
-        patch.setattr(
+        replacing.setattr(
             codecache,
             "_get_cpp_prefix_header",
             lambda device: header if device.startswith("cpu") else None,
@@ -71,6 +73,16 @@ def fresh_compiler():
     """Nothing is compiled, and nothing counted against a limit."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's own interpreter runs our kernel, on the CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with patch.dict(sys.modules):
+        sys.modules.pop("flexlocal.flex.dense_kernel", None)  # is decorated for the GPU, if it is
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ that could be swapped by mistake are kept apart: values have odd sizes, heads ev
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import oracle
 import torch
@@ -76,10 +76,10 @@ class Call:
         cotangent = self.cotangent.to(dtype)
         return Call(leaf(self.q), leaf(self.k), leaf(self.v), self.mask, leaf(self.bias), cotangent)
 
-    def cuda(self):
+    def cuda(self, device="cuda"):
         """The same tensors on a GPU, leaves where they are leaves."""
         moved = {
-            name: None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
+            name: None if x is None else x.detach().to(device).requires_grad_(x.requires_grad)
             for name, x in vars(self).items()
         }
         return Call(**moved)
@@ -87,7 +87,11 @@ class Call:
     def learned(self):
         """name -> every tensor that has a gradient."""
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias}
-        return {name: x for name, x in named.items() if x is not None}
+        return {name: x for name, x in named.items() if x is not None and x.requires_grad}
+
+    def with_fixed_bias(self):
+        """The same, with a bias that is not learned."""
+        return replace(self, bias=None if self.bias is None else self.bias.detach())
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _prepared(spec: Spec, inputs: Inputs, engine: Engine) -> Callable[[Inputs], 
     if engine == "flash":
         return _called_directly(spec, inputs)
     if engine == "dense":
-        return partial(dense.attend, spec)
+        return dense.prepared(spec, inputs)
     tuning = tuning_of(spec, inputs, engine == "flash by flex")
     if torch.compiler.is_compiling():
         return partial(_in_a_users_graph, spec, tuning)

@@ -1,89 +1,68 @@
-"""Queries, keys and values as ``dense`` gives them to its kernels: rotated, and free of padding.
+"""What ``dense`` gives to its kernels: queries, keys and values, and what is added to scores.
 
-It is a handful of launches, for any size and without a compiler: what counts there is the host's
-time. Shapes are those of ``spec``.
+It is one launch, for any size: what counts there is the host's time. Shapes are those of ``spec``.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.autograd.function import once_differentiable
 
-from ..rotary import table_of
-from ..torch_limits import state_of
-from .kept import kept
+from ..masks.window import Window
+from ..spec import Inputs
+from . import dense_tables
 
-SHORTEST = 1024
-"""Positions in a table of rotations, at least."""
+_LOW = -(2.0**24)
+"""The scores of padding; or a dtype's lowest number, if that is higher.
 
+It is finite, so that a query that sees padding alone has a softmax. Lower ones would cost the
+backward pass digits of the log-sum-exp. Keys and values of padding are zeros, and so is the output
+of such a query.
+"""
 
-class Rotation(NamedTuple):
-    """What rotates ``n`` tokens, in fp32 at least.
+_TOKENS = 32
+"""Tokens of a program of the launch."""
 
-    Attributes:
-        cos: ``(n, 1, d / 2)``, for both halves of a token.
-        sin: ``(n, 2, d / 2)``, negative for the first half.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-
-class Padding(NamedTuple):
-    """A key mask, which tells padded queries as well.
-
-    Attributes:
-        mask: ``(b, h or 1, n, 1)``, False where a token is padding.
-        zero: a 0 of keys' dtype on their device. A plain number would have to be sent there first.
-    """
-
-    mask: Tensor
-    zero: Tensor
+Treated = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Queries, keys and values, and what is added to scores: ``(b or 1, h or 1, n, n)``, or None."""
 
 
-class Treatment(NamedTuple):
-    """What is done to queries, keys and values.
+class Beside(NamedTuple):
+    """What a call is treated with.
 
     Attributes:
-        rotations: of queries and of keys, if they are to be rotated.
-        padding: what is to be cleared, if there is any.
+        rotations: ``dense_tables.rotations_of``.
+        mask: ``(b, h or 1, n)``, False where a token is padding, or None.
+        table: ``dense_tables.hidden_by``, if what is added to scores is to be written.
+        bias: ``(heads, W, span)`` in queries' dtype, or None.
     """
 
-    rotations: tuple[Rotation, Rotation] | None
-    padding: Padding | None
+    rotations: dense_tables.Rotations
+    mask: Tensor | None
+    table: Tensor | None
+    bias: Tensor | None
 
 
-def treated(
-    q: Tensor, k: Tensor, v: Tensor, treatment: Treatment, trains: bool
-) -> Sequence[Tensor]:
-    """Queries, keys and values, treated.
+class Treatment:
+    """Rotates, clears padding, and writes what is added to scores, for calls of one kind."""
 
-    Args:
-        trains: whether gradients will be taken.
-    """
-    if treatment == (None, None):
-        return q, k, v
-    if not trains:
-        return _forward(q, k, v, treatment, trains)
-    found: Sequence[Tensor] = _Treated.apply(q, k, v, treatment)  # type: ignore[no-untyped-call]
-    return found
+    def __init__(self, window: Window, inputs: Inputs, trains: bool) -> None:
+        """Of calls like this one.
 
+        Args:
+            trains: whether gradients will be taken.
+        """
+        turns, clears = inputs.inv_freq is not None, inputs.mask is not None
+        self._forward = _Launch(window, inputs, trains=trains)
+        self._back = _Launch(window, inputs, back=True) if trains and (turns or clears) else None
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, treatment: Treatment, trains: bool
-) -> tuple[Tensor, ...]:
-    rotations, padding = treatment
-    if padding is not None:
-        # A NaN in padding would spread: its weight is 0, and 0 * NaN is NaN.
-        k, v = (torch.where(padding.mask, x, padding.zero) for x in (k, v))
-        if trains:  # and from a padded query by its gradient, which is 0
-            q = torch.where(padding.mask, q, q.nan_to_num(0.0, 0.0, 0.0))
-    if rotations is not None:
-        q, k = _rotated(q, k, rotations)
-    return q, k, v
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Treated:
+        """A call's tensors, treated."""
+        if self._back is None:
+            return self._forward(q, k, v, beside)
+        found: Treated = _Treated.apply(q, k, v, beside, self._forward, self._back)  # type: ignore[no-untyped-call]
+        return found
 
 
 class _Treated(torch.autograd.Function):
@@ -95,93 +74,92 @@ class _Treated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, treatment: Treatment
-    ) -> tuple[Tensor, ...]:
-        ctx.rotations, padding = treatment
-        ctx.save_for_backward(*(padding or ()))
-        return _forward(q, k, v, treatment, trains=True)
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beside: Beside,
+        launch: "_Launch",
+        back: "_Launch",
+    ) -> Treated:
+        ctx.back, ctx.rotations = back, beside.rotations
+        ctx.save_for_backward(beside.mask)
+        found = launch(q, k, v, beside)
+        if found[3] is not None:
+            ctx.mark_non_differentiable(found[3])
+        return found
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.saved_tensors:
-            mask, zero = ctx.saved_tensors
-            dv = torch.where(mask, dv, zero)
-        if ctx.rotations is not None:
-            dq, dk = _rotated(dq, dk, ctx.rotations, back=True)
-        return dq, dk, dv, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        beside = Beside(ctx.rotations, mask, None, None)
+        return *ctx.back(*grads[:3], beside)[:3], None, None, None
 
 
-def _rotated(
-    q: Tensor, k: Tensor, rotations: tuple[Rotation, Rotation], back: bool = False
-) -> tuple[Tensor, Tensor]:
-    of_queries, of_keys = rotations
-    if of_queries is not of_keys:
-        return _one_rotated(q, of_queries, back), _one_rotated(k, of_keys, back)
-    heads = q.shape[1]
-    both = _one_rotated(torch.cat((q, k), dim=1), of_keys, back)  # four launches instead of six
-    return both[:, :heads], both[:, heads:]
+class _Launch:
+    """The launch of ``dense_kernel.prepare`` for calls of one kind."""
+
+    def __init__(
+        self, window: Window, inputs: Inputs, trains: bool = False, back: bool = False
+    ) -> None:
+        from .dense_kernel import prepare  # here, because a processor needs no Triton
+
+        q, k, _, mask, bias = inputs[:5]
+        (b, h, n, d), turns, clears = q.shape, inputs.inv_freq is not None, mask is not None
+        mask_heads = 1 if mask is None else mask.shape[1]
+        self._writes_q = turns or (clears and trains)
+        self._writes_k = turns or (clears and not back)
+        self._writes_v = clears
+        self._scores_shape: tuple[int, int, int, int] | None = None
+        if not back and (clears or bias is not None):
+            heads = mask_heads if bias is None else h
+            # Kernels read rows that begin at multiples of 8 numbers.
+            self._scores_shape = b if clears else 1, heads, n, n + -n % 8
+        self._rows_fit = n % 8 == 0
+        of_bias = 1, 1, 0, 1  # a kernel is compiled for these, and any would do
+        if bias is not None:
+            of_bias = bias.shape[0], window.size, window.look_backward, window.span
+        self._numbers = (
+            b, n, h, k.shape[1], mask_heads, d, trains, back, _TOKENS, dense_tables.LONGEST,
+            max(torch.finfo(q.dtype).min, _LOW), *of_bias,
+        )  # fmt: skip
+        self._grid = b * h, -(-n // _TOKENS), 4
+        self._several = torch.cuda.device_count() > 1
+        self._prepare = prepare[self._grid]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Treated:
+        if self._several:
+            with torch.cuda.device_of(q):
+                return self._launched(q, k, v, beside)
+        return self._launched(q, k, v, beside)
+
+    def _launched(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Treated:
+        rotations, mask, table, bias = beside
+        q, k, v = _in_pieces(q), _in_pieces(k), _in_pieces(v)
+        q_out = _like(q) if self._writes_q else None
+        k_out = _like(k) if self._writes_k else None
+        v_out = _like(v) if self._writes_v else None
+        scores = None if self._scores_shape is None else q.new_empty(self._scores_shape)
+        compiled = self._prepare(
+            q, k, v, q_out, k_out, v_out, *rotations, mask, table,
+            None if bias is None else bias.contiguous(), scores,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *self._numbers,
+        )  # fmt: skip
+        if compiled is not None:  # the kernel of this kind, which is launched in half of the time
+            self._prepare = compiled[self._grid]
+        return (
+            q if q_out is None else q_out,
+            k if k_out is None else k_out,
+            v if v_out is None else v_out,
+            scores if scores is None or self._rows_fit else scores[..., : q.shape[2]],
+        )
 
 
-def _one_rotated(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
-    """``x``, its halves rotated against each other and rounded once."""
-    halves = x.view(*x.shape[:-1], 2, -1)
-    terms = halves * rotation.cos, halves.flip(-2), rotation.sin
-    sign = -1 if back else 1
-    if torch.is_grad_enabled() and x.requires_grad:  # a gradient, of which another is wanted
-        return torch.addcmul(*terms, value=sign).to(x.dtype).flatten(-2)
-    return torch.addcmul(*terms, value=sign, out=torch.empty_like(halves)).flatten(-2)
+def _in_pieces(x: Tensor) -> Tensor:
+    """``x``, each token in one piece."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
-def rotations_of(
-    inv_freq: Tensor, n: int, shift: int, dtype: torch.dtype
-) -> tuple[Rotation, Rotation]:
-    """What rotates ``n`` queries and keys of ``dtype``.
-
-    Args:
-        inv_freq: ``(d / 2,)``.
-        shift: added to the positions of queries.
-    """
-    dtype = torch.promote_types(dtype, torch.float32)
-    of_keys = _rotation(inv_freq, 0, n, dtype)
-    return _rotation(inv_freq, shift, n, dtype) if shift else of_keys, of_keys
-
-
-def _rotation(inv_freq: Tensor, first: int, n: int, dtype: torch.dtype) -> Rotation:
-    """What rotates ``n`` tokens from position ``first`` on: a part of a table that is kept."""
-    values = _values(inv_freq)
-    if values is None:
-        with torch.no_grad():
-            return _made(inv_freq, first, n, dtype)
-    length = max(SHORTEST, 1 << (n - 1).bit_length())
-    make = partial(_made, inv_freq, first, length, dtype)
-    cos, sin = kept((first, length, dtype, values), inv_freq.device, make)
-    return Rotation(cos[:n], sin[:n])
-
-
-def _made(inv_freq: Tensor, first: int, length: int, dtype: torch.dtype) -> Rotation:
-    position = torch.arange(first, first + length, device=inv_freq.device)
-    cos, sin = table_of(position, inv_freq, dtype)
-    return Rotation(cos[:, None], torch.stack((-sin, sin), dim=1))
-
-
-def _values(inv_freq: Tensor) -> tuple[float, ...] | None:
-    """The frequencies, by which the layers of a model share a table.
-
-    They are read when a tensor is first met, and again once it has changed: that waits for the
-    device. None where they cannot be read, or where nothing tells that they have changed.
-    """
-    state = state_of(inv_freq)
-    if state is None:
-        return None
-    known: tuple[tuple[int, int], tuple[float, ...]] | None = _READ.get(inv_freq)
-    if known is not None and known[0] == state:
-        return known[1]
-    if inv_freq.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    values = tuple(inv_freq.tolist())
-    _READ[inv_freq] = state, values
-    return values
-
-
-_READ = WeakTensorKeyDictionary()
-"""Frequencies that were read, beside the state that their tensor was in."""
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

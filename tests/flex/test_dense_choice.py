@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlocal import Rotary, Window, dispatch
-from flexlocal.flex import dense, engines
+from flexlocal.flex import dense, dense_tables, engines
 from flexlocal.flex.tuning import STOCK, overriding
 from flexlocal.spec import Inputs, Spec
 
@@ -24,7 +24,9 @@ LEFT = {
     "fp64": dict.fromkeys("qkv", on_gpu(2, 6, 300, 64, dtype=torch.float64)),
     "a head of 33": dict.fromkeys("qkv", on_gpu(2, 6, 300, 33)),
     "values": {"v": on_gpu(2, 6, 300, 32)},
-    "a bias": {"bias": torch.zeros(6, 100, 200)},
+    "a learned bias": {"bias": torch.zeros(6, 100, 200, dtype=torch.bfloat16).requires_grad_()},
+    "a bias in fp32": {"bias": torch.zeros(6, 100, 200)},
+    "a bias for each row": {"bias": torch.zeros(12, 100, 200, dtype=torch.bfloat16)},
     "shared_qk": {"shared_qk": True},
     "dropout": {"dropout": 0.1},
     "xpos": {"xpos_base": 64.0},
@@ -50,13 +52,15 @@ SERVED_TOO = {
     "a mask": {"mask": torch.ones(2, 300, dtype=torch.bool)},
     "rotary": {"inv_freq": Rotary(64).inv_freq},
     "a scale": {"scale": 0.3},
+    "a bias": {"bias": torch.zeros(3, 100, 200, dtype=torch.bfloat16)},
 }
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(dense, "LONGEST", 320)
+    monkeypatch.setattr(dense_tables, "LONGEST", 320)
     monkeypatch.setattr(dense, "capability", lambda device: H200)
+    monkeypatch.setattr(dense, "has_address", lambda x: True)  # stand-ins serve here
     monkeypatch.setattr(dense, "MOST_SCORES", 4 * 2 * 6 * 300 * 300)
 
 

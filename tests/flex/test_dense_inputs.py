@@ -1,24 +1,28 @@
 """Rotations before short sequences' kernels: the tables, and when they are made again."""
 
+import pytest
 import torch
 
-from flexlocal import Rotary
-from flexlocal.flex import dense_inputs
+from flexlocal import Rotary, Window
+from flexlocal.flex import dense_inputs, dense_tables
+from flexlocal.spec import Inputs
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def turned_by(inv_freq, x, dtype=torch.float32):
     """``x``'s keys as they are rotated there."""
-    turns = dense_inputs.rotations_of(inv_freq, x.shape[2], 0, dtype)
-    treatment = dense_inputs.Treatment(turns, None)
-    return dense_inputs.treated(x, x, x, treatment, trains=False)[1]
+    turns = dense_tables.rotations_of(inv_freq, x.shape[2], 0, dtype)
+    treat = dense_inputs.Treatment(Window(8), Inputs(x, x, x, inv_freq=inv_freq), trains=False)
+    return treat(x, x, x, dense_inputs.Beside(turns, None, None, None))[1]
 
 
 def test_layers_of_the_same_frequencies_share_a_table():
-    made = [dense_inputs.rotations_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
-    tables = {x.untyped_storage().data_ptr() for turns in made for x in turns[1]}
-    assert len(tables) == 2  # of cosines and of sines
-    others = dense_inputs.rotations_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
-    assert others[1][0].untyped_storage().data_ptr() not in tables
+    made = [dense_tables.rotations_of(Rotary(12).inv_freq, n, 0, torch.float32) for n in (40, 301)]
+    tables = {x.untyped_storage().data_ptr() for turns in made for x in turns}
+    assert len(tables) == 1
+    others = dense_tables.rotations_of(Rotary(12, theta=500.0).inv_freq, 40, 0, torch.float32)
+    assert others[1].untyped_storage().data_ptr() not in tables
 
 
 def test_frequencies_that_change_are_read_again():

@@ -8,10 +8,9 @@ import pytest
 import torch
 from budget import gradients
 from features import PLAIN, windows_of
-from strategies import Call
 
 from flexlocal import LocalAttention, Window, local_attention
-from flexlocal.flex import dense, kept
+from flexlocal.flex import dense_tables, kept
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +41,11 @@ CASES = {
     "grouped, mask by head": {"lead": (2, 6), "kv_heads": 3, "mask_batch": 12, "n": 150},
     "rotary": {"rotary": True, "n": 277, "window": windows_of(32)},
     "rotary, mask": {"rotary": True, "n": 163, "mask_batch": 2, "window": windows_of(16)},
+    "bias": {"lead": (2, 6), "bias_heads": 3, "n": 171, "window": windows_of(32, causal=False)},
+    "bias, rotary, mask": {
+        "bias_heads": 1, "rotary": True, "mask_batch": 2, "n": 331,
+        "window": windows_of(64, exact=True),
+    },
     "longest": {"lead": (1, 3), "n": 1024, "window": windows_of(128, exact=True)},
     "a scale": {"scale": 0.3, "n": 222},
 }  # fmt: skip
@@ -60,9 +64,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_results_and_gradients(name, dtype):
     case = case_of(name)
     layer = LocalAttention(**case.arguments()).cuda()
-    call = case.tensors(dtype).cuda()
-    assert layer.explain(call.q, call.k, call.v, mask=call.mask).engine == "dense"
-    budget.check(case, dtype, partial(case.run, layer), Call.cuda)
+    call = case.tensors(dtype).with_fixed_bias().cuda()
+    given = {"mask": call.mask, "attn_bias": call.bias}
+    assert layer.explain(call.q, call.k, call.v, **given).engine == "dense"
+    budget.check(case, dtype, partial(case.run, layer), lambda call: call.with_fixed_bias().cuda())
     with torch.no_grad():
         found, fused = (
             case.run(LocalAttention(**case.arguments(), backend=name).cuda(), call)
@@ -93,6 +98,17 @@ def test_what_a_mask_hides_never_gets_out(poison):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_padding_is_hidden_however_low_other_scores_are(dtype):
+    case = case_of("mask")
+    call = case.tensors(dtype)
+    call.q.data.mul_(60)
+    call.k.data.copy_(-call.q.data / 30)
+    found = case.run(LocalAttention(**case.arguments()).cuda(), call.cuda())
+    truth = case.truth(call.to(torch.float64))
+    torch.testing.assert_close(found.cpu().double(), truth, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 def test_views_that_begin_anywhere(dtype):
     """Kernels read several numbers at a time."""
     drawn = torch.randn(3, 2, 3, 203, 67, device="cuda", dtype=dtype)
@@ -111,6 +127,14 @@ def test_views_that_begin_anywhere(dtype):
                 torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 2, 100, 64, device="cuda", requires_grad=True)
+    layer = LocalAttention(16, causal=True, dim=64, autopad=True, dropout=0.0).cuda()
+    (first,) = torch.autograd.grad(layer(q, q, q).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("n", [200, 203])
 def test_a_key_mask_may_be_transposed(n):
     """Kernels want rows of what is added to scores in one piece."""
@@ -118,6 +142,19 @@ def test_a_key_mask_may_be_transposed(n):
     mask = torch.rand(n, 2, device="cuda") < 0.7
     run = partial(local_attention, q, k, v, Window(16, causal=True))
     assert torch.equal(run(mask=mask.t()), run(mask=mask.t().contiguous()))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one():
+    case = case_of("rotary, mask")
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        layer = LocalAttention(**case.arguments()).to(device)
+        call = case.tensors(torch.bfloat16).cuda(device)
+        out = case.run(layer, call)
+        found.append([out.cpu(), *(x.cpu() for x in gradients(out, call).values())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
 def test_a_captured_graph_keeps_its_table():
@@ -190,7 +227,7 @@ def test_the_same_bits_again_where_they_are_asked_for():
 
 def test_longer_ones_are_left_to_kernels_that_skip():
     window = Window(128, causal=True, exact=True)
-    q = torch.randn(1, 2, dense.LONGEST + 1, 64, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(1, 2, dense_tables.LONGEST + 1, 64, device="cuda", dtype=torch.bfloat16)
     layer = LocalAttention(128, causal=True, exact_windowsize=True, autopad=True, dropout=0.0)
     assert layer.explain(q).engine != "dense"
     assert layer.explain(q[:, :, :-1]).engine == "dense"
