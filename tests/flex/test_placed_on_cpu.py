@@ -7,14 +7,14 @@ from compilers import needs_compiled_kernels_on_the_cpu
 
 pytestmark = [needs_compiled_kernels_on_the_cpu, pytest.mark.slow]
 
-NAMES = [
-    "documents, xpos, many segments",
-    "a part by row, xpos",
-    "a part of documents",
-    "padding on the left",
-]
-CASES = {name: placed.CASES[name] for name in NAMES} | {
-    "documents of one row, softcap": placed.case_of("far looks", **placed.ROW, softcap=2.0),
+CASES = {
+    "padding on the left": placed.CASES["padding on the left"],
+    "a part of documents by row, xpos, many segments": placed.case_of(
+        "xpos, many segments", **{**placed.PART, "documents": 2, "offset_rows": 2}
+    ),
+    "a part of documents, bias, softcap": placed.case_of(
+        "bias over rows", **{**placed.PART, "documents": 3}, softcap=2.0
+    ),
     "documents, shared, mask by head": placed.case_of(
         "grouped, mask by head", **placed.PACKED, shared_qk=True
     ),
