@@ -61,12 +61,14 @@ class Treatment:
         """A call's tensors, treated."""
         if self._back is None:
             return self._forward(q, k, v, beside)
-        found: Treated = _Treated.apply(q, k, v, beside, self._forward, self._back)  # type: ignore[no-untyped-call]
-        return found
+        with torch.no_grad():
+            *made, scores = self._forward(q, k, v, beside)
+        q, k, v = _Treated.apply(q, k, v, made, beside, self._back)  # type: ignore[no-untyped-call]
+        return q, k, v, scores
 
 
 class _Treated(torch.autograd.Function):
-    """All of it as one step of autograd.
+    """Queries, keys and values that were ``made`` of others, as one step of autograd.
 
     Gradients of padding are 0 as they come, but for those of values: a query that sees padding
     alone gives it weight.
@@ -78,23 +80,20 @@ class _Treated(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        made: list[Tensor],
         beside: Beside,
-        launch: "_Launch",
         back: "_Launch",
-    ) -> Treated:
+    ) -> tuple[Tensor, ...]:
         ctx.back, ctx.rotations = back, beside.rotations
         ctx.save_for_backward(beside.mask)
-        found = launch(q, k, v, beside)
-        if found[3] is not None:
-            ctx.mark_non_differentiable(found[3])
-        return found
+        return tuple(made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        beside = Beside(ctx.rotations, mask, None, None)
-        return *ctx.back(*grads[:3], beside)[:3], None, None, None
+        dq, dk, dv, _ = ctx.back(*grads, Beside(ctx.rotations, mask, None, None))
+        return dq, dk, dv, None, None, None
 
 
 class _Launch:
