@@ -20,7 +20,7 @@ from ..torch_limits import (
     is_tracing,
 )
 from . import dense_tables
-from .dense_inputs import Beside, Treatment
+from .dense_inputs import ALIGNED, Beside, Treatment
 from .dense_tables import hidden_by, rotations_of
 from .tuning import TABLE, capability, overridden
 
@@ -30,11 +30,8 @@ MOST_SCORES = 2**23
 MOST_WHOLE = 2**25
 """The most where it hides nothing, and other kernels have as much to do."""
 
-_ALIGNED = 8
-"""Rows of a tensor begin at multiples of so many numbers, or kernels cannot read it."""
-
 _ALIGNED_BYTES = 16
-"""And the first of them at a multiple of so many bytes."""
+"""The first row of a tensor begins at a multiple of so many bytes, or kernels cannot read it."""
 
 
 def serves(spec: Spec, inputs: Inputs) -> bool:
@@ -53,7 +50,7 @@ def serves(spec: Spec, inputs: Inputs) -> bool:
     if spec.scale is not None and spec.scale <= 0:  # kernels may hide scores before they scale them
         return False
     n, d = q.shape[-2:]
-    if q.dtype not in KERNEL_DTYPES or d != v.shape[-1] or d % _ALIGNED:
+    if q.dtype not in KERNEL_DTYPES or d != v.shape[-1] or d % ALIGNED:
         return False
     if capability(q.device) not in [entry.capability for entry in TABLE]:
         return False
@@ -117,7 +114,7 @@ def prepared(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Tensor]:
 
 def _rows_fit(x: Tensor) -> bool:
     *rows, last = x.stride()
-    return last == 1 and not (rows[0] | rows[1] | rows[2]) % _ALIGNED
+    return last == 1 and not (rows[0] | rows[1] | rows[2]) % ALIGNED
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ backward pass digits of the log-sum-exp. Keys and values of padding are zeros, a
 of such a query.
 """
 
+ALIGNED = 8
+"""Rows of a tensor begin at multiples of so many numbers, or kernels cannot read it."""
+
 _TOKENS = 32
 """Tokens of a program of the launch."""
 
@@ -113,9 +116,8 @@ class _Launch:
         self._scores_shape: tuple[int, int, int, int] | None = None
         if not back and (clears or bias is not None):
             heads = mask_heads if bias is None else h
-            # Kernels read rows that begin at multiples of 8 numbers.
-            self._scores_shape = b if clears else 1, heads, n, n + -n % 8
-        self._rows_fit = n % 8 == 0
+            self._scores_shape = b if clears else 1, heads, n, n + -n % ALIGNED
+        self._fills_rows = n % ALIGNED == 0
         of_bias = 1, 1, 0, 1  # a kernel is compiled for these, and any would do
         if bias is not None:
             of_bias = bias.shape[0], window.size, window.look_backward, window.span
@@ -151,7 +153,7 @@ class _Launch:
             q if q_out is None else q_out,
             k if k_out is None else k_out,
             v if v_out is None else v_out,
-            scores if scores is None or self._rows_fit else scores[..., : q.shape[2]],
+            scores if scores is None or self._fills_rows else scores[..., : q.shape[2]],
         )
 
 
