@@ -31,7 +31,6 @@ def run(case, call):
 
 NAMES = [
     "xpos, mask, bias, shared",
-    "mask and bias, blocks full",
     "bias over rows",
     "shared both ways",
     "grouped queries",
