@@ -123,7 +123,7 @@ class _Launch:
             of_bias = bias.shape[0], window.size, window.look_backward, window.span
         self._numbers = (
             b, n, h, k.shape[1], mask_heads, d, trains, back, _TOKENS, dense_tables.LONGEST,
-            max(torch.finfo(q.dtype).min, _LOW), *of_bias,
+            max(torch.finfo(q.dtype).min, _LOW), *of_bias, ALIGNED,
         )  # fmt: skip
         self._grid = b * h, -(-n // _TOKENS), 4
         self._several = torch.cuda.device_count() > 1

@@ -24,7 +24,7 @@ def prepare(
     H: tl.constexpr, KV: tl.constexpr, MASK_H: tl.constexpr, D: tl.constexpr,
     TRAINS: tl.constexpr, BACK: tl.constexpr, TOKENS: tl.constexpr, TABLE_ROW: tl.constexpr,
     LOW: tl.constexpr, BIAS_H: tl.constexpr, W: tl.constexpr, BEHIND: tl.constexpr,
-    SPAN: tl.constexpr,
+    SPAN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rotates, clears padding, and writes what is added to scores.
 
@@ -39,7 +39,8 @@ def prepare(
         BACK: whether these are gradients. They are rotated back, and only those of values cleared.
         table: 0 where a token sees another, else -inf; rows of ``TABLE_ROW`` numbers.
         bias: ``(BIAS_H, W, SPAN)``, from ``BEHIND`` windows before a query's own on.
-        scores: ``(b or 1, H or 1, n, n rounded up to a multiple of 8)``; 1 where all are alike.
+        scores: ``(b or 1, H or 1, n, n rounded up to a multiple of ALIGNED)``, with 1 where all are
+            alike.
         LOW: the scores of padding.
     """
     row, first, which = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOKENS, tl.program_id(2)
@@ -67,7 +68,8 @@ def prepare(
             if row < (1 if mask is None else b) * SCORES_H:
                 _hide(
                     table, bias, scores, mask, row, first, n,
-                    SCORES_H, MASK_H, TABLE_ROW, LOW, BIAS_H, W, BEHIND, SPAN, TOKENS,
+                    SCORES_H, MASK_H, TABLE_ROW, LOW, BIAS_H, W, BEHIND, SPAN, ALIGNED,
+                    TOKENS,
                 )  # fmt: skip
 
 
@@ -109,12 +111,12 @@ def _hide(
     table, bias, scores, mask, row, first, n,
     H: tl.constexpr, MASK_H: tl.constexpr, TABLE_ROW: tl.constexpr, LOW: tl.constexpr,
     BIAS_H: tl.constexpr, W: tl.constexpr, BEHIND: tl.constexpr, SPAN: tl.constexpr,
-    TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """What is added to some queries' scores."""
     KEYS: tl.constexpr = 128
     query = first + tl.arange(0, TOKENS)[:, None]
-    at = scores + (row * n + query) * ((n + 7) // 8 * 8)
+    at = scores + (row * n + query) * ((n + ALIGNED - 1) // ALIGNED * ALIGNED)
     for begin in range(0, n, KEYS):
         key = begin + tl.arange(0, KEYS)[None, :]
         there = (query < n) & (key < n)
