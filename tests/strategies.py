@@ -86,8 +86,9 @@ class Call:
 
     def learned(self):
         """name -> every tensor that has a gradient."""
-        named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias}
-        return {name: x for name, x in named.items() if x is not None and x.requires_grad}
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        learns_bias = self.bias is not None and self.bias.requires_grad
+        return named | ({"bias": self.bias} if learns_bias else {})
 
     def with_fixed_bias(self):
         """The same, with a bias that is not learned."""

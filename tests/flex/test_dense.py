@@ -87,10 +87,8 @@ def test_results_and_gradients(case, d):
         case = dataclasses.replace(case, n=case.n % 300 + 1, autopad=True)
     kept._made.cache_clear()
     scale = case.scale if case.scale is None else abs(case.scale) or None
-    heads = case.lead[1] if len(case.lead) == 2 else 0
-    bias_heads = (
-        case.bias_heads if case.bias_heads and heads and not heads % case.bias_heads else None
-    )
+    shares = len(case.lead) == 2 and case.bias_heads and not case.lead[1] % case.bias_heads
+    bias_heads = case.bias_heads if shares else None
     case = dataclasses.replace(case, **SERVED, scale=scale, d=d, d_v=d, bias_heads=bias_heads)
     check(case, tolerance=1e-4 if case.rotary else 1e-9)  # frequencies are fp32
 
