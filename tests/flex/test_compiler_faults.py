@@ -5,19 +5,18 @@ fault, and docstrings name tests that fail when the workaround is taken away.
 """
 
 import threading
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from compilers import needs_compiled_kernels_on_the_cpu
-from faults import TORCH, assert_refused, is_close, mended
+from faults import TORCH, assert_refused, dense_attention, is_close, mended
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch._inductor import config as inductor_config
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexlocal import LocalAttention, Window, torch_limits
+from flexlocal import LocalAttention, Window
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks, Kernel
 from flexlocal.flex.tuning import STOCK
@@ -66,29 +65,25 @@ def test_a_thread_that_runs_meets_another_that_traces():
 
 @pytest.mark.slow
 @needs_compiled_kernels_on_the_cpu
-def test_a_kernel_of_the_cpu_takes_one_size_for_another(monkeypatch):
+def test_a_kernel_of_the_cpu_takes_one_size_for_another():
     """Which ``sizes_told_apart`` goes around."""
-    layers = [
-        LocalAttention(32, use_rotary_pos_emb=False, dropout=0.0, backend=backend)
-        for backend in ("flex", "eager")
-    ]
+    q, k, v = torch.randn(3, 2, 4, 96, 64)
+    of_keys = torch.randn(2, 96)
 
-    def check(batch, n):
-        q, k, v = torch.randn(3, batch, 4, n, 64)
-        keep = torch.rand(batch, n) < 0.8
+    def added(score, batch, head, query, key):
+        return score + of_keys[batch, key]
+
+    def check(backend):
+        torch.compiler.reset()
+        attend = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
         with torch.no_grad():
-            found, expected = (layer(q, k, v, mask=keep) for layer in layers)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert is_close(attend(q, k, v, added), dense_attention(q, k, v, score_mod=added))
 
-    with monkeypatch.context() as traced:  # once, so that torch leaves the sizes open
-        without_code = partial(compile_fx.compile_fx, inner_compile=lambda graph, *_, **__: graph)
-        traced.setattr(compile_fx, "compile_fx", without_code)
-        check(2, 64)
-    # The cache may hold a kernel that was made with them told apart.
-    with monkeypatch.context() as bare, inductor_config.patch(fx_graph_cache=False):
-        bare.setattr(torch_limits, "sizes_told_apart", nullcontext)
-        assert_refused(lambda: check(3, 96), "SplitSize.* was not declared", "sizes_told_apart")
-    check(3, 96)
+    with inductor_config.patch(fx_graph_cache=False):  # it may hold a kernel of either
+        assert_refused(
+            lambda: check("inductor"), "SplitSize.* was not declared", "sizes_told_apart"
+        )
+        check(inductor)
 
 
 def test_callables_of_the_same_code_share_a_limit():

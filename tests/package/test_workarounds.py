@@ -69,8 +69,8 @@ WORKAROUNDS = {
         "compiler test_settings_of_a_dynamic_layer_are_plain",
     ),
     "torch_limits.py at_least": (
-        "limits test_positions_clipped_by_clamp_break_a_mask",
-        "limits test_positions_clipped_by_clamp_break_a_mask",
+        "limits test_positions_clipped_by_clamp_are_no_index",
+        "limits test_positions_clipped_by_clamp_are_no_index",
     ),
     "torch_limits.py is_transformed": (
         "autograd test_a_function_of_autograd_has_no_rules_for_transforms",
