@@ -4,11 +4,13 @@ Each process compiles beside the others; who checks or times has the GPU to itse
 """
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +199,26 @@ def in_processes(
     work: Callable[[Any], Any], jobs: Sequence[Any], count: int, seconds: float = 240.0
 ) -> Iterator[tuple[Any, Any]]:
     """Each job with its result, in a process of its own; with a text where that died or hung."""
+    with ThreadPoolExecutor(count) as waiting:
+        yield from zip(jobs, waiting.map(partial(_result, work, seconds), jobs), strict=True)
+
+
+def _result(work: Callable[[Any], Any], seconds: float, job: Any) -> Any:
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with spawn.Pool(count, maxtasksperchild=1) as pool:
-        given = [(job, pool.apply_async(_in_time, (work, seconds, job))) for job in jobs]
-        for job, result in given:
-            try:
-                yield job, result.get(seconds)
-            except multiprocessing.TimeoutError:
-                yield job, f"no result within {seconds:g} s"
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_result, args=(sender, work, job), daemon=True)
+    process.start()
+    sender.close()  # so that the pipe ends with the process
+    try:
+        return receiver.recv() if receiver.poll(seconds) else f"no result within {seconds:g} s"
+    except EOFError:
+        process.join()
+        return f"its process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()  # one that hangs as well, and with it its lock
+        process.join()
 
 
-def _in_time(work: Callable[[Any], Any], seconds: float, job: Any) -> Any:
+def _send_result(sender: Connection, work: Callable[[Any], Any], job: Any) -> None:
     torch._inductor.config.compile_threads = 1  # the other processes compile as well
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends a process that hangs, and with it its lock
-    result = work(job)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return result
+    sender.send(work(job))

@@ -323,7 +323,8 @@ def test_each_job_has_a_process_of_its_own():
 def test_a_process_that_dies_or_hangs_costs_its_own_job_only():
     """The one that hangs has the only place until it is ended."""
     found = dict(sweep.in_processes(job_of_a_process, ["die", "hang", "one"], 1, seconds=15))
-    assert found["die"] == found["hang"] == "no result within 15 s"
+    assert found["die"] == "its process ended with exit code 7"
+    assert found["hang"] == "no result within 15 s"
     assert found["one"][0] == "one"
 
 
