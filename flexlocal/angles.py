@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .torch_limits import has_float64
+from .torch_limits.kernels import has_float64
 
 
 def angles(position: Tensor, inv_freq: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .masks.arguments import check_count, check_integers, kind_of
 from .masks.ring import NEVER_FILLED, Ring
 from .masks.window import Window
-from .torch_limits import at_least, stop_unless
+from .torch_limits.sizes import at_least
+from .torch_limits.tensors import stop_unless
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -25,7 +25,7 @@ from .masks.arguments import kind_of
 from .masks.ring import Ring
 from .rotary import rotate, table_of
 from .spec import Inputs, Spec, resolved, with_plain_numbers
-from .torch_limits import is_tracing
+from .torch_limits.tracing import is_tracing
 
 
 def attend(spec: Spec, inputs: Inputs, cache: LocalCache) -> Any:

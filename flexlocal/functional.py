@@ -13,7 +13,7 @@ from .masks.spans import MOST_DENSE, from_spans
 from .masks.window import as_rule
 from .rotary import Rotary
 from .spec import BackendName, Inputs, Spec, call_of, rotation_of, shaped
-from .torch_limits import is_tracing
+from .torch_limits.tracing import is_tracing
 from .varlen import in_a_row
 
 

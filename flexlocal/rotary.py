@@ -18,7 +18,9 @@ from .angles import angles
 from .masks import Rule
 from .masks.arguments import check_count, check_flag, check_number
 from .masks.key_layout import KeyLayout
-from .torch_limits import has_float64, is_transformed, written_out
+from .torch_limits.kernels import has_float64
+from .torch_limits.memory import written_out
+from .torch_limits.tracing import is_transformed
 
 # xpos's factors lie between 2**-bits and 2**bits. Within _RANGE_BITS of a dtype, scaled queries and
 # keys are finite. Within _PRODUCT_BITS, so are the products of queries and keys that they do not

@@ -22,7 +22,7 @@ from .masks.placed import place
 from .masks.rule import Rule
 from .masks.window import as_rule
 from .rotary import Rotary, Xpos
-from .torch_limits import plain_float, plain_int
+from .torch_limits.sizes import plain_float, plain_int
 
 BackendName = Literal["auto", "flex", "eager"]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .cache import LocalCache
 from .spec import Inputs, Spec, is_plain
-from .torch_limits import has_values, is_transformed
+from .torch_limits.tensors import has_values
+from .torch_limits.tracing import is_transformed
 
 
 class Slice(NamedTuple):

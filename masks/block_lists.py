@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from ..torch_limits import at_least, at_most, written_out
+from ..torch_limits.memory import written_out
+from ..torch_limits.sizes import at_least, at_most
 from .arguments import check_block_size, check_count
 from .block_intervals import Grid, Intervals, Side, at_columns, kept_blocks, trimmed
 from .keys import padding_mod

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_limits import written_out
+from ..torch_limits.memory import written_out
 from .arguments import check_count, check_integers
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_limits import Index, at_least, at_most, written_out
+from ..torch_limits.memory import written_out
+from ..torch_limits.sizes import Index, at_least, at_most
 from .rule import Entry, Reach, Rule
 from .window import Window
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_limits import is_transformed
+from ..torch_limits.tracing import is_transformed
 from .rule import MaskMod
 
 

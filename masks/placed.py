@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_limits import Index, at_least, at_most
+from ..torch_limits.sizes import Index, at_least, at_most
 from .documents import run_ends
 from .rule import Entry, Reach, Rule
 from .window import Window

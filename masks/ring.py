@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..torch_limits import Index
+from ..torch_limits.sizes import Index
 from .rule import Entry, Reach, Rule
 from .window import Window
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..torch_limits import Index
+from ..torch_limits.sizes import Index
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,7 @@ Source: the documented ``LocalAttention`` of https://github.com/lucidrains/local
 import math
 from dataclasses import dataclass
 
-from ..torch_limits import Index, plain_int
+from ..torch_limits.sizes import Index, plain_int
 from .arguments import check_count, check_flag, kind_of, plain
 from .rule import Entry, Reach, Rule
 

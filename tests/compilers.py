@@ -9,7 +9,7 @@ import torch
 from budget import gradients
 from strategies import Call
 
-from flexlocal.torch_limits import unavailable
+from flexlocal.torch_limits.kernels import unavailable
 
 MOST_GRAPHS = 3  # one of a first length, one of any, and one more for lengths of another kind
 

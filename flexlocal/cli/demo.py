@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import torch_limits
 from ..spec import BackendName
+from ..torch_limits.kernels import unavailable
 from .byte_model import EMBEDDING, HEADS, LAYERS, ByteModel
 from .progress import Progress
 
@@ -146,7 +146,7 @@ def sample(
 def difference(model: ByteModel, row_bn: Tensor) -> str:
     """The largest difference that flex and eager attention make to the logits, in words."""
     device = row_bn.device
-    reason = torch_limits.unavailable(device)
+    reason = unavailable(device)
     if reason:
         return f"not compared: flex cannot run on {device.type}: {reason}"
     before = [attention.backend for attention in model.attentions]

@@ -11,9 +11,10 @@ import time
 
 import torch
 
-from .. import LocalAttention, __version__, torch_limits
+from .. import LocalAttention, __version__
 from ..flex import flash
 from ..spec import BackendName
+from ..torch_limits.kernels import cpp_compiler, unavailable
 
 Row = tuple[str, str]
 
@@ -29,7 +30,7 @@ EXTRAS = (
 
 def report() -> list[Row]:
     """The rows of the table: what, and what was found."""
-    compiler = torch_limits.cpp_compiler()
+    compiler = cpp_compiler()
     rows = [
         ("flexlocal", __version__),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
@@ -57,7 +58,7 @@ def trials() -> list[tuple[BackendName, torch.device]]:
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
     found: list[tuple[BackendName, torch.device]] = [("eager", device) for device in devices]
-    found += [("flex", device) for device in devices if not torch_limits.unavailable(device)]
+    found += [("flex", device) for device in devices if not unavailable(device)]
     return found
 
 
@@ -141,5 +142,5 @@ def _gpus() -> list[str]:
 
 
 def _flex(device: str, yes: str) -> str:
-    reason = torch_limits.unavailable(torch.device(device))
+    reason = unavailable(torch.device(device))
     return f"no: {reason}" if reason else yes

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..masks.arguments import check_count, kind_of
-from ..torch_limits import plain_int
+from ..torch_limits.sizes import plain_int
 from .agreement import group_of
 
 

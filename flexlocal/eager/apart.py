@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..spec import Inputs, Result, Spec, wants_gradients
-from ..torch_limits import has_values, is_transformed
+from ..torch_limits.tensors import has_values
+from ..torch_limits.tracing import is_transformed
 
 LEAST, LEAST_IN_TRAINING = 2**26, 2**27
 """Products in a document that is worth a call; measured with 8 heads of 64, and 32 to 512 tokens in

@@ -33,7 +33,7 @@ from ..spec import (
     rule_of,
     wants_gradients,
 )
-from ..torch_limits import is_transformed
+from ..torch_limits.tracing import is_transformed
 from . import apart, dense, fused, fused_autograd, operator
 from .autograd import attend_in_portions, output_by_torch, portions
 from .cutting import bias_within, cleared, cropped, in_tiles, sizes_of

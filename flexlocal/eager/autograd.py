@@ -16,7 +16,8 @@ from ..masks.rule import Rule
 from ..mods.sinks import gradient_of_sinks
 from ..regions import region
 from ..spec import Spec
-from ..torch_limits import for_each_gradient, is_transformed
+from ..torch_limits.gradients import for_each_gradient
+from ..torch_limits.tracing import is_transformed
 from . import fused
 from .formula import Formula, Operands, times
 from .tiles import Sizes, Tiles, every_tile, some_at_a_time

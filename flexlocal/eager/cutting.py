@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..masks.rule import Rule
 from ..spec import Inputs, Spec
-from ..torch_limits import is_exporting, is_symbolic, is_transformed
+from ..torch_limits.sizes import is_symbolic
+from ..torch_limits.tracing import is_exporting, is_transformed
 from .autograd import scores_in_a_portion
 from .formula import Formula, Operands, formula_of, operands_of
 from .tiles import Sizes

@@ -18,7 +18,9 @@ from ..mods.sinks import sinks_of_rows, with_sink
 from ..mods.softcap import cap_tiles, pull_back_tiles
 from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
-from ..torch_limits import added_in_place, at_least, at_most, has_float64
+from ..torch_limits.gradients import added_in_place
+from ..torch_limits.kernels import has_float64
+from ..torch_limits.sizes import at_least, at_most
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]

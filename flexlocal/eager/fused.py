@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..masks.rule import Rule
 from ..spec import Inputs, Spec, is_plain
-from ..torch_limits import at_least, at_most, has_values
+from ..torch_limits.sizes import at_least, at_most
+from ..torch_limits.tensors import has_values
 from . import fused_alike
 from .formula import Operands
 from .fused_kernel import QKV, attention, computed_in, hiding_of

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..masks.rule import Rule
 from ..spec import Spec
-from ..torch_limits import has_values
+from ..torch_limits.tensors import has_values
 from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
 from .fused_tiles import Tile, cuts_of, tiles_of

@@ -15,7 +15,8 @@ from ..autocast import without_autocast
 from ..masks.rule import Rule
 from ..regions import region
 from ..spec import Inputs, Spec
-from ..torch_limits import for_each_gradient, is_transformed
+from ..torch_limits.gradients import for_each_gradient
+from ..torch_limits.tracing import is_transformed
 from . import fused_alike
 from .autograd import differentiable_gradients, output_by_torch, scores_in_a_portion
 from .cutting import in_tiles

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from ..torch_limits import flash_backward_on_cpu, flash_on_cpu, multiplies_float16
+from ..torch_limits.attention import flash_backward_on_cpu, flash_on_cpu, multiplies_float16
 
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, or their gradients."""

@@ -18,7 +18,8 @@ from ..autocast import without_autocast
 from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
 from ..spec import Inputs, Spec, wants_gradients
-from ..torch_limits import Index, is_exporting, is_transformed
+from ..torch_limits.sizes import Index
+from ..torch_limits.tracing import is_exporting, is_transformed
 from . import fused, fused_autograd
 from .autograd import empty_output, gradients, output_by_torch, outputs
 from .cutting import bias_within, in_tiles

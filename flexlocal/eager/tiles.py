@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_limits import at_most
+from ..torch_limits.sizes import at_most
 
 
 @dataclass(frozen=True)

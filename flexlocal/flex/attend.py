@@ -33,16 +33,9 @@ from ..spec import (
     rule_of,
     xpos_of,
 )
-from ..torch_limits import (
-    LEAST_HEAD,
-    LEAST_HEAD_ON_CPU,
-    MOST_HEAD,
-    MOST_HEAD_BETWEEN,
-    copied,
-    number_in_memory,
-    plain_int,
-    written_out,
-)
+from ..torch_limits.kernels import LEAST_HEAD, LEAST_HEAD_ON_CPU, MOST_HEAD, MOST_HEAD_BETWEEN
+from ..torch_limits.memory import copied, number_in_memory, written_out
+from ..torch_limits.sizes import plain_int
 from .kernel import Blocks, Kernel
 from .renormalised import attend_renormalised, attend_with_lse
 from .tuning import STOCK_BLOCK, Tuning

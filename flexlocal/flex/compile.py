@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
-from ..torch_limits import mark_length_dynamic
+from ..torch_limits.compiling import mark_length_dynamic
 from . import dense, flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory
 from .engines import Engine

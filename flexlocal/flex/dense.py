@@ -12,13 +12,10 @@ from torch import Tensor
 
 from ..masks.keys import for_each_head
 from ..spec import Inputs, Spec, is_placed, is_plain, wants_gradients
-from ..torch_limits import (
-    KERNEL_DTYPES,
-    efficient_on_gpu,
-    flash_on_gpu,
-    has_address,
-    is_tracing,
-)
+from ..torch_limits.attention import efficient_on_gpu, flash_on_gpu
+from ..torch_limits.kernels import KERNEL_DTYPES
+from ..torch_limits.tensors import has_address
+from ..torch_limits.tracing import is_tracing
 from . import dense_tables
 from .dense_inputs import ALIGNED, Beside, Treatment
 from .dense_tables import hidden_by, rotations_of

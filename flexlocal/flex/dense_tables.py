@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..masks.window import Window
 from ..rotary import table_of
-from ..torch_limits import has_values, state_of
+from ..torch_limits.tensors import has_values, state_of
 from .kept import kept
 
 LONGEST = 1024

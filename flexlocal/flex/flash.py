@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ..spec import Inputs, Spec, is_placed, wants_gradients
-from ..torch_limits import seen_as_constant
+from ..torch_limits.tracing import seen_as_constant
 from . import flash_attention
 from .tuning import FLASH, STOCK_BLOCK, capability, nearest, overridden
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..torch_limits import raw_stream
+from ..torch_limits.tensors import raw_stream
 
 Made = TypeVar("Made")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Inputs
-from ..torch_limits import inductor, keep_guard
+from ..torch_limits.compiling import inductor, keep_guard
 from .threads import GATE
 
 Result = TypeVar("Result")

@@ -41,7 +41,9 @@ from ..mods.bias import gathered
 from ..mods.dropout import drop_scores, dropout_mod
 from ..mods.score import in_turn
 from ..mods.sinks import gradient_of_sinks, sinks_of_rows, with_sink
-from ..torch_limits import LEAST_HEAD, seen_as_constant, settled
+from ..torch_limits.kernels import LEAST_HEAD
+from ..torch_limits.memory import settled
+from ..torch_limits.tracing import seen_as_constant
 from .kernel import Kernel
 
 _LOG2_E = 1 / math.log(2)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..mods.dropout import seed_from_row
 from ..spec import Inputs, Result, Spec
-from ..torch_limits import LEAST_HEAD, MOST_HEAD, MOST_HEAD_BETWEEN, written_out
+from ..torch_limits.kernels import LEAST_HEAD, MOST_HEAD, MOST_HEAD_BETWEEN
+from ..torch_limits.memory import written_out
 
 
 class Limits(NamedTuple):

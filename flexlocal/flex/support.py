@@ -2,7 +2,8 @@
 
 from ..rotary import xpos_fits
 from ..spec import Inputs, Spec, wants_gradients, xpos_tokens
-from ..torch_limits import MOST_HEAD, is_exporting, is_transformed, unavailable
+from ..torch_limits.kernels import MOST_HEAD, unavailable
+from ..torch_limits.tracing import is_exporting, is_transformed
 from . import split
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ..masks.rule import Rule
 from ..spec import Inputs, Spec
-from ..torch_limits import seen_as_constant
+from ..torch_limits.tracing import seen_as_constant
 
 STOCK_BLOCK = 128
 """FlexAttention's own block size. Kernels check no bounds in sequences of whole such blocks."""

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import Rule, Window
-from ..torch_limits import added_in_place, at_least, at_most, written_out
+from ..torch_limits.gradients import added_in_place
+from ..torch_limits.memory import written_out
+from ..torch_limits.sizes import at_least, at_most
 from .score import Mod
 
 Place = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..masks.rule import MaskMod
-from ..torch_limits import written_out
+from ..torch_limits.memory import written_out
 from .score import ScoreMod
 
 MOST_DROPOUT = 1 - 2**-32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..masks import Rule, Window, mask_mod
 from ..masks.rule import MaskMod
-from ..torch_limits import at_least, at_most
+from ..torch_limits.sizes import at_least, at_most
 from .score import Mod
 
 SELF_SCORE = -5e4

@@ -7,7 +7,7 @@ Gemma 2, arXiv:2408.00118, section 2.
 import torch
 from torch import Tensor
 
-from ..torch_limits import fast_capped, fast_tanh, lower_fast_tanh
+from ..torch_limits.tanh import fast_capped, fast_tanh, lower_fast_tanh
 from .score import Mod
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...torch_limits import at_least, at_most
+from ...torch_limits.sizes import at_least, at_most
 from ..arguments import check_count
 from ..rule import Rule
 

@@ -190,13 +190,13 @@ def test_doctor_reports_every_part(capsys):
     ],
 )
 def test_what_is_missing_comes_with_its_remedy(device, here, remedy, monkeypatch):
-    from flexlocal import torch_limits
+    from flexlocal.torch_limits import kernels
 
-    monkeypatch.setattr(torch_limits.shutil, "which", lambda name: here["compiler"])
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: here["compiler"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here["gpu"])
     monkeypatch.setattr(torch.version, "cuda", here.get("build"))
-    monkeypatch.setattr(torch_limits.importlib.util, "find_spec", lambda name: here[name])
-    assert remedy in torch_limits._missing.__wrapped__(device)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: here[name])
+    assert remedy in kernels._missing.__wrapped__(device)
 
 
 def test_a_reader_may_leave_early():

@@ -20,7 +20,9 @@ from flexlocal import LocalAttention, Window
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks, Kernel
 from flexlocal.flex.tuning import STOCK
-from flexlocal.torch_limits import inductor, is_exporting, mark_length_dynamic, plain_float
+from flexlocal.torch_limits.compiling import inductor, mark_length_dynamic
+from flexlocal.torch_limits.sizes import plain_float
+from flexlocal.torch_limits.tracing import is_exporting
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -19,7 +19,7 @@ from flexlocal import LocalAttention, Rotary, Window, explain, local_attention
 from flexlocal.flex import compile as compiling
 from flexlocal.flex.kernel import Blocks
 from flexlocal.flex.tuning import STOCK
-from flexlocal.torch_limits import inductor
+from flexlocal.torch_limits.compiling import inductor
 
 pytestmark = needs_compiled_kernels_on_the_cpu
 
@@ -241,8 +241,8 @@ def test_it_raises_rather_than_compute_every_score():
 
 def test_a_compiler_that_is_switched_off_is_no_fused_path():
     code = (
-        "import torch; from flexlocal import torch_limits;"
-        "print(torch_limits.unavailable(torch.device('cpu')))"
+        "import torch; from flexlocal.torch_limits.kernels import unavailable;"
+        "print(unavailable(torch.device('cpu')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -10,10 +10,12 @@ from compilers import needs_compiled_kernels_on_the_cpu
 from faults import TORCH, assert_refused
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexlocal import LocalAttention, Window, local_attention, spec, torch_limits
+from flexlocal import LocalAttention, Window, local_attention, spec
 from flexlocal.flex import attend as graph
 from flexlocal.masks import block_mask
-from flexlocal.torch_limits import at_least, at_most, inductor, is_symbolic, plain_int
+from flexlocal.torch_limits.compiling import inductor
+from flexlocal.torch_limits.kernels import KERNEL_DTYPES, unavailable
+from flexlocal.torch_limits.sizes import at_least, at_most, is_symbolic, plain_int
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -106,10 +108,10 @@ def test_positions_clipped_by_clamp_are_no_index():
 
 @needs_compiled_kernels_on_the_cpu
 def test_what_kernels_take_is_what_they_are_given():
-    for dtype in torch_limits.KERNEL_DTYPES:
-        assert torch_limits.unavailable(torch.device("cpu"), dtype) is None
-    assert "float64" in str(torch_limits.unavailable(torch.device("cpu"), torch.float64))
-    assert "meta" in str(torch_limits.unavailable(torch.device("meta")))
+    for dtype in KERNEL_DTYPES:
+        assert unavailable(torch.device("cpu"), dtype) is None
+    assert "float64" in str(unavailable(torch.device("cpu"), torch.float64))
+    assert "meta" in str(unavailable(torch.device("meta")))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from flexlocal import LocalAttention, dispatch
 from flexlocal.flex import compile as compiling
 from flexlocal.flex import renormalised
 from flexlocal.flex.kernel import Kernel
-from flexlocal.torch_limits import settled
+from flexlocal.torch_limits.memory import settled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler", "cold")]
 

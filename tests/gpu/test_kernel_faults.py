@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexlocal import Window
 from flexlocal.flex import renormalised
 from flexlocal.masks import block_mask, documents_from_cu_seqlens
-from flexlocal.torch_limits import written_out
+from flexlocal.torch_limits.memory import written_out
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 

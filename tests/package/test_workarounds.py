@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from flexlocal import torch_limits
-
 ROOT = Path(__file__).parents[2]
 
 FILES = {
@@ -40,79 +38,79 @@ FILES = {
 
 # File and name where it stands: tests of the fault, tests of the workaround.
 WORKAROUNDS = {
-    "torch_limits.py MOST_HEAD": (
+    "torch_limits/kernels.py MOST_HEAD": (
         "kernels test_heads_above_256_have_no_tiles_that_fit",
         "gpu test_wide_heads_go_to_the_eager_path",
     ),
-    "torch_limits.py MOST_HEAD_BETWEEN": (
+    "torch_limits/kernels.py MOST_HEAD_BETWEEN": (
         "kernels test_float32_heads_above_128_have_no_tiles_that_fit",
         "gpu test_heads_lengths_and_windows",
     ),
-    "torch_limits.py LEAST_HEAD": (
+    "torch_limits/kernels.py LEAST_HEAD": (
         "limits test_narrow_heads_are_refused_by_kernels_of_the_gpu",
         "limits test_narrow_heads_are_refused_by_kernels_of_the_gpu",
     ),
-    "torch_limits.py LEAST_HEAD_ON_CPU": (
+    "torch_limits/kernels.py LEAST_HEAD_ON_CPU": (
         "compiler test_a_kernel_of_the_cpu_reads_keys_past_the_last_of_narrow_heads",
         "on cpu test_nothing_behind_the_last_key_is_read",
     ),
-    "torch_limits.py seen_as_constant": (
+    "torch_limits/tracing.py seen_as_constant": (
         "compiler test_what_is_traced_is_taken_for_an_export",
         "compiler test_what_is_traced_is_taken_for_an_export",
     ),
-    "torch_limits.py plain_int": (
+    "torch_limits/sizes.py plain_int": (
         "limits test_a_kernel_is_made_for_a_number_of_heads",
         "limits test_sizes_become_symbolic_and_plain_again",
     ),
-    "torch_limits.py plain_float": (
+    "torch_limits/sizes.py plain_float": (
         "compiler test_a_kernel_captures_no_symbolic_float",
         "compiler test_settings_of_a_dynamic_layer_are_plain",
     ),
-    "torch_limits.py at_least": (
+    "torch_limits/sizes.py at_least": (
         "limits test_positions_clipped_by_clamp_are_no_index",
         "limits test_positions_clipped_by_clamp_are_no_index",
     ),
-    "torch_limits.py is_transformed": (
+    "torch_limits/tracing.py is_transformed": (
         "autograd test_a_function_of_autograd_has_no_rules_for_transforms",
         "transforms test_vmap_and_gradients_by_sample",
     ),
-    "torch_limits.py added_in_place": (
+    "torch_limits/gradients.py added_in_place": (
         "autograd test_vmap_writes_no_batch_into_what_is_none",
         "transforms test_vmap_over_one_tensor",
     ),
-    "torch_limits.py for_each_gradient": (
+    "torch_limits/gradients.py for_each_gradient": (
         "autograd test_an_older_vmap_cannot_add_its_batch_in_place",
         "transforms test_a_batch_of_gradients",
     ),
-    "torch_limits.py written_out": (
+    "torch_limits/memory.py written_out": (
         "compiler test_a_kernel_of_the_cpu_looks_nothing_up_that_is_no_buffer",
         "on cpu test_lengths_with_a_last_token_that_sees_only_itself"
         ", gpu test_a_block_mask_made_inside_a_compiled_function",
     ),
-    "torch_limits.py settled": (
+    "torch_limits/memory.py settled": (
         "backward test_tables_of_the_backward_pass_lie_as_inductor_likes",
         "gpu test_dropout_drops_what_the_eager_path_drops",
     ),
-    "torch_limits.py copied": (
+    "torch_limits/memory.py copied": (
         "limits test_a_kernel_of_the_cpu_takes_no_neighbours",
         "limits test_a_kernel_of_the_cpu_takes_no_neighbours",
     ),
-    "torch_limits.py number_in_memory": (
+    "torch_limits/memory.py number_in_memory": (
         "compiler test_a_kernel_of_the_cpu_looks_nothing_up_that_is_no_buffer"
         ", compiler test_dropouts_backward_pass_captures_no_symbolic_length"
         ", backward test_a_mask_captures_no_symbolic_length",
         "on cpu test_lengths_with_a_last_token_that_sees_only_itself"
         ", backward test_a_mask_captures_no_symbolic_length",
     ),
-    "torch_limits.py refuse_old_onnx": (
+    "torch_limits/tracing.py refuse_old_onnx": (
         "autograd test_the_older_onnx_exporter_cannot_unfold",
         "exporters test_what_cannot_be_served_says_what_can",
     ),
-    "torch_limits.py sizes_told_apart": (
+    "torch_limits/compiling.py sizes_told_apart": (
         "compiler test_a_kernel_of_the_cpu_takes_one_size_for_another",
         "compiler test_a_kernel_of_the_cpu_takes_one_size_for_another",
     ),
-    "torch_limits.py inductor": (
+    "torch_limits/compiling.py inductor": (
         "compiler test_a_graph_is_not_retained"
         ", compiler test_the_backward_pass_is_compiled_at_its_first_call"
         ", limits test_the_gradient_of_a_sum_of_views_is_copied_by_torchs_own_compiler",
@@ -180,31 +178,31 @@ SEEN_ONCE = {
 
 # Needed by the way in which torch, or its kernels, are made: no version is going to mend them.
 BY_DESIGN = {
-    "torch_limits.py stop_unless": (
+    "torch_limits/tensors.py stop_unless": (
         "compiler test_no_branch_on_a_tensor_is_traced",
         "compiled test_tokens_are_taken_back_inside_a_graph",
     ),
-    "torch_limits.py is_tracing": (
+    "torch_limits/tracing.py is_tracing": (
         "autograd test_sizes_are_tensors_while_torch_jit_traces",
         "exporters test_a_trace_serves_every_length_and_batch",
     ),
-    "torch_limits.py mark_length_dynamic": (
+    "torch_limits/compiling.py mark_length_dynamic": (
         "compiler test_sizes_that_stay_at_first_make_a_graph_more",
         "compiler test_sizes_that_stay_at_first_make_a_graph_more",
     ),
-    "torch_limits.py flash_on_cpu": (
+    "torch_limits/attention.py flash_on_cpu": (
         "autograd test_attention_returns_no_log_sum_exps",
         "fused test_gradients_by_the_kernel",
     ),
-    "torch_limits.py flash_backward_on_cpu": (
+    "torch_limits/attention.py flash_backward_on_cpu": (
         "autograd test_attention_returns_no_log_sum_exps",
         "fused test_gradients_by_the_kernel",
     ),
-    "torch_limits.py efficient_on_gpu": (
+    "torch_limits/attention.py efficient_on_gpu": (
         "kernels test_attention_with_a_mask_makes_a_plan_for_each_size",
         "dense on a gpu test_no_size_has_a_plan",
     ),
-    "torch_limits.py flash_on_gpu": (
+    "torch_limits/attention.py flash_on_gpu": (
         "kernels test_attention_with_a_mask_makes_a_plan_for_each_size",
         "dense on a gpu test_no_size_has_a_plan",
     ),
@@ -296,10 +294,11 @@ def test_each_says_which_versions_need_it(place):
 
 
 def test_every_name_of_torch_limits_is_listed():
-    text, tree = parsed("flexlocal/torch_limits.py")
-    public = {name for node in tree.body for name in names_of(node) if name}
+    public = set()
+    for file in (ROOT / "flexlocal/torch_limits").glob("*.py"):
+        _, tree = parsed(file.relative_to(ROOT))
+        public |= {name for node in tree.body for name in names_of(node) if name}
     public = {name for name in public if not name.startswith("_")} - {"Index", "Function"}
-    listed = {place.split()[1] for place in EVERY if place.startswith("torch_limits.py ")}
+    listed = {place.split()[1] for place in EVERY if place.startswith("torch_limits/")}
     assert public == listed | set(NO_WORKAROUNDS)
     assert not listed & set(NO_WORKAROUNDS)
-    assert all(hasattr(torch_limits, name) for name in public)

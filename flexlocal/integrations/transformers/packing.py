@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dispatch import warn_once
 from ...masks import documents_from_cu_seqlens, documents_from_positions
-from ...torch_limits import stop_unless
+from ...torch_limits.tensors import stop_unless
 
 
 def documents_of_mask(

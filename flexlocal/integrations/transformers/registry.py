@@ -8,7 +8,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ...torch_limits import seen_as_constant
+from ...torch_limits.tracing import seen_as_constant
 from .attention import attend, hand_over
 from .mask import LocalMask, local_mask
 
