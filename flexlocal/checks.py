@@ -13,8 +13,9 @@ from .masks import Rule, Window
 from .masks.arguments import check_flag, check_integers, check_number, kind_of
 from .masks.documents import check_cu_seqlens
 from .mods.dropout import MOST_DROPOUT
+from .positions import xpos_tokens
 from .rotary import check_above_zero, xpos_products_fit
-from .spec import BackendName, Inputs, Spec, without_values, xpos_tokens
+from .spec import BackendName, Inputs, Spec, without_values
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -22,7 +22,9 @@ from .flex import compile as flex
 from .flex import engines, support, tuning
 from .flex.engines import Engine
 from .masks import Rule, Window
-from .spec import Inputs, Result, Spec, numbered, resolved, rule_of, shaped, with_plain_numbers
+from .positions import rule_of
+from .shapes import shaped
+from .spec import Inputs, Result, Spec, numbered, resolved, with_plain_numbers
 from .torch_limits.tracing import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 

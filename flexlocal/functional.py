@@ -12,7 +12,8 @@ from .masks import Rule
 from .masks.spans import MOST_DENSE, from_spans
 from .masks.window import as_rule
 from .rotary import Rotary
-from .spec import BackendName, Inputs, Spec, call_of, rotation_of, shaped
+from .shapes import shaped
+from .spec import BackendName, Inputs, Spec, call_of, rotation_of
 from .torch_limits.tracing import is_tracing
 from .varlen import in_a_row
 

@@ -1,7 +1,7 @@
 """What a call is: ``Spec``, all that is known without tensors, and ``Inputs``, its tensors.
 
 Both first hold a user's arguments as they came. ``resolved`` fills in the defaults of a ``Spec``,
-and ``shaped`` brings ``Inputs`` to the shapes that the paths take. A new argument is a field here,
+and ``shapes`` brings ``Inputs`` to the shapes that the paths take. A new argument is a field here,
 a check in ``checks`` and a line on each path.
 
 Shapes, here and on the paths: ``b`` batch entries, ``h`` query heads, ``kv`` key heads, a divisor
@@ -9,7 +9,6 @@ of ``h``; ``n`` queries, and keys, where these are not ``m``; ``d`` the head siz
 values; ``W`` tokens in a window, ``span`` keys in a query's windows.
 """
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from .masks.arguments import kind_of, plain
 from .masks.documents import documents_from_cu_seqlens
-from .masks.keys import for_each_head, mask_of_rows
-from .masks.placed import place
 from .masks.rule import Rule
 from .masks.window import as_rule
 from .rotary import Rotary, Xpos
@@ -59,7 +56,7 @@ class Spec(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, in a user's shapes; in brackets the shapes that ``shaped`` makes.
+    """The tensors of a call, in a user's shapes; in brackets those that ``shapes`` makes.
 
     Attributes:
         q: ``(*lead, n, d)`` [``(b, h, n, d)``].
@@ -196,15 +193,6 @@ def numbered(inputs: Inputs) -> Inputs:
     return inputs._replace(documents=documents[None, None], cu_seqlens=None)
 
 
-def xpos_tokens(spec: Spec, inputs: Inputs) -> int:
-    """Consecutive tokens that share an origin of xpos at least: a window and all that it sees."""
-    window = spec.rule.window
-    # Windows that count from documents begin anywhere among the tokens that share an origin.
-    loose = 0 if window.exact or not is_placed(inputs) else window.size - 1
-    tokens: int = window.span + loose * (1 if window.causal else 2)
-    return tokens
-
-
 def rotation_of(rotary: Rotary | None) -> tuple[float | None, Tensor | None, Tensor | None]:
     """``Spec.xpos_base``, ``Inputs.inv_freq`` and ``Inputs.zeta``.
 
@@ -252,159 +240,8 @@ def without_values(rule: Rule) -> Rule:
     return rule.with_tensors(tuple(x.to("meta") for x in rule.tensors))
 
 
-def rule_of(spec: Spec, inputs: Inputs) -> Rule:
-    """The rule of a call over its own tensors and positions.
-
-    Args:
-        inputs: shaped and ``numbered``.
-    """
-    if inputs.rule_tensors:
-        return spec.rule.with_tensors(inputs.rule_tensors)
-    if not is_placed(inputs):
-        return spec.rule
-    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
-    q_offset, kv_offset = (0 if x is None else x for x in (inputs.q_offset, inputs.kv_offset))
-    return place(
-        spec.rule.window, queries, keys, inputs.documents, q_offset, kv_offset,
-        begin=inputs.begin, seeing=inputs.seeing,
-    )  # fmt: skip
-
-
-def beside_queries(rule: Any, inputs: Inputs) -> tuple[Any, Inputs]:
-    """A placed rule and shaped inputs, over those keys alone that some query may see."""
-    rule, near = rule.beside(inputs.q.shape[2], inputs.k.shape[2])
-    mask = near.kept(inputs.mask)
-    if mask is not None:
-        mask = mask.expand(inputs.q.shape[0], -1, -1)
-    return rule, inputs._replace(k=near.of(inputs.k), v=near.of(inputs.v), mask=mask)
-
-
-def positions(rule: Rule, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """Positions of queries and keys, integer ``(n,)`` and ``(keys,)``, or ``(b, h or 1, ...)``.
-
-    One tensor for both where each query is the token of the key at its index.
-
-    Args:
-        rule: the call's, over so many keys or key slots.
-        q: ``(b, h, n, d)``.
-    """
-    batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
-    head = torch.arange(q.shape[1], device=q.device)[:, None]
-    query, key = (torch.arange(length, device=q.device) for length in (q.shape[2], keys))
-    of_keys = rule.key_position(batch, head, key)
-    if q.shape[2] == keys and isinstance(rule.lead, int) and rule.lead == 0:
-        return of_keys, of_keys
-    return rule.query_position(batch, head, query), of_keys
-
-
-def first_positions(inputs: Inputs, rule: Rule) -> tuple[int | Tensor, int | Tensor]:
-    """Position in the whole sequence of the first query and of the first key.
-
-    Args:
-        inputs: shaped.
-        rule: the call's, over the keys in question.
-
-    Returns:
-        Numbers, or integer ``(b * h, 1)``.
-    """
-    first = 0 if inputs.q_offset is None else inputs.q_offset
-    b, h = inputs.q.shape[:2]
-    numbers = first, first - rule.lead
-    query, key = (x if isinstance(x, int) else x.expand(b, h, 1).reshape(-1, 1) for x in numbers)
-    return query, key
-
-
-def mask_of_queries(rule: Rule, inputs: Inputs) -> Tensor | None:
-    """The key mask, where gradients are taken and each query is the token of the key at its index.
-
-    Args:
-        inputs: shaped.
-        rule: the call's, over these keys.
-    """
-    if inputs.mask is None or not wants_gradients(inputs):
-        return None
-    lead, queries, keys = rule.lead, inputs.q.shape[2], inputs.k.shape[2]
-    return inputs.mask if isinstance(lead, int) and lead == 0 and queries == keys else None
-
-
 def xpos_of(spec: Spec, inputs: Inputs) -> Xpos | None:
     """xpos of a call, or None where it is off."""
     if spec.xpos_base is None or inputs.zeta is None:
         return None
     return Xpos(inputs.zeta, spec.xpos_base)
-
-
-def shaped(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """``inputs`` in the shapes that the paths take; q, k and v cast to ``dtype``, unless None."""
-    q, k, v, mask = inputs[:4]
-    placed = is_placed(inputs)
-    if dtype is None and mask is None and q.dim() == 4 and not placed:
-        return inputs
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if q.dim() != 4:
-        batch = _batch_of(inputs) if q.dim() < 4 else None
-        q, k, v = (_four_dimensional(x, batch) for x in (q, k, v))
-    b, h = q.shape[:2]
-    if mask is not None:
-        mask = mask_of_rows(mask, b, h)
-        if mask.shape[1] > 1:
-            k, v = for_each_head(k, h), for_each_head(v, h)
-    if not placed:
-        return Inputs(q, k, v, mask, *inputs[4:])
-    documents, q_offset, kv_offset = inputs.documents, inputs.q_offset, inputs.kv_offset
-    if documents is not None:
-        documents = _by_row(documents if documents.dim() == 2 else documents[None], b, h)
-    same = q_offset is kv_offset
-    q_offset = _offset_by_row(q_offset, b, h)
-    kv_offset = q_offset if same else _offset_by_row(kv_offset, b, h)
-    begin = _offset_by_row(inputs.begin, b, h)
-    of_rows = documents, q_offset, kv_offset, begin
-    if any(isinstance(x, Tensor) and x.shape[1] > 1 for x in of_rows):
-        k, v = for_each_head(k, h), for_each_head(v, h)
-    return inputs._replace(
-        q=q, k=k, v=v, mask=mask, documents=documents, q_offset=q_offset, kv_offset=kv_offset,
-        begin=begin,
-    )  # fmt: skip
-
-
-def _batch_of(inputs: Inputs) -> int | None:
-    """Batch entries among the rows, by the first of a call's tensors that tells some apart."""
-    if inputs.mask is not None:
-        return inputs.mask.shape[0]
-    documents, *offsets = inputs.documents, inputs.q_offset, inputs.kv_offset, inputs.begin
-    if documents is not None and documents.dim() == 2 and documents.shape[0] > 1:
-        return documents.shape[0]
-    several = [x.shape[0] for x in offsets if isinstance(x, Tensor) and x.shape[0] > 1]
-    return several[0] if several else None
-
-
-def _by_row(x: Tensor, b: int, h: int) -> Tensor:
-    """``(batch, n)`` as ``(b or 1, h or 1, n)``; 1 where all rows are alike."""
-    return x[:, None] if x.shape[0] == 1 else mask_of_rows(x, b, h)
-
-
-def _offset_by_row(offset: Any, b: int, h: int) -> Any:
-    """``(batch,)`` as int32 ``(b or 1, h or 1, 1)``; a number and None stay what they are."""
-    if not isinstance(offset, Tensor):
-        return offset
-    return _by_row(offset[:, None], b, h).to(torch.int32)
-
-
-def _four_dimensional(x: Tensor, batch: int | None) -> Tensor:
-    """``(*lead, n, d)`` as ``(b, h, n, d)``, the rows in the same order.
-
-    A view, except that five dimensions that are transposed are copied. A kernel is compiled for one
-    ``h`` and serves any ``b``.
-
-    Args:
-        batch: batch entries among the rows, where some tensor tells them apart.
-    """
-    if x.dim() > 4:
-        return x.flatten(0, -4)
-    rows = math.prod(x.shape[:-2])
-    # Rows that share a mask become heads of one batch entry, so that the mask needs no heads.
-    batch = max(1, rows if batch is None else batch)
-    heads = plain_int(rows // batch)
-    # `expand` states the number of heads: Dynamo would else know a quotient of symbolic sizes.
-    return x.reshape(batch, heads, *x.shape[-2:]).expand(-1, heads, -1, -1)

@@ -19,20 +19,10 @@ from ..masks.keys import finite_padding, without_padding
 from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
+from ..positions import beside_queries, first_positions, mask_of_queries, positions, rule_of
 from ..regions import region
 from ..rotary import rotate, tables_of
-from ..spec import (
-    Inputs,
-    Result,
-    Spec,
-    beside_queries,
-    first_positions,
-    is_placed,
-    mask_of_queries,
-    positions,
-    rule_of,
-    wants_gradients,
-)
+from ..spec import Inputs, Result, Spec, is_placed, wants_gradients
 from ..torch_limits.tracing import is_transformed
 from . import apart, dense, fused, fused_autograd, operator
 from .autograd import attend_in_portions, output_by_torch, portions

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..spec import Inputs, Result, Spec, is_placed, numbered, rule_of
+from ..positions import rule_of
+from ..spec import Inputs, Result, Spec, is_placed, numbered
 from ..torch_limits.compiling import mark_length_dynamic
 from . import dense, flash_attention
 from .attend import attend, blocks_of, with_offsets_in_memory

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Result, Spec, numbered, rule_of, wants_gradients
+from ..positions import rule_of
+from ..spec import Inputs, Result, Spec, numbered, wants_gradients
 from .turned import Turn, turned
 
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flexlocal import Rotary, Window
 from flexlocal.flex import dense, dense_inputs, dense_tables, kept
 from flexlocal.flex.compile import prepared
-from flexlocal.spec import Inputs, Spec, resolved, shaped
+from flexlocal.shapes import shaped
+from flexlocal.spec import Inputs, Spec, resolved
 
 
 def efficient(q, k, v, hiding, trains, dropout, causal, scale):

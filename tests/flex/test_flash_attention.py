@@ -14,7 +14,8 @@ from placed import Placed, case_of, check
 from flexlocal import Window, explain, local_attention, local_attention_varlen
 from flexlocal.flex import tuning
 from flexlocal.flex.compile import prepared
-from flexlocal.spec import Inputs, Spec, resolved, shaped
+from flexlocal.shapes import shaped
+from flexlocal.spec import Inputs, Spec, resolved
 
 
 def weights(q, k, lse, scale, softcap, before, after):

@@ -12,7 +12,8 @@ from flexlocal.eager import attend as eager
 from flexlocal.flex import split
 from flexlocal.flex.split import Limits, in_parts, parts_of
 from flexlocal.mods.dropout import key_draws, query_draws, seed_from_row
-from flexlocal.spec import Inputs, Spec, resolved, shaped
+from flexlocal.shapes import shaped
+from flexlocal.spec import Inputs, Spec, resolved
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from compilers import needs_compiled_kernels_on_the_cpu
 
 from flexlocal import Rotary, Window
 from flexlocal.flex import compile as compiled
-from flexlocal.spec import Inputs, Spec, shaped
+from flexlocal.shapes import shaped
+from flexlocal.spec import Inputs, Spec
 
 pytestmark = needs_compiled_kernels_on_the_cpu
 

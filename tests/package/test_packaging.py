@@ -234,6 +234,7 @@ FLOORS = (
     {"masks", "angles"},
     {"masks.view", "rotary", "autocast", "regions", "mods", "merge", "cache"},
     {"spec"},
+    {"shapes", "positions"},
     {"checks", "eager", "flex", "step"},  # which know nothing of each other
     {"dispatch"},
     {"decoding", "varlen"},
