@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 from .masks import Rule, Window
-from .masks.arguments import check_flag, check_integers, check_number, kind_of
+from .masks.arguments import check_above_zero, check_flag, check_integers, check_number, kind_of
 from .masks.documents import check_cu_seqlens
 from .mods.dropout import MOST_DROPOUT
 from .positions import xpos_tokens
-from .rotary import check_above_zero, xpos_products_fit
 from .spec import BackendName, Inputs, Spec, without_values
+from .xpos import xpos_products_fit
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

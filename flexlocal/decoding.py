@@ -23,7 +23,7 @@ from .flex import tuning
 from .flex.own_graph import for_one_kind, in_own_graph, without_gradients_on_cpu
 from .masks.arguments import kind_of
 from .masks.ring import Ring
-from .rotary import rotate, table_of
+from .rotation import rotate, table_of
 from .spec import Inputs, Spec, resolved, with_plain_numbers
 from .torch_limits.tracing import is_tracing
 

@@ -23,8 +23,8 @@ from .checks import (
 from .dispatch import Choice
 from .functional import attention_map, explain, local_attention
 from .masks import Window
-from .masks.arguments import check_count, check_flag, kind_of
-from .rotary import Rotary, check_above_zero
+from .masks.arguments import check_above_zero, check_count, check_flag, kind_of
+from .rotary import Rotary
 from .spec import BackendName
 
 if TYPE_CHECKING:

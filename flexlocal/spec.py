@@ -18,8 +18,9 @@ from .masks.arguments import kind_of, plain
 from .masks.documents import documents_from_cu_seqlens
 from .masks.rule import Rule
 from .masks.window import as_rule
-from .rotary import Rotary, Xpos
+from .rotary import Rotary
 from .torch_limits.sizes import plain_float, plain_int
+from .xpos import Xpos
 
 BackendName = Literal["auto", "flex", "eager"]
 

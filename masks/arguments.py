@@ -1,5 +1,6 @@
 """What single arguments must be; an error names the argument, what came and what would do."""
 
+import sys
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ def check_number(name: str, value: object, wanted: str = "a number") -> int | fl
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be {wanted}, got {value!r} of {kind_of(value)}")
+    return value
+
+
+def check_above_zero(name: str, value: float, wanted: str = "a number") -> float:
+    """``value``, returned plain, is a finite number above 0; ``name`` is the caller's argument."""
+    value = check_number(name, value, wanted)
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
     return value
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from flexlocal import LocalAttention, Rotary, explain
 from flexlocal.masks import block_mask
-from flexlocal.rotary import rotate, tables_of
+from flexlocal.rotation import rotate, tables_of
 
 from .check import visible
 from .cudnn_attention import Cudnn

@@ -21,7 +21,7 @@ from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
 from ..positions import beside_queries, first_positions, mask_of_queries, positions, rule_of
 from ..regions import region
-from ..rotary import rotate, tables_of
+from ..rotation import rotate, tables_of
 from ..spec import Inputs, Result, Spec, is_placed, wants_gradients
 from ..torch_limits.tracing import is_transformed
 from . import apart, dense, fused, fused_autograd, operator

@@ -16,11 +16,11 @@ from ..mods.dropout import keeps
 from ..mods.shared_qk import clear_own_gradients, own_key, with_own_scores
 from ..mods.sinks import sinks_of_rows, with_sink
 from ..mods.softcap import cap_tiles, pull_back_tiles
-from ..rotary import Xpos, xpos_products_fit
 from ..spec import Inputs, Spec, xpos_of
 from ..torch_limits.gradients import added_in_place
 from ..torch_limits.kernels import has_float64
 from ..torch_limits.sizes import at_least, at_most
+from ..xpos import Xpos, xpos_products_fit
 from .tiles import Sizes, Tiles
 
 Backward = Callable[[Tensor, Tensor | None], Tensor]

@@ -22,11 +22,11 @@ from ..mods.bias import with_margin
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import ends_alone, own_score_mended, unit_keys
 from ..positions import beside_queries, first_positions, mask_of_queries, rule_of
-from ..rotary import most_windows
 from ..spec import Inputs, Result, Spec, is_placed, xpos_of
 from ..torch_limits.kernels import LEAST_HEAD, LEAST_HEAD_ON_CPU, MOST_HEAD, MOST_HEAD_BETWEEN
 from ..torch_limits.memory import copied, number_in_memory, written_out
 from ..torch_limits.sizes import plain_int
+from ..xpos import most_windows
 from .kernel import Blocks, Kernel
 from .renormalised import attend_renormalised, attend_with_lse
 from .tuning import STOCK_BLOCK, Tuning

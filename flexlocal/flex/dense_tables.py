@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..masks.window import Window
-from ..rotary import table_of
+from ..rotation import table_of
 from ..torch_limits.tensors import has_values, state_of
 from .kept import kept
 

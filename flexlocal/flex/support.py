@@ -1,10 +1,10 @@
 """What the flex path takes, and the reason where it cannot."""
 
 from ..positions import xpos_tokens
-from ..rotary import xpos_fits
 from ..spec import Inputs, Spec, wants_gradients
 from ..torch_limits.kernels import MOST_HEAD, unavailable
 from ..torch_limits.tracing import is_exporting, is_transformed
+from ..xpos import xpos_fits
 from . import split
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..masks.key_layout import KeyLayout
 from ..masks.rule import Rule
 from ..positions import positions
-from ..rotary import Table, Xpos, rotate, tables_of
+from ..rotation import Table, rotate, tables_of
 from ..spec import Inputs
+from ..xpos import Xpos
 
 Turn = Callable[..., tuple[Tensor, Tensor]]
 """Rotates queries and keys, or with ``back=True`` their gradients the other way; no autograd."""

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from flexlocal import LocalAttention, Window
 from flexlocal.flex import attend as fused
 from flexlocal.flex.tuning import STOCK
-from flexlocal.rotary import Rotary, rotate, table_of
+from flexlocal.rotary import Rotary
+from flexlocal.rotation import rotate, table_of
 from flexlocal.spec import Inputs, Spec
 
 

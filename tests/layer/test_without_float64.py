@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from flexlocal import LocalAttention, Rotary, Window, angles, local_attention
 from flexlocal import rotary as rotary_module
+from flexlocal import xpos as xpos_module
 from flexlocal.eager import formula
-from flexlocal.rotary import rotate, table_of
+from flexlocal.rotation import rotate, table_of
 
 
 class RefusesFloat64(TorchDispatchMode):
@@ -32,7 +33,7 @@ def lacking(monkeypatch):
     """From a type of device to what has none of that type hold float64."""
 
     def lack(kind):
-        for module in (angles, rotary_module, formula):
+        for module in (angles, rotary_module, xpos_module, formula):
             monkeypatch.setattr(module, "has_float64", lambda device: device.type != kind)
 
     return lack

@@ -232,7 +232,8 @@ def imports(name, path):
 FLOORS = (
     {"torch_limits"},
     {"masks", "angles"},
-    {"masks.view", "rotary", "autocast", "regions", "mods", "merge", "cache"},
+    {"masks.view", "rotation", "xpos", "autocast", "regions", "mods", "merge", "cache"},
+    {"rotary"},
     {"spec"},
     {"shapes", "positions"},
     {"checks", "eager", "flex", "step"},  # which know nothing of each other
