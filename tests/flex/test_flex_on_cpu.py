@@ -47,6 +47,7 @@ def test_features_against_the_oracle(name):
     assert_within_budget(run(case, call), rough, truth, torch.float32, "the output")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_lengths_share_kernels_and_give_the_right_result():
     """At most three compiles for a layer, whatever lengths it meets."""
