@@ -47,7 +47,12 @@ def check_number(name: str, value: object, wanted: str = "a number") -> int | fl
 
 
 def check_above_zero(name: str, value: float, wanted: str = "a number") -> float:
-    """``value``, returned plain, is a finite number above 0; ``name`` is the caller's argument."""
+    """``value``, ``plain``, is a finite number above 0; returned as that.
+
+    Raises:
+        TypeError: it is no number; ``wanted`` says what would be right.
+        ValueError: it is 0 or below, or not finite.
+    """
     value = check_number(name, value, wanted)
     if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and above 0, got {value}")

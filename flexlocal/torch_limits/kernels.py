@@ -1,4 +1,4 @@
-"""What FlexAttention's kernels take, and whether one can run here."""
+"""What FlexAttention's kernels take (torch 2.11 to 2.15), and whether one can run here."""
 
 import importlib.util
 import os
