@@ -202,8 +202,6 @@ def check_placed(rule: Rule, inputs: Inputs) -> None:
         for name in ("documents", "cu_seqlens", "q_offset", "kv_offset")
         if (x := getattr(inputs, name)) is not None
     }
-    if "documents" in given and "cu_seqlens" in given:
-        raise ValueError("documents must be None where cu_seqlens gives them, got both")
     for name, x in given.items():
         if not rule.is_window:
             raise ValueError(

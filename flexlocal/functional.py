@@ -191,6 +191,8 @@ def explain(
         ValueError, TypeError: as ``local_attention``.
     """
     if cu_seqlens is not None:
+        if documents is not None:
+            raise ValueError("documents must be None where cu_seqlens gives them, got both")
         q, k, v = in_a_row(q, k, v)
     spec, inputs = call_of(
         q, k, v, window, mask, attn_bias, scale, softcap, sinks, shared_qk, dropout, dropout_seed,

@@ -78,8 +78,9 @@ class Inputs(NamedTuple):
             integer ``(batch,)`` [``(b or 1, h or 1, 1)``]; None for 0.
         seeing: the first query that sees keys, and the first one after that which sees none, ints
             [or integer ``(1, 1, 1)``]; None where all queries may.
-        cu_seqlens: in place of ``documents`` of a single row: where each begins, and last where the
-            last one ends, integer ``(documents + 1,)``. ``numbered`` makes documents of it.
+        cu_seqlens: in place of ``documents`` of a single row, or beside them: where each begins,
+            and last where the last one ends, integer ``(documents + 1,)``. ``numbered`` makes
+            documents of it.
     """
 
     q: Tensor
@@ -188,10 +189,10 @@ def is_placed(inputs: Inputs) -> bool:
 
 def numbered(inputs: Inputs) -> Inputs:
     """Shaped ``inputs`` with a document's number for each key, where ``cu_seqlens`` gives them."""
-    if inputs.cu_seqlens is None:
-        return inputs
-    documents = documents_from_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])
-    return inputs._replace(documents=documents[None, None], cu_seqlens=None)
+    documents = inputs.documents
+    if inputs.cu_seqlens is not None and documents is None:
+        documents = documents_from_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])[None, None]
+    return inputs._replace(documents=documents, cu_seqlens=None)
 
 
 def rotation_of(rotary: Rotary | None) -> tuple[float | None, Tensor | None, Tensor | None]:

@@ -1,13 +1,15 @@
 """Times training steps of Transformers models by implementation of attention, in turns.
 
     python -m profiling.transformers_models [--model NAME ...] [--implementation NAME ...]
-        [--seconds S] [--json FILE] [--tiny] [--short]
+        [--seconds S] [--json FILE] [--tiny] [--short] [--packed]
 
 The models have random weights and no head. A step is forward and backward, in bf16 on a GPU. Before
 anything is timed, each output is compared with sdpa's in fp32, on more tokens than a window has. It
 may be twice as far off as sdpa is in the dtype that is timed; a wrong one ends the program with 1.
 Implementations that cannot run are left out, with the reason. A bracket holds the quartiles over
-the rounds. ``--tiny`` takes small models, to try the script on a CPU.
+the rounds. ``--packed`` packs documents into the row, an eighth of it on average, and leaves out
+ModernBERT, for which Transformers' own masks ignore them. ``--tiny`` takes small models, to try the
+script on a CPU.
 """
 
 import argparse
@@ -147,7 +149,24 @@ def models_of(
     return made
 
 
-def step_of(name: str, model: nn.Module, ids: Tensor) -> Run:
+def packed(ids: Tensor) -> dict[str, Any]:
+    """``ids`` ``(1, n)`` as documents, an eighth of the row on average, as collators pack them."""
+    (n,), generator = ids.shape[1:], torch.Generator().manual_seed(2)
+    begins = torch.rand(n, generator=generator) < 8 / n
+    begins[0] = True
+    starts = begins.nonzero()[:, 0]
+    sums = torch.cat([starts, torch.tensor([n])])
+    positions = torch.arange(n) - starts[begins.cumsum(0) - 1]
+    longest = int(sums.diff().max())
+    told = sums.to(ids.device, torch.int32)
+    return {
+        "input_ids": ids, "position_ids": positions[None].to(ids.device),
+        "cu_seq_lens_q": told, "cu_seq_lens_k": told,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def step_of(name: str, model: nn.Module, given: dict[str, Any]) -> Run:
     """A training step, which returns the output; the output itself is its gradient."""
     full = IMPLEMENTATIONS[name][1]
     no_cache = {} if "Bert" in type(model).__name__ else {"use_cache": False}
@@ -155,7 +174,7 @@ def step_of(name: str, model: nn.Module, ids: Tensor) -> Run:
     def run() -> Tensor:
         register(full_attention=full)  # takes microseconds
         model.zero_grad(set_to_none=True)
-        out: Tensor = model(input_ids=ids, **no_cache).last_hidden_state
+        out: Tensor = model(**given, **no_cache).last_hidden_state
         out.backward(out.detach())
         return out.detach()
 
@@ -163,12 +182,12 @@ def step_of(name: str, model: nn.Module, ids: Tensor) -> Run:
 
 
 def checked(
-    models: dict[str, nn.Module | str], ids: Tensor, dtype: torch.dtype
+    models: dict[str, nn.Module | str], given: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, float | str]:
     """How far each output is off, over what it may be: above 1 is wrong. Or why there is none."""
     truth_model: Any = models[TRUTH]
     cast(truth_model, torch.float32)  # the weights are one another's
-    truth: Any = step_of(TRUTH, truth_model, ids)()
+    truth: Any = step_of(TRUTH, truth_model, given)()
     cast(truth_model, dtype)
     found: dict[str, Any] = {}
     for name, model in models.items():
@@ -176,7 +195,7 @@ def checked(
             found[name] = model
             continue
         try:
-            result: Any = step_of(name, model, ids)()
+            result: Any = step_of(name, model, given)()
         except Exception as error:  # whatever it is, the others go on
             found[name] = trouble(error)[1]
             continue
@@ -221,21 +240,29 @@ def mask_ms(device: torch.device) -> tuple[float, int]:
 
 
 def measure(
-    case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype, seconds: float
+    case: Case,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    packs: bool = False,
 ) -> list[Any]:
     """A row for each implementation and input; nothing is timed where a result is wrong."""
     models = models_of(case, names, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
 
-    def drawn(shape: tuple[int, int]) -> Tensor:
-        return torch.randint(3, 1024, shape, generator=generator, device=device)
+    def drawn(shape: tuple[int, int]) -> dict[str, Any]:
+        ids = torch.randint(3, 1024, shape, generator=generator, device=device)
+        return packed(ids) if packs else {"input_ids": ids}
 
     off = checked(models, drawn(case.checked), dtype)
     right = {name for name, by in off.items() if not isinstance(by, str) and by <= 1}
     rows = []
     for shape in case.timed:
-        ids = drawn(shape)
-        runs = {name: step_of(name, model, ids) for name, model in models.items() if name in right}
+        given = drawn(shape)
+        runs = {
+            name: step_of(name, model, given) for name, model in models.items() if name in right
+        }
         for name in list(runs):
             try:
                 runs[name]()
@@ -280,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--short", action="store_true", help="512 tokens alone")
+    parser.add_argument("--packed", action="store_true", help="documents in each row")
     words = f"those and {OURS} and {TRUTH}, which the others are compared with"
     known = list(IMPLEMENTATIONS)
     parser.add_argument(
@@ -290,16 +318,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = machine.default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = {"dtype": str(dtype), "seconds": options.seconds, "tiny": options.tiny}
+    settings["packed"] = options.packed
     record = machine.record(device, **settings, transformers=transformers.__version__)
     record["models"] = []
     print(f"{record['device']}, torch {torch.__version__}, transformers {transformers.__version__}")
     transformers.logging.set_verbosity_error()
     wrong = False
     for case in cases(options.tiny):
-        if case.name in options.model:
+        if case.name in options.model and not (options.packed and "BERT" in case.name):
             if options.short:
                 case = replace(case, timed=case.timed[-1:])
-            rows = measure(case, chosen, device, dtype, options.seconds)
+            rows = measure(case, chosen, device, dtype, options.seconds, options.packed)
             wrong |= any(not isinstance(row["off"], str) and row["off"] > 1 for row in rows)
             wrong |= any(row["implementation"] == OURS and row["ms"] is None for row in rows)
             record["models"].append({"name": case.name, "rows": rows})

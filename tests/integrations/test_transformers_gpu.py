@@ -8,6 +8,7 @@ from tiny_models import DECODERS, FAMILIES, largest, padded, tiny, words
 from transformers import masking_utils
 
 from flexlocal import dispatch
+from flexlocal.flex import tuning
 from flexlocal.integrations.transformers import compare_logits, register
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +75,53 @@ def test_tokens_on_a_gpu(family, cache):
             )
         )
     assert torch.equal(*found)
+
+
+LENGTHS = [70, 1, 129, 113]
+PACKED = {
+    "positions": {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]},
+    "cumulative lengths": {"cu_seq_lens_q": torch.tensor([0, *LENGTHS]).cumsum(0).int()},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # flash-attn-4 compiles with deprecated names of CUTLASS
+@pytest.mark.parametrize(
+    ("told", "compiled"),
+    [("positions", False), ("cumulative lengths", False), ("cumulative lengths", True)],
+)
+def test_packed_rows_by_flash_attention_4(monkeypatch, fresh_compiler, told, compiled):
+    """The logits and gradients are no further off than twice those of eager code in bf16."""
+    interface = pytest.importorskip(
+        "flash_attn.cute.interface", reason="flash-attn-4 is not installed"
+    )
+    asked, forward = [], interface._flash_attn_fwd
+
+    def recorded(*tensors, cu_seqlens_q, **more):
+        asked.append(cu_seqlens_q.tolist())
+        return forward(*tensors, cu_seqlens_q=cu_seqlens_q, **more)
+
+    monkeypatch.setattr(interface, "_flash_attn_fwd", recorded)
+    inputs = {"input_ids": words(1, sum(LENGTHS)), "use_cache": False}
+    inputs = {name: x if name == "use_cache" else x.cuda() for name, x in inputs.items()}
+    positions = {name: x.cuda() for name, x in PACKED["positions"].items()}
+    given = {name: x.cuda() for name, x in PACKED[told].items()}
+    model = tiny("Mistral", hidden_size=96, head_dim=64).cuda()
+
+    def found(run, **arguments):
+        model.zero_grad()
+        logits = run(**inputs, **arguments).logits
+        (logits.float() ** 2).mean().backward()
+        first = model.model.layers[0].self_attn
+        return logits.float(), *(x.weight.grad.float() for x in (first.q_proj, first.v_proj))
+
+    right = [x.double() for x in found(model, **positions)]
+    model.bfloat16()
+    allowed = [2 * (x - y).norm() for x, y in zip(found(model, **positions), right, strict=True)]
+    model.set_attn_implementation("flexlocal")
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    with tuning.overriding(tuning.FLASH):
+        # Rotation goes by positions as well, where a model is told of documents otherwise.
+        ours = found(run, **{**positions, **given})
+    assert asked == 3 * [[0, *torch.tensor(LENGTHS).cumsum(0).tolist()]]
+    for x, y, most in zip(ours, right, allowed, strict=True):
+        assert (x - y).norm() < most

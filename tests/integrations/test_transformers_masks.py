@@ -392,6 +392,37 @@ def test_cumulative_lengths_with_a_cache_are_refused():
         model(input_ids=words(1, 4), cu_seq_lens_q=sums, **{CACHE: cache})
 
 
+@pytest.mark.parametrize(
+    ("rows", "n", "given", "told"),
+    [
+        (1, 23, [0, 5, 6, 23], [0, 5, 6, 23]),
+        (1, 23, [0, 5, 6, 21], [0, 5, 6, 21]),
+        (2, 23, [0, 5, 23, 46], None),  # of several rows the kernels' functions know nothing
+        (1, 23, None, None),
+    ],
+)
+def test_kernels_are_told_cumulative_lengths_beside_documents(monkeypatch, rows, n, given, told):
+    seen = []
+    attend = dispatch.attend
+    monkeypatch.setattr(
+        dispatch, "attend", lambda spec, inputs: seen.append(inputs) or attend(spec, inputs)
+    )
+    sums = None if given is None else torch.tensor(given, dtype=torch.int32)
+    tiny("Mistral", "flexlocal")(input_ids=words(rows, n), cu_seq_lens_q=sums)
+    assert len(seen) == 3
+    for inputs in seen:
+        assert (inputs.documents is None) == (given is None)
+        assert told == (None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist())
+
+
+@given(st.lists(st.integers(1, 9), min_size=1))
+def test_documents_have_their_cumulative_lengths(lengths):
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    found = packing.sums_of_documents(numbers.int())
+    assert found.dtype == torch.int32
+    assert found.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_sdpa_is_not_handed_what_it_would_leave_out(name):
     q, k, v = torch.randn(3, 1, 2, 9, 4)

@@ -32,6 +32,22 @@ def test_a_model_is_timed_by_each_implementation(small, tmp_path, capsys):
     assert "a mask for 131072 tokens" in capsys.readouterr().out
 
 
+def test_packed_rows_are_timed(small, monkeypatch, capsys):
+    told, step_of = [], script.step_of
+    monkeypatch.setattr(
+        script,
+        "step_of",
+        lambda name, model, given: told.append(given) or step_of(name, model, given),
+    )
+    assert script.main([*small, "--packed"]) == 0
+    for given in told:
+        assert given["position_ids"][0].eq(0).nonzero()[:, 0].tolist() == (
+            given["cu_seq_lens_q"][:-1].tolist()
+        )
+        assert len(given["cu_seq_lens_q"]) > 3
+    assert {given["input_ids"].shape for given in told} == {(1, 96), (1, 128)}
+
+
 def test_a_wrong_result_is_not_timed(small, monkeypatch, capsys):
     real = mask._window
     monkeypatch.setattr(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...functional import local_attention
+from ... import dispatch
+from ...spec import Inputs, Spec, offsets_of
 from .mask import LocalMask
 from .packing import warn_of_leaks
 
@@ -85,21 +86,15 @@ def attend(
         )
     mask.check(query, key)
     documents = mask.documents_with(position_ids, cu_seq_lens_q)
+    sums = mask.sums_with(documents, cu_seq_lens_q)
     keys, lead, first = (_beside(query, x) for x in (mask.keys, mask.lead, mask.first))
-    out = local_attention(
-        query,
-        key,
-        value,
-        mask.window,
-        mask=keys,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout=dropout,
-        documents=_beside(query, documents),
-        q_offset=first + lead,
-        kv_offset=first,
-    )
+    q_offset, kv_offset = offsets_of(query, key, first + lead, first)
+    spec = Spec(mask.window, scaling, dropout=dropout, softcap=softcap)
+    inputs = Inputs(
+        query, key, value, keys, sinks=s_aux, documents=_beside(query, documents),
+        q_offset=q_offset, kv_offset=kv_offset, cu_seqlens=_beside(query, sums),
+    )  # fmt: skip
+    out: Any = dispatch.attend(spec, inputs)
     _count(local=1)
     return out.transpose(1, 2).contiguous(), None
 

@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...flex import flash
 from ...masks import Window
-from .packing import documents_of_mask, documents_of_positions, documents_of_sums
+from .packing import (
+    documents_of_mask,
+    documents_of_positions,
+    documents_of_sums,
+    sums_of_documents,
+)
 
 EVERYTHING = 2**28
 """Keys on a side that a window holds which is to hide nothing: more than any sequence has.
@@ -42,7 +48,7 @@ class LocalMask:
     first: int | Tensor = 0
     keys: Tensor | None = None
     documents: Tensor | None = None
-    _found: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
+    _found: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
 
     ndim: ClassVar[int] = 4
     """Of the mask that it stands for: models ask, to tell it from a user's mask of padding."""
@@ -81,13 +87,33 @@ class LocalMask:
             return None
         return self._remembered(position_ids, self._of_positions)
 
+    def sums_with(self, documents: Tensor | None, cu_seq_lens: Tensor | None) -> Tensor | None:
+        """The cumulative lengths of a single row, by which FlashAttention 4 tells documents apart.
+
+        Where a layer was given none they are read from the documents, once for all layers of a
+        forward pass and only if that package is there: the host waits for the GPU.
+
+        Args:
+            documents: ``documents_with``'s.
+            cu_seq_lens: as for ``documents_with``.
+        """
+        if documents is None or self.batch > 1 or self.n != self.m:
+            return None
+        if cu_seq_lens is not None:
+            return cu_seq_lens
+        readable = documents.device.type == "cuda" and not torch.compiler.is_compiling()
+        if not readable or self.keys is not None or not flash.installed():
+            return None
+        return self._remembered(documents, sums_of_documents)
+
     def _remembered(self, given: Tensor, find: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """``find(given)``, found once for all layers of a forward pass."""
         if torch.compiler.is_compiling():
             return find(given)
-        if self._found is None or self._found[0] is not given:
-            self._found = given, find(given)
-        return self._found[1]
+        before = self._found.get(find.__name__)
+        if before is None or before[0] is not given:
+            before = self._found[find.__name__] = given, find(given)
+        return before[1]
 
     def _of_sums(self, cu_seq_lens: Tensor) -> Tensor:
         if self.n != self.m:

@@ -64,6 +64,12 @@ def documents_of_sums(cu_seq_lens: Tensor, batch: int, n: int) -> Tensor:
     return documents_from_cu_seqlens(cu_seq_lens, batch * n).view(batch, n)
 
 
+def sums_of_documents(documents: Tensor) -> Tensor:
+    """The cumulative lengths of ``(1, n)``, int32 ``(documents + 1,)``; waits for the device."""
+    begins = F.pad(documents[0, 1:] != documents[0, :-1], (1, 1), value=True)
+    return begins.nonzero()[:, 0].to(torch.int32)
+
+
 def warn_of_leaks(
     mask: object, query: Tensor, key: Tensor, position_ids: object, cu_seq_lens: Tensor | None
 ) -> None:
