@@ -1,5 +1,6 @@
 """On a GPU models run on the fused kernel: the same logits, gradients and tokens."""
 
+from functools import wraps
 from inspect import signature
 
 import pytest
@@ -96,6 +97,7 @@ def test_packed_rows_by_flash_attention_4(monkeypatch, fresh_compiler, told, com
     )
     asked, forward = [], interface._flash_attn_fwd
 
+    @wraps(forward)
     def recorded(*tensors, cu_seqlens_q, **more):
         asked.append(cu_seqlens_q.tolist())
         return forward(*tensors, cu_seqlens_q=cu_seqlens_q, **more)
