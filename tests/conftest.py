@@ -77,13 +77,14 @@ def fresh_compiler():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Triton's own interpreter runs our kernel, on the CPU."""
+    """Triton's own interpreter runs our kernels, on the CPU."""
     version = pytest.importorskip("triton").__version__
     if not version.startswith(("3.7.", "3.8.")):  # 3.6's fails with numpy 2.4
         pytest.skip(f"the interpreters of Triton 3.7 and 3.8 alone run the kernel, got {version}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with patch.dict(sys.modules):
-        sys.modules.pop("flexlocal.flex.dense_kernel", None)  # is decorated for the GPU, if it is
+        for name in ("dense_kernel", "flash_tail"):
+            sys.modules.pop(f"flexlocal.flex.{name}", None)  # is decorated for the GPU, if it is
         yield
 
 

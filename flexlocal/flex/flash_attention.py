@@ -99,22 +99,25 @@ def _forward(
     from flash_attn.cute.interface import _flash_attn_fwd
 
     packed = sums is not None
-    out, lse = _empty_like(q, packed), None
+    out, lse = _empty_like(q), None
     if packed:
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _, found, *_ = _flash_attn_fwd(
-            *(_by_token(x, packed) for x in (q, k, v)),
-            cu_seqlens_q=sums,
-            cu_seqlens_k=sums,
-            softmax_scale=scale,
-            softcap=softcap,
-            **_sides(before, after, k),
-            learnable_sink=sinks,
-            return_lse=True,
-            out=_by_token(out, packed),
-            lse=None if lse is None else lse[0],
-        )
+        if _sees_any(sums):
+            _, found, *_ = _flash_attn_fwd(
+                *(_by_token(x, packed) for x in (q, k, v)),
+                cu_seqlens_q=sums,
+                cu_seqlens_k=sums,
+                softmax_scale=scale,
+                softcap=softcap,
+                **_sides(before, after, k),
+                learnable_sink=sinks,
+                return_lse=True,
+                out=_by_token(out, packed),
+                lse=None if lse is None else lse[0],
+            )
+        if sums is not None:
+            _clear_past_last(sums, out)
     return out, found if lse is None else lse
 
 
@@ -138,27 +141,37 @@ def _backward(
 
     packed = sums is not None
     # By themselves they would take the order in memory of copies, where they have to make any.
-    grads = [_empty_like(x, packed) for x in (q, k, v)]
+    grads = [_empty_like(x) for x in (q, k, v)]
     dq, dk, dv = (_by_token(x, packed) for x in grads)
     if packed:
         lse, grad_lse = lse[0], None if grad_lse is None else grad_lse[0]
     with torch.cuda.device_of(q):
-        *_, last = _flash_attn_bwd(
-            *(_by_token(x, packed) for x in (q, k, v, out, grad)),
-            lse,
-            cu_seqlens_q=sums,
-            cu_seqlens_k=sums,
-            softmax_scale=scale,
-            softcap=softcap,
-            **_sides(before, after, k),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            dlse=grad_lse,
-            learnable_sink=sinks,
-        )
+        if _sees_any(sums):
+            *_, last = _flash_attn_bwd(
+                *(_by_token(x, packed) for x in (q, k, v, out, grad)),
+                lse,
+                cu_seqlens_q=sums,
+                cu_seqlens_k=sums,
+                softmax_scale=scale,
+                softcap=softcap,
+                **_sides(before, after, k),
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+                dq=dq,
+                dk=dk,
+                dv=dv,
+                dlse=grad_lse,
+                learnable_sink=sinks,
+            )
+        elif sinks is not None:
+            last = torch.zeros_like(sinks)
+        if sums is not None:
+            _clear_past_last(sums, *grads)
     return grads if sinks is None else [*grads, last]
+
+
+def _sees_any(sums: Tensor | None) -> bool:
+    """Whether there are documents, if these are told of: kernels cannot be launched for none."""
+    return sums is None or sums.shape[0] > 1
 
 
 def _sides(before: int, after: int, k: Tensor) -> dict[str, int | None]:
@@ -167,9 +180,16 @@ def _sides(before: int, after: int, k: Tensor) -> dict[str, int | None]:
     return {name: None if side >= k.shape[2] else side for name, side in sides.items()}
 
 
-def _empty_like(x: Tensor, packed: bool) -> Tensor:
-    """What kernels write: with documents no token past the last one, which zeros stand for."""
-    return torch.zeros_like(x) if packed else torch.empty_like(x)
+def _empty_like(x: Tensor) -> Tensor:
+    """What kernels write: in ``x``'s order in memory, but each token in one piece."""
+    like = torch.empty_like(x)
+    return like if like.stride(3) == 1 else like.new_empty(x.shape)
+
+
+def _clear_past_last(sums: Tensor, *tensors: Tensor) -> None:
+    from .flash_tail import clear  # here, because a processor needs no Triton
+
+    clear(sums, *tensors)
 
 
 def _gradients(
@@ -249,14 +269,15 @@ _backward_operator: Any = torch.library.custom_op(
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return _empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _fake_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     *others: object,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x) for x in (q, k, v, sinks) if x is not None]
+    grads = [_empty_like(x) for x in (q, k, v)]
+    return grads if sinks is None else [*grads, torch.empty_like(sinks)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
