@@ -34,7 +34,7 @@ def output(spec: Spec, rule: Rule, qkv: QKV, out: Tensor, lse: Tensor | None, sc
         scores: about how many scores a mask may be of.
     """
     q, k, v = qkv
-    if hides_nothing(rule, q.shape[2]):
+    if _needs_no_mask(spec, rule, q.shape[2]):
         whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
         out.copy_(whole)
         if lse is not None:
@@ -64,7 +64,7 @@ def gradients(
     q, k, v = qkv
     out, lse = result[0], result[1][..., None]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if hides_nothing(rule, q.shape[2]):
+    if _needs_no_mask(spec, rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
         for place, each in zip((grad_q, grad_k, grad_v), at_once, strict=True):
             place.copy_(each)  # in the order in memory of what it is a gradient of
@@ -87,8 +87,18 @@ def gradients(
 
 
 def hides_nothing(rule: Rule, n: int) -> bool:
-    """Whether the kernel needs no mask: it leaves out later keys by itself."""
+    """Whether a query sees all keys, or all but those after it."""
     return n > 0 and rule.is_window and bool(rule.window.hides_nothing(n))
+
+
+def _needs_no_mask(spec: Spec, rule: Rule, n: int) -> bool:
+    """Whether the kernel knows what is hidden: it leaves out later keys by itself.
+
+    Not where the scale is 0 or less, since it hides them before it scales the scores, and returns
+    NaN (torch 2.11 to 2.15).
+    """
+    assert spec.scale is not None
+    return hides_nothing(rule, n) and (spec.scale > 0 or not rule.window.causal)
 
 
 _Sight = tuple[int, int, int, int]

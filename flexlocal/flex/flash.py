@@ -67,6 +67,8 @@ def _takes(spec: Spec, inputs: Inputs) -> bool:
     q, k, v, mask, bias, *_ = inputs
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
+    if spec.scale is not None and spec.scale <= 0:  # they hide scores before they scale them
+        return False
     if inputs.sinks is not None:
         by_head = q.dim() == 4 and inputs.sinks.shape[0] == q.shape[1]
         if not by_head or inputs.sinks.dtype == torch.float64:

@@ -60,6 +60,8 @@ UNKNOWN = [
     {"mask": torch.ones(2, 2048, dtype=torch.bool)},
     {"bias": torch.zeros(4, 1024, 2048)},
     {"shared_qk": True},
+    {"scale": 0.0},
+    {"scale": -0.3},
     {"dropout": 0.1},
     {"xpos_base": 512.0},
     {"kernel_options": ()},
@@ -82,6 +84,7 @@ KNOWN_DIRECTLY = [
     {"sinks": torch.zeros(4)},
     {"inv_freq": Rotary(128).inv_freq},
     {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS},
+    {**dict.fromkeys("qkv", ROW), "cu_seqlens": SUMS, "documents": torch.zeros(1, 2001).int()},
 ]
 
 

@@ -23,7 +23,7 @@ def test_one_query_in_words(mask, data):
         return [j for a, b in runs for j in range(int(a), int(b or a) + 1)]
 
     expected = seen[i].nonzero().flatten().tolist()
-    if len(re.findall("more intervals", words)):
+    if re.search("more interval", words):
         return  # shortened, see below
     assert keys(r"keys?: (.*), the query") == expected
     assert keys(r"key mask: (.*)") == struck[i].nonzero().flatten().tolist()
