@@ -93,9 +93,10 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
     choice, inputs = choose(spec, inputs), numbered(shaped(inputs))
     if choice.backend != "eager":
         return choice
-    reasons = [choice.reason]
-    if apart.pieces_of(spec, inputs) is not None:
-        reasons.append("long documents are calls of their own")
+    reasons, pieces = [choice.reason], apart.pieces_of(spec, inputs)
+    if pieces is not None:
+        inputs = apart.longest_alone(inputs, pieces)
+        reasons.append("documents are calls of their own where that costs less")
     if fused.serves(spec, rule_of(spec, inputs), inputs):
         reasons.append(_BY_TORCH)
     return replace(choice, reason="; ".join(reasons))

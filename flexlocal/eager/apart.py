@@ -1,23 +1,29 @@
-"""Long documents as calls of their own, on processors.
+"""Documents as calls of their own, on processors, where that costs less.
 
 Windows of documents in a row begin anywhere, and a tile of queries needs more keys than where they
-begin at tiles. A call has a cost of its own: short documents stay together.
+begin at tiles; it knows nothing of documents that are shorter than a window. But a call has a cost
+of its own: short documents stay together.
 Shapes are those of ``spec``.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..masks.rule import Reach
 from ..spec import Inputs, Result, Spec, wants_gradients
 from ..torch_limits.tensors import has_values
 from ..torch_limits.tracing import is_transformed
+from .cutting import LEAST_TILE
 
-LEAST, LEAST_IN_TRAINING = 2**26, 2**27
-"""Products in a document that is worth a call; measured with 8 heads of 64, and 32 to 512 tokens in
-a window."""
+CALL, CALL_TOGETHER = 2**21, 2**24
+"""Products that one thread computes while a call is prepared, of one document and of several. On an
+AMD EPYC (Zen 3) with 8 heads of 64 a call took 60 and 400 us by itself forward, and 250 and 700 in
+training."""
 
 
 class Piece(NamedTuple):
@@ -47,32 +53,91 @@ def pieces_of(spec: Spec, inputs: Inputs) -> list[list[Piece]] | None:
     for x in (inputs.bias, inputs.sinks):
         if entries > 1 and x is not None and q.shape[1] % x.shape[0]:
             return None
-    least = least_tokens(spec, inputs)
-    pieces = [_pieces_of(row[0], least) for row in documents]
+    costs = costs_of(spec, inputs)
+    pieces = [_pieces_of(row[0], costs) for row in documents]
     return pieces if any(piece.alone for row in pieces for piece in row) else None
 
 
-def least_tokens(spec: Spec, inputs: Inputs) -> int:
-    """Tokens in a document that is worth a call; a window at least."""
-    q, v, window = inputs.q, inputs.v, spec.rule.window
+class Costs(NamedTuple):
+    """What tokens of documents cost, in products.
+
+    Attributes:
+        call, call_together: of a call by itself, of one document and of several.
+        of_a_score: products for a score.
+        keys, keys_together: scores of a query, in a call of its document's and among others.
+        by_documents: whether a tile among others has no keys but its documents', as in inference,
+            where torch's kernel computes it.
+    """
+
+    call: int
+    call_together: int
+    of_a_score: int
+    keys: int
+    keys_together: int
+    by_documents: bool = False
+
+    def alone(self, tokens: int) -> float:
+        """A document of so many tokens in a call of its own."""
+        return self.call + self.of_a_score * tokens * min(self.keys, tokens)
+
+    def together(self, tokens: int) -> float:
+        """As many tokens more in a call with other documents."""
+        keys = self.keys_together
+        if self.by_documents:
+            keys = min(keys, LEAST_TILE + 2 * tokens)
+        return self.of_a_score * tokens * keys
+
+
+def costs_of(spec: Spec, inputs: Inputs) -> Costs:
+    """The costs of a call's rows; arguments as for ``pieces_of``."""
+    q, v, reach = inputs.q, inputs.v, spec.rule.window.reach
     assert inputs.documents is not None
     entries = q.shape[0] if inputs.documents.shape[0] == 1 else 1
-    of_a_token = entries * q.shape[1] * window.reach.keys * (q.shape[3] + v.shape[3])
-    products = LEAST_IN_TRAINING if wants_gradients(inputs) else LEAST
-    least: int = max(products // max(of_a_token, 1), window.size)
-    return least
+    of_a_score = entries * q.shape[1] * (q.shape[3] + v.shape[3])
+    anywhere = replace(reach, align=1, step=0)  # as documents' windows begin
+    keys, keys_together = _keys_of_a_tile(reach), _keys_of_a_tile(anywhere)
+    keys_together = min(keys_together, q.shape[2])
+    threads, by_documents = torch.get_num_threads(), not wants_gradients(inputs)
+    calls = threads * CALL, threads * CALL_TOGETHER
+    return Costs(*calls, of_a_score, keys, keys_together, by_documents)
 
 
-def _pieces_of(row: Tensor, least: int) -> list[Piece]:
+def _keys_of_a_tile(reach: Reach) -> int:
+    step = max(1, reach.step)
+    return reach.longest(-(-LEAST_TILE // step) * step)
+
+
+class _Way(NamedTuple):
+    """Pieces of the documents so far: the last one, and those before it."""
+
+    cost: float
+    last: Piece = Piece(0, False)
+    before: "_Way | None" = None
+
+
+def _cost(way: _Way) -> float:
+    return way.cost
+
+
+def _pieces_of(row: Tensor, costs: Costs) -> list[Piece]:
+    """The pieces of a row ``(n,)`` that cost the least together."""
     numbers, counts = torch.unique_consecutive(row, return_counts=True)
-    found: list[Piece] = []
+    # The cheapest whose last document is alone, and the cheapest that others may still join.
+    alone, together = _Way(0.0), _Way(math.inf)
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        alone = number >= 0 and count >= least
-        if found and not alone and not found[-1].alone:
-            found[-1] = Piece(found[-1].tokens + count, False)
-        else:
-            found.append(Piece(count, alone))
-    return found
+        begun = _Way(alone.cost + costs.call_together, before=alone)
+        joined = min(together, begun, key=_cost)
+        least = min(alone, together, key=_cost)
+        more = costs.alone(count) if number >= 0 else math.inf
+        alone = _Way(least.cost + more, Piece(count, True), least)
+        tokens = joined.last.tokens + count
+        more = costs.together(count)
+        together = _Way(joined.cost + more, Piece(tokens, False), joined.before)
+    way, found = min(alone, together, key=_cost), []
+    while way.before is not None:
+        found.append(way.last)
+        way = way.before
+    return found[::-1]
 
 
 def attend(
@@ -86,6 +151,13 @@ def attend(
     found = [_joined([run(spec, part) for part in _parts(row, cut)], 2) for row, cut in rows]
     joined: Result = _joined(found, 0)
     return joined
+
+
+def longest_alone(inputs: Inputs, pieces: Sequence[Sequence[Piece]]) -> Inputs:
+    """The longest document that is a call of its own."""
+    rows = zip(_rows(inputs, len(pieces)), pieces, strict=True)
+    parts = (part for row, cut in rows for part in _parts(row, cut) if part.documents is None)
+    return max(parts, key=lambda part: part.q.shape[2])
 
 
 _BY_TOKEN = ("q", "k", "v", "mask", "documents")

@@ -4,7 +4,7 @@ Queries are cut into tiles, each of which sees one interval of keys. Tiles are c
 a time (``autograd``). On processors a kernel of torch's computes most outputs (``fused``) and some
 gradients (``fused_autograd``). A compiler takes all that for one operator (``operator``).
 ``torch.export`` and the transforms of ``torch.func`` are shown all tiles at once, in operators that
-these know. Where none of these is at work, long documents are calls of their own on processors
+these know. Where none of these is at work, documents may be calls of their own on processors
 (``apart``). Shapes are those of ``spec`` and ``tiles``.
 """
 

@@ -16,7 +16,7 @@ from .autograd import scores_in_a_portion
 from .formula import Formula, Operands, formula_of, operands_of
 from .tiles import Sizes
 
-_LEAST_TILE = 64
+LEAST_TILE = 64
 """Fewest queries in a tile: a processor spends most of smaller matrix products on overhead."""
 
 _VECTOR = 16
@@ -72,7 +72,7 @@ def sizes_of(
     b, h, n, _ = q.shape
     reach, m = rule.reach, k.shape[2]
     at_once = is_symbolic(n) or torch.compiler.is_compiling() or is_transformed()
-    if not isinstance(rule.lead, int) or not slides and not is_symbolic(m) and m <= _LEAST_TILE:
+    if not isinstance(rule.lead, int) or not slides and not is_symbolic(m) and m <= LEAST_TILE:
         tile = n if at_once else _shortened(q.device, n, m)
         if tile < n:  # of each tile, its portion takes those keys that exist
             return Sizes(b, h, k.shape[1], n, m, tile, before=n, after=m)
@@ -81,12 +81,12 @@ def sizes_of(
         tile = rule.window.size
         before, after = rule.window.before, rule.window.after
     else:
-        least = _LEAST_TILE
+        least = LEAST_TILE
         if torch.compiler.is_compiling():
             least = max(least, reach.back, reach.ahead)
         step = max(1, reach.step)
         if step > 1:
-            least = _LEAST_TILE
+            least = LEAST_TILE
         tile = -(-least // step) * step
         # Rows of scores that are whole vectors long make matrix products faster.
         before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
