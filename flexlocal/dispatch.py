@@ -24,7 +24,15 @@ from .flex.engines import Engine
 from .masks import Rule, Window
 from .positions import rule_of
 from .shapes import shaped
-from .spec import Inputs, Result, Spec, numbered, resolved, with_plain_numbers
+from .spec import (
+    Inputs,
+    Result,
+    Spec,
+    numbered,
+    resolved,
+    wants_gradients,
+    with_plain_numbers,
+)
 from .torch_limits.tracing import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 
@@ -93,7 +101,8 @@ def explained(spec: Spec, inputs: Inputs) -> Choice:
     choice, inputs = choose(spec, inputs), numbered(shaped(inputs))
     if choice.backend != "eager":
         return choice
-    reasons, pieces = [choice.reason], apart.pieces_of(spec, inputs)
+    reasons = [choice.reason]
+    pieces = apart.pieces_of(spec, inputs, wants_gradients(inputs))
     if pieces is not None:
         inputs = apart.longest_alone(inputs, pieces)
         reasons.append("documents are calls of their own where that costs less")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..masks.rule import Reach
-from ..spec import Inputs, Result, Spec, wants_gradients
+from ..spec import Inputs, Result, Spec
 from ..torch_limits.tensors import has_values
 from ..torch_limits.tracing import is_transformed
 from .cutting import LEAST_TILE
@@ -33,27 +33,40 @@ class Piece(NamedTuple):
     alone: bool
 
 
-def pieces_of(spec: Spec, inputs: Inputs) -> list[list[Piece]] | None:
+def may_serve(spec: Spec, inputs: Inputs) -> bool:
+    """Whether documents of such a call may be calls of their own; ``inputs`` are shaped."""
+    documents, q = inputs.documents, inputs.q
+    if documents is None or q.device.type != "cpu" or inputs.q_offset is not None:
+        return False
+    entries, by_head, _ = documents.shape
+    # Weights are dropped by the tokens' places in the row.
+    if spec.dropout > 0 or by_head > 1 or inputs.begin is not None:
+        return False
+    for x in (inputs.bias, inputs.sinks):
+        if entries > 1 and x is not None and q.shape[1] % x.shape[0]:
+            return False
+    return True
+
+
+def pieces_of(
+    spec: Spec, inputs: Inputs, trains: bool, threads: int | None = None
+) -> list[list[Piece]] | None:
     """The pieces of each row of documents; None where one call takes them all.
 
     Numbers of documents are read, which a processor does without waiting.
 
     Args:
         inputs: shaped.
+        trains: whether gradients will be taken.
+        threads: that compute; by default as many as there are.
     """
-    documents, q = inputs.documents, inputs.q
-    if documents is None or q.device.type != "cpu" or inputs.q_offset is not None:
+    documents = inputs.documents
+    if torch.compiler.is_compiling() or is_transformed() or not may_serve(spec, inputs):
         return None
-    if torch.compiler.is_compiling() or is_transformed() or not has_values(documents):
+    assert documents is not None
+    if not has_values(documents):
         return None
-    entries, by_head, _ = documents.shape
-    # Weights are dropped by the tokens' places in the row.
-    if spec.dropout > 0 or by_head > 1 or inputs.begin is not None:
-        return None
-    for x in (inputs.bias, inputs.sinks):
-        if entries > 1 and x is not None and q.shape[1] % x.shape[0]:
-            return None
-    costs = costs_of(spec, inputs)
+    costs = costs_of(spec, inputs, trains, threads or torch.get_num_threads())
     pieces = [_pieces_of(row[0], costs) for row in documents]
     return pieces if any(piece.alone for row in pieces for piece in row) else None
 
@@ -76,19 +89,19 @@ class Costs(NamedTuple):
     keys_together: int
     by_documents: bool = False
 
-    def alone(self, tokens: int) -> float:
-        """A document of so many tokens in a call of its own."""
+    def alone(self, tokens: int) -> int:
+        """Of a document of so many tokens in a call of its own."""
         return self.call + self.of_a_score * tokens * min(self.keys, tokens)
 
-    def together(self, tokens: int) -> float:
-        """As many tokens more in a call with other documents."""
+    def together(self, tokens: int) -> int:
+        """Of such a document in a call with others, less what the call costs by itself."""
         keys = self.keys_together
         if self.by_documents:
             keys = min(keys, LEAST_TILE + 2 * tokens)
         return self.of_a_score * tokens * keys
 
 
-def costs_of(spec: Spec, inputs: Inputs) -> Costs:
+def costs_of(spec: Spec, inputs: Inputs, trains: bool, threads: int) -> Costs:
     """The costs of a call's rows; arguments as for ``pieces_of``."""
     q, v, reach = inputs.q, inputs.v, spec.rule.window.reach
     assert inputs.documents is not None
@@ -97,12 +110,12 @@ def costs_of(spec: Spec, inputs: Inputs) -> Costs:
     anywhere = replace(reach, align=1, step=0)  # as documents' windows begin
     keys, keys_together = _keys_of_a_tile(reach), _keys_of_a_tile(anywhere)
     keys_together = min(keys_together, q.shape[2])
-    threads, by_documents = torch.get_num_threads(), not wants_gradients(inputs)
     calls = threads * CALL, threads * CALL_TOGETHER
-    return Costs(*calls, of_a_score, keys, keys_together, by_documents)
+    return Costs(*calls, of_a_score, keys, keys_together, by_documents=not trains)
 
 
 def _keys_of_a_tile(reach: Reach) -> int:
+    """Keys of a tile of the fewest queries, in whole steps of the rule."""
     step = max(1, reach.step)
     return reach.longest(-(-LEAST_TILE // step) * step)
 

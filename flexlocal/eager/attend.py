@@ -4,8 +4,8 @@ Queries are cut into tiles, each of which sees one interval of keys. Tiles are c
 a time (``autograd``). On processors a kernel of torch's computes most outputs (``fused``) and some
 gradients (``fused_autograd``). A compiler takes all that for one operator (``operator``).
 ``torch.export`` and the transforms of ``torch.func`` are shown all tiles at once, in operators that
-these know. Where none of these is at work, documents may be calls of their own on processors
-(``apart``). Shapes are those of ``spec`` and ``tiles``.
+these know. On processors documents may be calls of their own (``apart``). Shapes are those of
+``spec`` and ``tiles``.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype, and with ``return_lse`` the log-sum-exps ``(b, h, n)``.
     """
-    pieces = apart.pieces_of(spec, inputs)
+    pieces = apart.pieces_of(spec, inputs, wants_gradients(inputs))
     if pieces is not None:
         return apart.attend(attend, spec, inputs, pieces)
     if inputs.k.shape[2] == 0 < inputs.q.shape[2]:

@@ -6,7 +6,7 @@ processes: an operator's arguments are tensors and plain numbers, from which it 
 Shapes are those of ``spec``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
@@ -19,8 +19,8 @@ from ..masks.rule import Entry, Reach, Rule
 from ..masks.window import Window
 from ..spec import Inputs, Spec, wants_gradients
 from ..torch_limits.sizes import Index
-from ..torch_limits.tracing import is_exporting, is_transformed
-from . import fused, fused_autograd
+from ..torch_limits.tracing import is_exporting, is_transformed, seen_as_constant
+from . import apart, fused, fused_autograd
 from .autograd import empty_output, gradients, output_by_torch, outputs
 from .cutting import bias_within, in_tiles
 from .formula import Formula, Operands, operands_of
@@ -46,21 +46,24 @@ def attend(
     """The output ``(b, h, n, d_v)`` and log-sum-exps ``(b, h, n)``; arguments as ``in_tiles``."""
     assert spec.scale is not None
     q, k, v, mask, bias, *_ = inputs
-    first = last = None
-    if rule.is_window:
+    first = last = documents = None
+    window, numbers = rule.window, []
+    if window is not None:
         # Not dataclasses.astuple: torch 2.11 cannot trace its deepcopy.
-        window = rule.window
-        numbers = [window.size, int(window.causal), window.look_backward]
+        numbers += [window.size, int(window.causal), window.look_backward]
         numbers += [window.ahead, int(window.exact)]
-    else:
+    if not rule.is_window:
         first, last = fused.bounds(rule, q, k)
         reach, lead = rule.reach, rule.lead
         assert isinstance(lead, int)
-        numbers = [reach.keys, reach.back, reach.ahead, reach.align, lead]
+        bounds = [reach.keys, reach.back, reach.ahead, reach.align, lead]
+        documents = inputs.documents if apart.may_serve(spec, inputs) else None
+        # Threads as they are now: both passes have to cut alike.
+        numbers = bounds if documents is None else [*bounds, *numbers, _threads()]
     query_draws, key_draws = draws or (None, None)
     call = _Call(
         q, k, v, bias, inputs.sinks, mask, query_draws, key_draws, inputs.zeta, first, last,
-        numbers, spec.scale, spec.softcap, spec.dropout, spec.xpos_base, spec.shared_qk,
+        documents, numbers, spec.scale, spec.softcap, spec.dropout, spec.xpos_base, spec.shared_qk,
         spec.return_lse, wants_gradients(inputs),
     )  # fmt: skip
     out, lse = attend_in_tiles(*call)
@@ -117,7 +120,9 @@ class _Call(NamedTuple):
         q, k, v, bias, sinks, mask, zeta: as in ``Inputs``.
         query_draws, key_draws: ``Formula.draws``, or None for both.
         first, last: tensors of ``Bounds``; None for both where the rule is a ``Window``.
-        numbers: the ``Window``'s, or those of ``Bounds``.
+        documents: as in ``Inputs``, where they may be calls of their own.
+        numbers: the ``Window``'s, or those of ``Bounds``; with ``documents`` then the window's, and
+            how many threads there are.
         scale, softcap, dropout, xpos_base, shared_qk, return_lse: as in ``Spec``.
         trains: whether gradients will be taken.
     """
@@ -133,6 +138,7 @@ class _Call(NamedTuple):
     zeta: Tensor | None
     first: Tensor | None
     last: Tensor | None
+    documents: Tensor | None
     numbers: Sequence[int]
     scale: float
     softcap: float | None
@@ -147,7 +153,7 @@ class _Call(NamedTuple):
         """The rule of the call."""
         if self.first is None or self.last is None:
             return _window_of(*self.numbers)
-        keys, back, ahead, align, lead = self.numbers
+        keys, back, ahead, align, lead = self.numbers[:5]
         return Bounds(self.first, self.last, Reach(keys, back, ahead, "bounds", align), lead)
 
     @property
@@ -163,13 +169,64 @@ class _Call(NamedTuple):
         return spec, inputs
 
     @property
+    def alone(self) -> "_Call":
+        """The call of a single document, which is as long as this one."""
+        if self.documents is None:
+            return self
+        return self._replace(first=None, last=None, documents=None, numbers=self.numbers[5:10])
+
+    @property
     def keeps_result(self) -> bool:
         """Whether the backward pass is given the output and log-sum-exps, whatever the length.
 
         A compiler asks, which may not know lengths.
         """
-        spec, inputs = self.described
+        spec, inputs = self.alone.described
         return self.trains and fused.has_backward(spec, spec.rule, inputs)
+
+    @property
+    def shape_of_lse(self) -> Sequence[int]:
+        """Of the log-sum-exps that the operator returns."""
+        return self.q.shape[:-1] if self.return_lse or self.keeps_result else (0,)
+
+    def parts(self) -> Iterator[tuple[slice, slice, "_Call"]] | None:
+        """The calls that documents are cut into, and which batch entries and tokens each has.
+
+        None where one call takes them all.
+        """
+        if self.documents is None:
+            return None
+        spec, inputs = self.alone.described
+        inputs = inputs._replace(documents=self.documents)
+        pieces = apart.pieces_of(spec, inputs, self.trains, self.numbers[10])
+        return None if pieces is None else self._cut(pieces)
+
+    def _cut(
+        self, pieces: Sequence[Sequence[apart.Piece]]
+    ) -> Iterator[tuple[slice, slice, "_Call"]]:
+        for row, of_row in enumerate(pieces):
+            entries, start = slice(row, row + 1) if len(pieces) > 1 else slice(None), 0
+            for piece in of_row:
+                tokens = slice(start, start + piece.tokens)
+                part = self._within(entries, tokens)
+                yield entries, tokens, part.alone if piece.alone else part._replace(documents=None)
+                start += piece.tokens
+
+    def _within(self, entries: slice, tokens: slice) -> "_Call":
+        """The call of some tokens, which see no others, of some batch entries."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x[entries if x.shape[0] > 1 else slice(None), :, tokens]
+
+        assert self.first is not None and self.last is not None
+        return self._replace(
+            q=cut(self.q),
+            k=cut(self.k),
+            v=cut(self.v),
+            mask=None if self.mask is None else cut(self.mask),
+            first=cut(self.first) - tokens.start,
+            last=cut(self.last) - tokens.start,
+        )
 
     def in_tiles(self) -> tuple[Operands, Formula, Sizes]:
         """The call as ``cutting`` makes it."""
@@ -183,6 +240,11 @@ class _Call(NamedTuple):
     def learned(self) -> tuple[Tensor | None, ...]:
         """The tensors that may be given gradients."""
         return self.q, self.k, self.v, self.bias, self.sinks
+
+
+@seen_as_constant
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 @lru_cache
@@ -215,26 +277,42 @@ def attend_in_tiles(*arguments: Any) -> tuple[Tensor, Tensor]:
     Arguments are those of ``_Call``.
     """
     call = _Call(*arguments)
-    spec, inputs = call.described
     with without_autocast(call.q.device):
-        if call.trains and fused.serves_backward(spec, spec.rule, inputs):
-            return fused_autograd.result(spec, spec.rule, inputs)
-        if fused.serves(spec, spec.rule, inputs):
-            out = output_by_torch(spec, spec.rule, operands_of(inputs))
-            keeps_result = call.trains and fused.has_backward(spec, spec.rule, inputs)
-            shape = call.q.shape[:-1] if keeps_result else (0,)
-            return out, call.q.new_full(shape, torch.nan)  # nothing asks for them
-        out, lse = outputs(*call.in_tiles())
-    return out, call.q.new_empty(0) if lse is None else lse
+        lse = _log_sum_exps(call.q, call.shape_of_lse)
+        parts = call.parts()
+        if parts is None:
+            out, found = _attend(call)
+            return out, found if found.shape == lse.shape else lse
+        out = empty_output(call.q, call.v)
+        for entries, tokens, part in parts:
+            out[entries, :, tokens], found = _attend(part)
+            if lse.numel() and found.numel():
+                lse[entries, :, tokens] = found
+    return out, lse
+
+
+def _attend(call: _Call) -> tuple[Tensor, Tensor]:
+    """``attend_in_tiles`` of all tokens at once; log-sum-exps are ``(0,)`` where it has none."""
+    spec, inputs = call.described
+    if call.trains and fused.serves_backward(spec, spec.rule, inputs):
+        return fused_autograd.result(spec, spec.rule, inputs)
+    if fused.serves(spec, spec.rule, inputs):
+        out = output_by_torch(spec, spec.rule, operands_of(inputs))
+        return out, _log_sum_exps(call.q, (0,))
+    out, lse = outputs(*call.in_tiles())
+    return out, _log_sum_exps(call.q, (0,)) if lse is None else lse
+
+
+def _log_sum_exps(q: Tensor, shape: Sequence[int]) -> Tensor:
+    """Such as nothing asks for, or as are yet to be filled in."""
+    return q.new_full(shape, torch.nan, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @attend_in_tiles.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     compute = torch.promote_types(call.q.dtype, torch.float32)
-    lse = call.q.new_empty(call.q.shape[:-1], dtype=compute)
-    kept = call.return_lse or call.keeps_result
-    return empty_output(call.q, call.v), lse if kept else call.q.new_empty(0)
+    return empty_output(call.q, call.v), call.q.new_empty(call.shape_of_lse, dtype=compute)
 
 
 @torch.library.custom_op(
@@ -252,11 +330,31 @@ def gradients_in_tiles(
     """
     call = _Call(*arguments)
     with without_autocast(grad.device):
-        spec, inputs = call.described
-        if out is not None and lse is not None and fused.serves_backward(spec, spec.rule, inputs):
-            return list(fused_autograd.gradients(spec, spec.rule, inputs[:3], (out, lse), grad))
-        operands, formula, sizes = call.in_tiles()
-        *others, grad_bias, grad_sinks = gradients(operands, formula, sizes, grad, grad_lse)
+        parts = call.parts()
+        if parts is None:
+            return _gradients(call, grad, grad_lse, out, lse)
+        totals = [None if x is None else torch.zeros_like(x) for x in call.learned]
+        for entries, tokens, part in parts:
+            of_lse, *result = [
+                None if x is None else x[entries, :, tokens] for x in (grad_lse, out, lse)
+            ]
+            found = iter(_gradients(part, grad[entries, :, tokens], of_lse, *result))
+            for x, total in zip(part.learned, totals, strict=True):
+                if x is not None and total is not None:
+                    by_token = x.dim() == 4  # all but the sinks'
+                    (total[entries, :, tokens] if by_token else total).add_(next(found))
+    return [x for x in totals if x is not None]
+
+
+def _gradients(
+    call: _Call, grad: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None
+) -> list[Tensor]:
+    """``gradients_in_tiles`` of all tokens at once."""
+    spec, inputs = call.described
+    if out is not None and lse is not None and fused.serves_backward(spec, spec.rule, inputs):
+        return list(fused_autograd.gradients(spec, spec.rule, inputs[:3], (out, lse), grad))
+    operands, formula, sizes = call.in_tiles()
+    *others, grad_bias, grad_sinks = gradients(operands, formula, sizes, grad, grad_lse)
     if call.bias is not None and grad_bias is not None:
         whole = torch.zeros_like(call.bias)
         bias_within(whole, sizes, call.rule).copy_(grad_bias)

@@ -8,7 +8,8 @@ from features import feature
 from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention, Rotary, Window, local_attention
-from flexlocal.eager import operator
+from flexlocal.eager import apart, operator
+from flexlocal.eager.apart import Costs
 
 HEADS, KV_HEADS, N, D, D_V = 6, 3, 205, 8, 5
 WINDOW = Window(7, causal=True)
@@ -94,8 +95,49 @@ def test_inside_a_compiler_the_same_code_runs(name):
     assert "attend_in_tiles" in found[0]
 
 
+LENGTHS = [[120, 30, 55], [20, 105, 80]]
+DOCUMENTS = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(x)) for x in LENGTHS])
+DOCUMENTS[1, -80:] = -1
+CUT = {
+    "plain": ({}, [120, 85, 20, 105, 80]),
+    "masked": ({"mask": torch.rand(2, N) < 0.7}, [120, 85, 20, 105, 80]),
+    "sinks": (
+        {"sinks": torch.randn(HEADS), "return_lse": True}, [120, 85, 20, 105, 80]
+    ),
+    "one row": ({"documents": DOCUMENTS[0]}, [120, 85]),
+    "all together": ({"documents": torch.arange(N) // 2}, [N]),
+    "dropout": ({"dropout": 0.2, "dropout_seed": torch.tensor(5)}, [N]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_documents_are_cut_inside_as_they_are_outside(name, monkeypatch, fresh_compiler):
+    more, lengths = CUT[name]
+    run, learned = called({"window": WINDOW, "documents": DOCUMENTS, **more})
+    q, k, _ = tensors()
+    v = k.detach().flip(-1).requires_grad_()  # as wide, so that torch's kernel may serve
+    given, found, as_it_is = [q, k, v, *learned], [], operator._attend
+    costs, threads = Costs(100, 0, 1, 0, 1), set()
+    monkeypatch.setattr(apart, "costs_of", lambda *call: threads.add(call[3]) or costs)
+    outside = results(run, given)
+    threads.clear()
+    monkeypatch.setattr(operator, "_threads", lambda: 7)
+    monkeypatch.setattr(
+        operator, "_attend", lambda call: found.append(call.q.shape[2]) or as_it_is(call)
+    )
+    inside = results(torch.compile(run, fullgraph=True, backend="aot_eager"), given)
+    for ours, plain in zip(inside, outside, strict=True):
+        if plain.shape == (HEADS,):  # a sum over the calls, in another order
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(ours, plain)
+    assert found == lengths
+    assert threads <= {7}  # in the backward pass too, whatever has become of them since
+
+
+@pytest.mark.parametrize("documents", [None, torch.arange(N) // 2, torch.arange(N) // 100])
 @pytest.mark.parametrize("trains", [False, True])
-def test_only_training_keeps_log_sum_exps(trains):
+def test_only_training_keeps_log_sum_exps(trains, documents):
     q, k, _ = tensors()
     given, kept = (q, k, k.detach().flip(-1)), []
 
@@ -109,7 +151,7 @@ def test_only_training_keeps_log_sum_exps(trains):
 
         return Noting(graph).run
 
-    run, _ = called(CALLS["plain"])
+    run, _ = called({**CALLS["plain"], "documents": documents})
     torch.compiler.reset()
     with torch.set_grad_enabled(trains):
         found = torch.compile(run, fullgraph=True, backend=backend)(*given)
