@@ -89,7 +89,9 @@ def output(
     """
     q, k, v, _, _, mask = operands
     if fused_alike.serves(rule, mask):
-        fused_alike.output(spec, rule, (q, k, v), out, lse, scores)
+        if mask is not None:
+            mask = mask.expand(q.shape[0], -1, -1)
+        fused_alike.output(spec, rule, (q, k, v), mask, out, lse, scores)
         return
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:

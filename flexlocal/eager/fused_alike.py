@@ -23,18 +23,28 @@ _MOST_KEPT = 2**17
 
 
 def serves(rule: Rule, mask: Tensor | None) -> bool:
-    """Whether tiles at the same place in a step of the rule see alike."""
-    return rule.reach.step > 0 and not (rule.tensors or rule.by_head) and mask is None
+    """Whether tiles at the same place in a step of the rule see alike, padding aside."""
+    by_head = rule.by_head or mask is not None and mask.shape[1] > 1
+    return rule.reach.step > 0 and not (rule.tensors or by_head)
 
 
-def output(spec: Spec, rule: Rule, qkv: QKV, out: Tensor, lse: Tensor | None, scores: int) -> None:
+def output(
+    spec: Spec,
+    rule: Rule,
+    qkv: QKV,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    scores: int,
+) -> None:
     """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``lse``, ``(b, h, n)``.
 
     Args:
+        mask: boolean ``(b, 1, m)``, True for keys that are no padding.
         scores: about how many scores a mask may be of.
     """
     q, k, v = qkv
-    if _needs_no_mask(spec, rule, q.shape[2]):
+    if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
         out.copy_(whole)
         if lse is not None:
@@ -44,19 +54,30 @@ def output(spec: Spec, rule: Rule, qkv: QKV, out: Tensor, lse: Tensor | None, sc
     for tiles, hiding in _alike(rule, q, k, scores):
         start, stop, low, high, _ = tiles[0]
         queries, keys = (start, stop - start), (low, high - low)
-        for cut in cuts_of(tiles, q, k, v, *results):
+        masks = 0 if mask is None else hiding.numel()
+        for cut in cuts_of(tiles, q, k, v, *results, masks=masks):
             part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
-            found, of_rows = attention(*part, hiding, False, spec.scale)
+            hidden, blind = _hidden(hiding, None if mask is None else cut(mask[..., None], *keys))
+            found, of_rows = attention(*part, hidden, False, spec.scale)
+            if blind is not None:
+                found.masked_fill_(blind[:, :, : stop - start], 0.0)
             for whole, some in zip(results, (found, of_rows[..., None]), strict=False):
                 cut(whole, *queries).copy_(some)
 
 
 def gradients(
-    spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor, scores: int
+    spec: Spec,
+    rule: Rule,
+    qkv: QKV,
+    mask: Tensor | None,
+    result: tuple[Tensor, Tensor],
+    grad: Tensor,
+    scores: int,
 ) -> QKV:
     """Those of queries, keys and values.
 
     Args:
+        mask: as in ``output``.
         result: what ``output`` filled: the output and the log-sum-exps.
         grad: the output's.
         scores: as in ``output``.
@@ -64,7 +85,7 @@ def gradients(
     q, k, v = qkv
     out, lse = result[0], result[1][..., None]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if _needs_no_mask(spec, rule, q.shape[2]):
+    if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
         for place, each in zip((grad_q, grad_k, grad_v), at_once, strict=True):
             place.copy_(each)  # in the order in memory of what it is a gradient of
@@ -72,12 +93,16 @@ def gradients(
     for tiles, hiding in _alike(rule, q, k, scores):
         start, stop, low, high, period = tiles[0]
         queries, keys = (start, stop - start), (low, high - low)
-        for cut in cuts_of(tiles, q, k, v, out, lse, grad, grad_q, grad_k, grad_v):
+        tensors = q, k, v, out, lse, grad, grad_q, grad_k, grad_v
+        masks = 0 if mask is None else hiding.numel()
+        for cut in cuts_of(tiles, *tensors, masks=masks):
             part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
             of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
-            found_q, *others = gradients_of_kernel(
-                cut(grad, *queries), part, of_part, hiding, False, spec.scale
-            )
+            hidden, blind = _hidden(hiding, None if mask is None else cut(mask[..., None], *keys))
+            given = cut(grad, *queries)
+            if blind is not None:
+                given = given.masked_fill(blind[:, :, : stop - start], 0.0)
+            found_q, *others = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
             cut(grad_q, *queries).copy_(found_q)
             for whole, found in zip((grad_k, grad_v), others, strict=True):
                 # Keys of several tiles overlap, those of a period do not.
@@ -101,13 +126,31 @@ def _needs_no_mask(spec: Spec, rule: Rule, n: int) -> bool:
     return hides_nothing(rule, n) and (spec.scale > 0 or not rule.window.causal)
 
 
+def _hidden(hiding: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What hides a tile's keys, those that are padding among them, and which queries see none.
+
+    Args:
+        hiding: what the rule hides, ``(1, 1, groups * t, s)``.
+        kept: boolean ``(entries, 1, s, 1)``, True for keys that are no padding.
+
+    Returns:
+        ``(entries, 1, groups * t, s)``, and boolean ``(entries, 1, groups * t, 1)``. Such queries
+        have their keys shown: the kernel makes NaN of none.
+    """
+    if kept is None:
+        return hiding, None
+    hidden = hiding.masked_fill(~kept.mT, -torch.inf)
+    blind = (hidden == -torch.inf).all(-1, keepdim=True)
+    return hidden.masked_fill_(blind, 0.0), blind
+
+
 _Sight = tuple[int, int, int, int]
 """As of a ``Tile``, whose first query is in the first step of the rule."""
 
 
 def _alike(rule: Rule, q: Tensor, k: Tensor, scores: int) -> Iterator[tuple[list[Tile], Tensor]]:
     """Tiles that see alike, and what hides keys from each of them."""
-    groups, step = q.shape[1] // k.shape[1], rule.reach.step
+    groups, step = q.shape[1] // max(1, k.shape[1]), rule.reach.step
 
     def sight(tile: Tile) -> _Sight:
         shift = tile.start - tile.start % step

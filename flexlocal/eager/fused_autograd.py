@@ -26,31 +26,33 @@ from .fused_kernel import QKV
 
 def attend(spec: Spec, rule: Rule, inputs: Inputs) -> Tensor:
     """The output ``(b, h, n, d)`` with gradients, where ``fused.serves_backward``."""
-    out: Tensor = _Fused.apply(spec, rule, *inputs[:3])  # type: ignore[no-untyped-call]
+    out: Tensor = _Fused.apply(spec, rule, *inputs[:4])  # type: ignore[no-untyped-call]
     return out
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: Spec, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, spec: Spec, rule: Rule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
         ctx.spec, ctx.rule = spec, rule
-        out, lse = result(spec, rule, Inputs(q, k, v))
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = result(spec, rule, Inputs(q, k, v, mask))
+        ctx.save_for_backward(q, k, v, mask, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        spec, rule = ctx.spec, ctx.rule
+        *given, out, lse = ctx.saved_tensors
+        spec, rule, inputs = ctx.spec, ctx.rule, Inputs(*given)
         of: Callable[..., Sequence[Tensor | None]]
         with without_autocast(grad.device), region("attention backward"):
             if torch.is_grad_enabled() or is_transformed():
-                tiles = in_tiles(spec, rule, Inputs(q, k, v), None)
+                tiles = in_tiles(spec, rule, inputs, None)
                 of = partial(differentiable_gradients, *tiles, grad_lse=None)
             else:
-                of = partial(gradients, spec, rule, (q, k, v), (out, lse))
+                of = partial(gradients, spec, rule, inputs, (out, lse))
             found = for_each_gradient(lambda grad: of(grad=grad), grad)
-        return None, None, *found[:3]
+        return None, None, *found[:3], None
 
 
 def result(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,12 @@ def result(spec: Spec, rule: Rule, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return output_by_torch(spec, rule, operands_of(inputs), lse), lse
 
 
-def gradients(spec: Spec, rule: Rule, qkv: QKV, result: tuple[Tensor, Tensor], grad: Tensor) -> QKV:
+def gradients(
+    spec: Spec, rule: Rule, inputs: Inputs, result: tuple[Tensor, Tensor], grad: Tensor
+) -> QKV:
     """Those of queries, keys and values, from what ``result`` gave and the output's gradient."""
-    return fused_alike.gradients(spec, rule, qkv, result, grad, scores_in_a_portion(grad.device))
+    q, k, v, mask, *_ = inputs
+    if mask is not None:
+        mask = mask.expand(q.shape[0], -1, -1)
+    scores = scores_in_a_portion(grad.device)
+    return fused_alike.gradients(spec, rule, (q, k, v), mask, result, grad, scores)

@@ -84,16 +84,19 @@ Cut = Callable[[Tensor, int, int], Tensor]
 tile. The first token and their number are given as those of the first tile."""
 
 
-def cuts_of(alike: Sequence[Tile], *tensors: Tensor) -> Iterator[Cut]:
+def cuts_of(alike: Sequence[Tile], *tensors: Tensor, masks: int = 0) -> Iterator[Cut]:
     """How tiles that see alike are cut out of ``tensors``, one cut for each call of the kernel.
 
-    Tiles become batch entries. Where no view joins the tensors' own batch entries with heads, each
-    of these has a call, or each tile, whichever are fewer.
+    Tiles become batch entries. Where no view joins the tensors' own batch entries with heads, or
+    these have masks of their own, each of these has a call, or each tile, whichever are fewer.
+
+    Args:
+        masks: numbers of a tile's mask, where each tile of each batch entry has its own.
     """
     start, stop, _, _, period = alike[0]
     b, h, _, d = tensors[0].shape
-    most = max(1, _NUMBERS // (b * h * (stop - start) * d))
-    joins = all(b == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+    most = max(1, _NUMBERS // max(1, b * h * (stop - start) * d, masks))
+    joins = all(b == 1 or not masks and x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     for first in range(0, len(alike), most):
         count, shift = min(most, len(alike) - first), first * period
         if count > 1 and joins:

@@ -352,7 +352,7 @@ def _gradients(
     """``gradients_in_tiles`` of all tokens at once."""
     spec, inputs = call.described
     if out is not None and lse is not None and fused.serves_backward(spec, spec.rule, inputs):
-        return list(fused_autograd.gradients(spec, spec.rule, inputs[:3], (out, lse), grad))
+        return list(fused_autograd.gradients(spec, spec.rule, inputs, (out, lse), grad))
     operands, formula, sizes = call.in_tiles()
     *others, grad_bias, grad_sinks = gradients(operands, formula, sizes, grad, grad_lse)
     if call.bias is not None and grad_bias is not None:

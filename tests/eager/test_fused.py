@@ -158,6 +158,54 @@ def test_what_hides_nothing_is_right_with_any_scale(window, scale):
     placed.check(call, run=run)
 
 
+PADDED = {
+    "a row": {"lead": (1, 6), "n": 205},
+    "rows, grouped": {"lead": (3, 6), "kv_heads": 2, "n": 205},
+    "rows, views": {"lead": (3, 6), "n": 205, "transposed": True},
+    "longer than all": {"lead": (3, 6), "n": 53, "window": windows_of(64, causal=False)},
+    "both ways": {"lead": (2, 6), "n": 130, "window": windows_of(9, causal=False)},
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_is_hidden_beside_what_the_window_hides(name):
+    """Queries that see nothing but padding among them, as all of a row do."""
+    more = PADDED[name]
+    more = {"d": 8, "d_v": 8, "mask_batch": more["lead"][0], **more}
+    call = placed.case_of("mask, a row hidden", **more)
+    gradients, as_it_is = [], fused_alike.gradients
+
+    def run(tensors):
+        with taken() as calls:
+            out = call.run(tensors, return_lse=False, backend="eager")
+        assert calls
+        return out, call.run(tensors, backend="eager")[1]
+
+    noted = lambda *given: gradients.append(given) or as_it_is(*given)  # noqa: E731
+    with patch.object(fused_alike, "gradients", noted):
+        placed.check(call, run=run)
+    assert gradients
+
+
+def test_masks_of_padding_are_as_small_as_the_numbers_of_a_call():
+    """Some tiles at a time, though all of them see alike."""
+    hidden, as_it_is = [], fused_alike._hidden
+
+    def noted(*given):
+        found = as_it_is(*given)
+        hidden.append(found[0].numel())
+        return found
+
+    q, mask = torch.randn(1, 1, 4096, 8), torch.arange(4096)[None] % 3 > 0
+    with (
+        taken(),
+        patch.object(fused_alike, "_hidden", noted),
+        patch.object(fused_tiles, "_NUMBERS", 2**17),
+    ):
+        local_attention(q, q, q, Window(64, causal=True), mask=mask)
+    assert len(hidden) > 3 and max(hidden) <= 2**17
+
+
 def test_windows_share_masks():
     masks, as_it_is = [], fused_alike.hiding_of
     q = torch.randn(1, 2, 5 * 192, 8)
@@ -264,7 +312,8 @@ def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, held, score
         (torch.float16, {}, False),
         (torch.bfloat16, {}, False),
         (torch.float32, {"softcap": 9.0}, False),
-        (torch.float32, {"mask": torch.arange(300)[None] < 200}, False),
+        (torch.float32, {"mask": torch.arange(300)[None] < 200}, True),
+        (torch.float32, {"mask": torch.arange(300).expand(8, -1) < 200}, False),  # by head
         (torch.float32, {"documents": torch.arange(300) // 90}, True),  # calls of their own
         (torch.float32, {"documents": torch.arange(300) // 2}, False),
     ],
@@ -350,12 +399,12 @@ SAYS = "scaled_dot_product_attention computes its tiles"
     [
         (512, 2, {}, True),
         (70, 2, {}, True),  # the window hides nothing
-        (70, 2, {"mask": torch.arange(70)[None] < 60}, False),
+        (70, 2, {"mask": torch.arange(70)[None] < 60}, True),
+        (70, 2, {"mask": torch.arange(70).expand(2, -1) < 60}, False),  # by head
         (260, 1, {}, True),
         (260, 1, {"documents": torch.arange(260) // 90}, True),
         (260, 1, {"documents": torch.arange(260) // 3}, False),
         (512, 2, {"softcap": 3.0}, False),
-        (512, 2, {"mask": torch.arange(512)[None] < 400}, False),
         (512, 8, {"mask": torch.arange(512)[None] < 400}, True),
         (512, 8, {"documents": torch.arange(512) // 200}, True),
     ],
