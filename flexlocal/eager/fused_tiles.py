@@ -54,7 +54,10 @@ def tiles_of(
         scores: about how many numbers these may be.
     """
     tile = length_of(rule)
-    span = min(rule.reach.longest(tile), keys)
+    before, after = rule.reach.around(tile)
+    if min(before, after) >= n - tile:  # each tile would have all keys
+        tile = max(tile, n)
+    span = min(before + tile + after, keys)
     if masks * tile * span > scores:
         tile = max(1, scores // (masks * span * _VECTOR)) * _VECTOR
     period = max(tile, rule.reach.step)

@@ -206,6 +206,20 @@ def test_masks_of_padding_are_as_small_as_the_numbers_of_a_call():
     assert len(hidden) > 3 and max(hidden) <= 2**17
 
 
+@pytest.mark.parametrize(
+    ("n", "window", "calls"),
+    [(128, Window.around(64), 1), (129, Window.around(64), 3), (128, Window.sliding(65), 2)],
+)
+def test_tiles_that_would_all_have_all_keys_are_one(n, window, calls):
+    q, made = torch.randn(3, 2, n, 8), []
+    noted = lambda *given: made.append(given) or attention(*given)  # noqa: E731
+    attention = fused_alike.attention
+    with taken(), patch.object(fused_alike, "attention", noted):
+        found = local_attention(q, q, q, window)
+    assert len(made) == calls
+    torch.testing.assert_close(found, local_attention(q, q, q, window, softcap=1e9))
+
+
 def test_windows_share_masks():
     masks, as_it_is = [], fused_alike.hiding_of
     q = torch.randn(1, 2, 5 * 192, 8)
