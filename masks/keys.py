@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_limits.tensors import has_values
 from ..torch_limits.tracing import is_transformed
 from .rule import MaskMod
 
@@ -62,7 +63,16 @@ def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
     Nobody reads the result of padding, whose gradient is 0. But a NaN in its query makes its
     weights NaN, and the gradients of all keys that it sees: 0 * NaN again.
     """
+    if _is_computed_now(queries) and bool(queries.detach().sum().isfinite()):
+        return queries  # as nearly always: to ask takes a twentieth of the time
     return _cleared(queries, key_mask[..., None] | queries.isfinite())
+
+
+def _is_computed_now(x: Tensor) -> bool:
+    """Whether a processor computes the call now, and nothing traces it."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return has_values(x)
 
 
 def _cleared(x: Tensor, kept: Tensor) -> Tensor:
@@ -72,12 +82,19 @@ def _cleared(x: Tensor, kept: Tensor) -> Tensor:
     return cleared
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class _Cleared(torch.autograd.Function):
     """Zeros for what is not kept. Backward changes nothing: its gradients are zero already."""
 
     @staticmethod
     def forward(x: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(kept, x, 0.0)
+        if not _is_computed_now(x):
+            return torch.where(kept, x, 0.0)
+        # All bits or none. A processor takes six times as long for `where`.
+        bits = _BITS[x.element_size()]
+        return (x.view(bits) & -kept.to(bits)).view(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

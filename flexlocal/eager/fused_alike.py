@@ -134,13 +134,15 @@ def _hidden(hiding: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]
         kept: boolean ``(entries, 1, s, 1)``, True for keys that are no padding.
 
     Returns:
-        ``(entries, 1, groups * t, s)``, and boolean ``(entries, 1, groups * t, 1)``. Such queries
-        have their keys shown: the kernel makes NaN of none.
+        ``(entries, 1, groups * t, s)``, and boolean ``(entries, 1, groups * t, 1)``, or None where
+        all see some. Such queries have their keys shown: the kernel may make NaN of none.
     """
     if kept is None:
         return hiding, None
     hidden = hiding.masked_fill(~kept.mT, -torch.inf)
-    blind = (hidden == -torch.inf).all(-1, keepdim=True)
+    blind = hidden.amax(-1, keepdim=True) == -torch.inf
+    if has_values(blind) and not bool(blind.any()):
+        return hidden, None
     return hidden.masked_fill_(blind, 0.0), blind
 
 
