@@ -120,7 +120,7 @@ def _needs_no_mask(spec: Spec, rule: Rule, n: int) -> bool:
     """Whether the kernel knows what is hidden: it leaves out later keys by itself.
 
     Not where the scale is 0 or less, since it hides them before it scales the scores, and returns
-    NaN (torch 2.13).
+    NaN (torch 2.11 to 2.15).
     """
     assert spec.scale is not None
     return hides_nothing(rule, n) and (spec.scale > 0 or not rule.window.causal)

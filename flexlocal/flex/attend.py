@@ -117,7 +117,7 @@ def _attend(
     own_by_mask = spec.shared_qk and kept is None and bias is None and not wants_lse
     ends = ends_alone(call_rule.window, n) if own_by_mask and call_rule.is_window else None
     looked_up = list(call_rule.for_scores().tensors)
-    if is_placed(inputs):
+    if is_placed(inputs) or not on_gpu:
         looked_up = [written_out(x) for x in looked_up]
     if layout is not None and layout.looks_up_length:
         looked_up.append(number_in_memory(n, q.device))
