@@ -89,8 +89,6 @@ def output(
     """
     q, k, v, _, _, mask = operands
     if fused_alike.serves(rule, mask):
-        if mask is not None:
-            mask = mask.expand(q.shape[0], -1, -1)
         fused_alike.output(spec, rule, (q, k, v), mask, out, lse, scores)
         return
     first, last = bounds(rule, q, k)

@@ -4,7 +4,7 @@ Keys of several tiles overlap: the kernel reads them through views, and their gr
 Shapes are those of ``formula``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -16,7 +16,7 @@ from ..spec import Spec
 from ..torch_limits.tensors import has_values
 from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
-from .fused_tiles import Tile, cuts_of, tiles_of
+from .fused_tiles import Cut, Tile, cuts_of, tiles_of
 
 _MOST_KEPT = 2**17
 """Numbers of a mask that is kept from call to call."""
@@ -40,7 +40,7 @@ def output(
     """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``lse``, ``(b, h, n)``.
 
     Args:
-        mask: boolean ``(b, 1, m)``, True for keys that are no padding.
+        mask: boolean ``(b or 1, 1, m)``, True for keys that are no padding.
         scores: about how many scores a mask may be of.
     """
     q, k, v = qkv
@@ -51,18 +51,12 @@ def output(
             lse.copy_(of_rows)
         return
     results = [out] if lse is None else [out, lse[..., None]]
-    for tiles, hiding in _alike(rule, q, k, scores):
-        start, stop, low, high, _ = tiles[0]
-        queries, keys = (start, stop - start), (low, high - low)
-        masks = 0 if mask is None else hiding.numel()
-        for cut in cuts_of(tiles, q, k, v, *results, masks=masks):
-            part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
-            hidden, blind = _hidden(hiding, None if mask is None else cut(mask[..., None], *keys))
-            found, of_rows = attention(*part, hidden, False, spec.scale)
-            if blind is not None:
-                found.masked_fill_(blind[:, :, : stop - start], 0.0)
-            for whole, some in zip(results, (found, of_rows[..., None]), strict=False):
-                cut(whole, *queries).copy_(some)
+    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, results, scores):
+        found, of_rows = attention(*part, hidden, False, spec.scale)
+        if blind is not None:
+            found.masked_fill_(blind, 0.0)
+        for whole, some in zip(results, (found, of_rows[..., None]), strict=False):
+            cut(whole, tile.start, tile.stop - tile.start).copy_(some)
 
 
 def gradients(
@@ -90,25 +84,45 @@ def gradients(
         for place, each in zip((grad_q, grad_k, grad_v), at_once, strict=True):
             place.copy_(each)  # in the order in memory of what it is a gradient of
         return grad_q, grad_k, grad_v
-    for tiles, hiding in _alike(rule, q, k, scores):
-        start, stop, low, high, period = tiles[0]
-        queries, keys = (start, stop - start), (low, high - low)
-        tensors = q, k, v, out, lse, grad, grad_q, grad_k, grad_v
-        masks = 0 if mask is None else hiding.numel()
-        for cut in cuts_of(tiles, *tensors, masks=masks):
-            part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
-            of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
-            hidden, blind = _hidden(hiding, None if mask is None else cut(mask[..., None], *keys))
-            given = cut(grad, *queries)
-            if blind is not None:
-                given = given.masked_fill(blind[:, :, : stop - start], 0.0)
-            found_q, *others = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
-            cut(grad_q, *queries).copy_(found_q)
-            for whole, found in zip((grad_k, grad_v), others, strict=True):
-                # Keys of several tiles overlap, those of a period do not.
-                for first, some in enumerate(found.split(period, 2)):
-                    cut(whole, low + first * period, some.shape[2]).add_(some)
+    others = out, lse, grad, grad_q, grad_k, grad_v
+    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, others, scores):
+        queries = tile.start, tile.stop - tile.start
+        of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
+        given = cut(grad, *queries)
+        if blind is not None:
+            given = given.masked_fill(blind, 0.0)
+        found_q, *found = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
+        cut(grad_q, *queries).copy_(found_q)
+        for whole, of_keys in zip((grad_k, grad_v), found, strict=True):
+            # Keys of several tiles overlap, those of a period do not.
+            for first, some in enumerate(of_keys.split(tile.period, 2)):
+                cut(whole, tile.low + first * tile.period, some.shape[2]).add_(some)
     return grad_q, grad_k, grad_v
+
+
+def _calls(
+    rule: Rule, qkv: QKV, mask: Tensor | None, others: Sequence[Tensor], scores: int
+) -> Iterator[tuple[Cut, Tile, QKV, Tensor, Tensor | None]]:
+    """Calls of the kernel.
+
+    Args:
+        mask, scores: as in ``output``.
+        others: tensors that will be cut as queries or keys are.
+
+    Yields:
+        How tensors are cut, by the first tile, which comes second; queries, keys and values; and
+        what ``_hidden`` says of them.
+    """
+    q, k, v = qkv
+    kept = None if mask is None else mask.expand(q.shape[0], -1, -1)[..., None]
+    for tiles, hiding in _alike(rule, q, k, scores):
+        start, stop, low, high, _ = tiles[0]
+        queries, keys = (start, stop - start), (low, high - low)
+        masks = 0 if kept is None else hiding.numel()
+        for cut in cuts_of(tiles, q, k, v, *others, masks=masks):
+            part = cut(q, *queries), cut(k, *keys), cut(v, *keys)
+            hidden, blind = _hidden(hiding, None if kept is None else cut(kept, *keys))
+            yield cut, tiles[0], part, hidden, None if blind is None else blind[:, :, : queries[1]]
 
 
 def hides_nothing(rule: Rule, n: int) -> bool:

@@ -66,7 +66,5 @@ def gradients(
 ) -> QKV:
     """Those of queries, keys and values, from what ``result`` gave and the output's gradient."""
     q, k, v, mask, *_ = inputs
-    if mask is not None:
-        mask = mask.expand(q.shape[0], -1, -1)
     scores = scores_in_a_portion(grad.device)
     return fused_alike.gradients(spec, rule, (q, k, v), mask, result, grad, scores)

@@ -44,15 +44,22 @@ def plain(draw):
     return replace(call, case=case, softcap=None, sink_heads=None)
 
 
-@settings(max_examples=EXAMPLES)
-@given(call=plain(), tile=st.sampled_from([3, 8, 64]), scores=st.sampled_from([1, 200, 2**20]))
-def test_outputs_and_gradients(call, tile, scores):
+def by_the_kernel(call, **tiles):
+    """Runs ``call``: its output is the kernel's, its log-sum-exps are not."""
+
     def run(tensors):
-        with taken(tile=tile, most=2 * tile, vector=2) as calls:
+        with taken(**tiles) as calls:
             out = call.run(tensors, return_lse=False, backend="eager")
         assert bool(calls) == (out.numel() > 0)
         return out, call.run(tensors, backend="eager")[1]
 
+    return run
+
+
+@settings(max_examples=EXAMPLES)
+@given(call=plain(), tile=st.sampled_from([3, 8, 64]), scores=st.sampled_from([1, 200, 2**20]))
+def test_outputs_and_gradients(call, tile, scores):
+    run = by_the_kernel(call, tile=tile, most=2 * tile, vector=2)
     with patch.object(autograd, "_SCORES_ON_CPU", scores):
         placed.check(call, run=run)
 
@@ -149,13 +156,7 @@ def test_what_hides_nothing_has_no_mask():
 def test_what_hides_nothing_is_right_with_any_scale(window, scale):
     call = placed.case_of(window=window, n=53, d=8, d_v=8, scale=scale)
 
-    def run(tensors):
-        with taken() as calls:
-            out = call.run(tensors, return_lse=False, backend="eager")
-        assert calls
-        return out, call.run(tensors, backend="eager")[1]
-
-    placed.check(call, run=run)
+    placed.check(call, run=by_the_kernel(call))
 
 
 PADDED = {
@@ -175,15 +176,9 @@ def test_padding_is_hidden_beside_what_the_window_hides(name):
     call = placed.case_of("mask, a row hidden", **more)
     gradients, as_it_is = [], fused_alike.gradients
 
-    def run(tensors):
-        with taken() as calls:
-            out = call.run(tensors, return_lse=False, backend="eager")
-        assert calls
-        return out, call.run(tensors, backend="eager")[1]
-
     noted = lambda *given: gradients.append(given) or as_it_is(*given)  # noqa: E731
     with patch.object(fused_alike, "gradients", noted):
-        placed.check(call, run=run)
+        placed.check(call, run=by_the_kernel(call))
     assert gradients
 
 
