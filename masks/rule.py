@@ -61,6 +61,11 @@ class Reach:
         before, after = self.around(tokens)
         return before + tokens + after
 
+    def in_steps(self, tokens: int) -> int:
+        """The fewest tokens in whole steps that are so many at least; these where none is known."""
+        step = max(1, self.step)
+        return -(-tokens // step) * step
+
     def around(self, tokens: int) -> tuple[int, int]:
         """How many keys before and after a block its queries may see; ``tokens`` as above."""
         grain = math.gcd(tokens, self.align)

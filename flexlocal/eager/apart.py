@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks.rule import Reach
 from ..spec import Inputs, Result, Spec
 from ..torch_limits.tensors import has_values
 from ..torch_limits.tracing import is_transformed
@@ -108,16 +107,10 @@ def costs_of(spec: Spec, inputs: Inputs, trains: bool, threads: int) -> Costs:
     entries = q.shape[0] if inputs.documents.shape[0] == 1 else 1
     of_a_score = entries * q.shape[1] * (q.shape[3] + v.shape[3])
     anywhere = replace(reach, align=1, step=0)  # as documents' windows begin
-    keys, keys_together = _keys_of_a_tile(reach), _keys_of_a_tile(anywhere)
+    keys, keys_together = (x.longest(x.in_steps(LEAST_TILE)) for x in (reach, anywhere))
     keys_together = min(keys_together, q.shape[2])
     calls = threads * CALL, threads * CALL_TOGETHER
     return Costs(*calls, of_a_score, keys, keys_together, by_documents=not trains)
-
-
-def _keys_of_a_tile(reach: Reach) -> int:
-    """Keys of a tile of the fewest queries, in whole steps of the rule."""
-    step = max(1, reach.step)
-    return reach.longest(-(-LEAST_TILE // step) * step)
 
 
 class _Way(NamedTuple):

@@ -82,12 +82,9 @@ def sizes_of(
         before, after = rule.window.before, rule.window.after
     else:
         least = LEAST_TILE
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and reach.step <= 1:
             least = max(least, reach.back, reach.ahead)
-        step = max(1, reach.step)
-        if step > 1:
-            least = LEAST_TILE
-        tile = -(-least // step) * step
+        tile = reach.in_steps(least)
         # Rows of scores that are whole vectors long make matrix products faster.
         before, after = (-(-x // _VECTOR) * _VECTOR for x in reach.around(tile))
     if may_shorten and not at_once:

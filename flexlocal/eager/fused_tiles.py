@@ -34,8 +34,7 @@ class Tile(NamedTuple):
 
 def length_of(rule: Rule) -> int:
     """Queries in a tile: some steps of the rule, or an even part of a long one."""
-    step = max(1, rule.reach.step)
-    steps = -(-_LEAST_TILE // step) * step
+    steps, step = rule.reach.in_steps(_LEAST_TILE), rule.reach.step
     if steps <= _MOST_TILE:
         return steps
     part = -(-step // -(-step // _MOST_TILE))
