@@ -81,3 +81,17 @@ def check_fused(case, dtype, run):
     call = case.tensors(dtype).cuda()
     with never_dense(case.n):
         gradients(case.run(run, call), call)
+
+
+def code_for_hopper(kernel, kinds, constants):
+    """What Triton makes of ``kernel`` for a Hopper GPU, without one; other arguments are int64."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kinds = {**kinds, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        kernel,
+        {name: kinds.get(name, "i64") for name in kernel.arg_names},
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    return compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
