@@ -24,15 +24,7 @@ from .flex.engines import Engine
 from .masks import Rule, Window
 from .positions import rule_of
 from .shapes import shaped
-from .spec import (
-    Inputs,
-    Result,
-    Spec,
-    numbered,
-    resolved,
-    wants_gradients,
-    with_plain_numbers,
-)
+from .spec import Inputs, Result, Spec, numbered, resolved, wants_gradients, with_plain_numbers
 from .torch_limits.tracing import is_tracing, is_transformed, refuse_old_onnx, seen_as_constant
 
 

@@ -189,9 +189,11 @@ def is_placed(inputs: Inputs) -> bool:
 
 def numbered(inputs: Inputs) -> Inputs:
     """Shaped ``inputs`` with a document's number for each key, where ``cu_seqlens`` gives them."""
-    documents = inputs.documents
-    if inputs.cu_seqlens is not None and documents is None:
-        documents = documents_from_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])[None, None]
+    sums, documents = inputs.cu_seqlens, inputs.documents
+    if sums is None:
+        return inputs
+    if documents is None:
+        documents = documents_from_cu_seqlens(sums, inputs.k.shape[2])[None, None]
     return inputs._replace(documents=documents, cu_seqlens=None)
 
 
