@@ -26,12 +26,12 @@ the kernel for each tile; twice as many where each tile has a mask of its own. O
 mask, 4M took 1.18 times and 17M 0.89 times as long. Where tiles that see alike share a call, none
 are too few: 0.1M took 0.4 to 0.7 times as long."""
 
-_LEAST_LONG, _MOST_SCORES = 128, 2**20
+_LEAST_LONG, _MOST_SHORT, _MOST_SCORES = 128, 1024, 2**20
 """Queries in a window that stands, the fewest for which the kernel's backward pass leads in long
-sequences, and scores up to which it leads everywhere. On that processor, with one thread and two,
-training took 0.6 to 0.75 times as long with 1M scores and windows of 64, but 0.95 to 1.25 times
-with 2M; 0.85 to 1.0 times with 4M and windows of 128 or 512; and 1.15 times with 8M and windows of
-128 that slide."""
+sequences; the most in a short sequence, and scores up to which it leads everywhere. On an AMD EPYC
+(Zen 3) with one thread, training took 0.55 to 1.05 times as long with up to 1024 tokens, 0.8 to
+1.05 with 2048, and 0.9 to 1.2 with 4096 or 8192; with two threads 0.7 to 1.1, 0.85 to 1.15 and 0.95
+to 1.35; and where windows of 128 or more stand, 0.85 to 1.0 times."""
 
 
 def serves(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
@@ -68,7 +68,7 @@ def serves_backward(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     q, k = tensors.q, tensors.k
     scores = q.shape[:-1].numel() * min(rule.reach.longest(length_of(rule)), k.shape[2])
     long = rule.reach.step >= _LEAST_LONG or fused_alike.hides_nothing(rule, q.shape[2])
-    return long or scores <= _MOST_SCORES
+    return long or q.shape[2] <= _MOST_SHORT or scores <= _MOST_SCORES
 
 
 def _can_compute(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:

@@ -195,7 +195,7 @@ def test_masks_of_padding_are_as_small_as_the_numbers_of_a_call():
     with (
         taken(),
         patch.object(fused_alike, "_hidden", noted),
-        patch.object(fused_tiles, "_NUMBERS", 2**17),
+        patch.object(fused_tiles, "_MOST_NUMBERS", 2**17),
     ):
         local_attention(q, q, q, Window(64, causal=True), mask=mask)
     assert len(hidden) > 3 and max(hidden) <= 2**17
@@ -238,18 +238,20 @@ def test_large_masks_are_not_kept():
 
 
 @pytest.mark.parametrize(
-    ("entries", "transposed", "held", "calls"),
+    ("entries", "transposed", "few", "held", "calls"),
     [
-        (1, False, 6, 3),
-        (1, True, 6, 3),
-        (2, False, 6, 3),
-        (2, False, 4, 4),
-        (2, True, 6, 4),  # no view joins entries with heads: a call for each entry
-        (9, True, 6, 8),  # of which there are more than tiles
+        (1, False, True, 6, 3),
+        (1, True, True, 6, 3),
+        (2, False, True, 6, 3),
+        (2, False, True, 4, 4),
+        (2, False, False, 6, 4),  # of many numbers: a call for each entry
+        (9, False, False, 6, 11),
+        (2, True, True, 6, 4),  # no view joins entries with heads: a call for each entry
+        (9, True, False, 6, 8),  # of which there are more than tiles
     ],
 )
 @pytest.mark.parametrize("kv_heads", [6, 2])
-def test_tiles_that_see_alike_share_calls(entries, transposed, held, calls, kv_heads):
+def test_tiles_that_see_alike_share_calls(entries, transposed, few, held, calls, kv_heads):
     """The first tile, six that see alike, and the last one, which is short."""
     sizes = [(entries, heads, 7 * 64 + 5, 8) for heads in (6, kv_heads, kv_heads)]
     q, k, v = (torch.randn(size) for size in sizes)
@@ -259,10 +261,11 @@ def test_tiles_that_see_alike_share_calls(entries, transposed, held, calls, kv_h
     right = local_attention(q, k, v, window, softcap=1e9)
     made, as_it_is = [], fused_alike.attention
     attention = lambda *call: made.append(call) or as_it_is(*call)  # noqa: E731
-    numbers = held * entries * 6 * 64 * 8
+    tile = 6 * 64 * 8
     with (
         patch.object(fused_alike, "attention", attention),
-        patch.object(fused_tiles, "_NUMBERS", numbers),
+        patch.object(fused_tiles, "_LEAST_NUMBERS", 6 * tile + few),
+        patch.object(fused_tiles, "_MOST_NUMBERS", held * entries * tile),
     ):
         found = local_attention(q, k, v, window)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
@@ -277,10 +280,11 @@ def test_tiles_that_see_alike_share_calls(entries, transposed, held, calls, kv_h
     sizes=st.sampled_from([(1, 2, 2), (3, 6, 2), (2, 3, 1)]),
     transposed=st.booleans(),
     tile=st.sampled_from([3, 8, 64]),
+    repays=st.sampled_from([1, 2**60]),
     held=st.sampled_from([1, 1000, 2**21]),
     scores=st.sampled_from([200, 2**20]),
 )
-def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, held, scores):
+def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, repays, held, scores):
     entries, heads, kv_heads = sizes
     rule = Window(window.size, window.causal, window.look_backward, window.ahead, window.exact)
     generator = torch.Generator().manual_seed(n)
@@ -297,7 +301,8 @@ def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, held, score
         with ExitStack() as stack:
             stack.enter_context(taken(tile=tile, most=2 * tile, vector=2))
             stack.enter_context(patch.object(fused_alike, "gradients", gradients))
-            stack.enter_context(patch.object(fused_tiles, "_NUMBERS", held))
+            stack.enter_context(patch.object(fused_tiles, "_LEAST_NUMBERS", repays))
+            stack.enter_context(patch.object(fused_tiles, "_MOST_NUMBERS", held))
             stack.enter_context(patch.object(autograd, "_SCORES_ON_CPU", scores))
             if not served:
                 stack.enter_context(patch.object(fused, "serves_backward", lambda *_: False))
@@ -313,6 +318,7 @@ def test_gradients_by_the_kernel(window, n, sizes, transposed, tile, held, score
     ("dtype", "more", "expected"),
     [
         (torch.float32, {}, True),
+        (torch.float32, {"n": 1024, "size": 96}, True),
         (torch.float32, {"n": 1100}, False),
         (torch.float32, {"n": 1100, "size": 128}, True),
         (torch.float32, {"n": 1100, "size": 1200}, True),
