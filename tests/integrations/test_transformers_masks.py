@@ -415,6 +415,21 @@ def test_kernels_are_told_cumulative_lengths_beside_documents(monkeypatch, rows,
         assert told == (None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist())
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_kernels_that_know_no_chunks_are_told_no_cumulative_lengths(chunk):
+    sums = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
+    found = mask.local_mask(
+        batch_size=1,
+        q_length=23,
+        kv_length=23,
+        mask_function=lambda *_: None,
+        local_size=4,
+        config=SimpleNamespace(attention_chunk_size=chunk),
+    )
+    told = found.sums_with(found.documents_with(None, sums), sums)
+    assert told is (sums if chunk is None else None)
+
+
 @given(st.lists(st.integers(1, 9), min_size=1))
 def test_documents_have_their_cumulative_lengths(lengths):
     numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]

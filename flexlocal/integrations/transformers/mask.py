@@ -91,13 +91,14 @@ class LocalMask:
         """The cumulative lengths of a single row, by which FlashAttention 4 tells documents apart.
 
         Where a layer was given none they are read from the documents, once for all layers of a
-        forward pass and only if that package is there: the host waits for the GPU.
+        forward pass and only if that package is there: the host waits for the GPU. None where
+        windows stand, which its kernels do not know.
 
         Args:
             documents: ``documents_with``'s.
             cu_seq_lens: as for ``documents_with``.
         """
-        if documents is None or self.batch > 1 or self.n != self.m:
+        if documents is None or _stands(self.window) or self.batch > 1 or self.n != self.m:
             return None
         if cu_seq_lens is not None:
             return cu_seq_lens
