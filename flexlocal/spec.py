@@ -181,6 +181,15 @@ def is_plain(spec: Spec, bias: Tensor | None, sinks: Tensor | None) -> bool:
     return bias is None and sinks is None and spec.xpos_base is None
 
 
+def may_hide_first(spec: Spec) -> bool:
+    """Whether kernels may hide scores before they scale them: -inf times 0 or less hides nothing.
+
+    FlashAttention 4's do, and torch's for processors where they hide later keys by themselves
+    (torch 2.11 to 2.15).
+    """
+    return spec.scale is None or spec.scale > 0
+
+
 def is_placed(inputs: Inputs) -> bool:
     """Whether what queries see is not the window's alone: with documents, offsets or ``seeing``."""
     documents = inputs.documents is not None or inputs.cu_seqlens is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..masks.rule import Rule
-from ..spec import Spec
+from ..spec import Spec, may_hide_first
 from ..torch_limits.tensors import has_values
 from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
@@ -131,13 +131,8 @@ def hides_nothing(rule: Rule, n: int) -> bool:
 
 
 def _needs_no_mask(spec: Spec, rule: Rule, n: int) -> bool:
-    """Whether the kernel knows what is hidden: it leaves out later keys by itself.
-
-    Not where the scale is 0 or less, since it hides them before it scales the scores, and returns
-    NaN (torch 2.11 to 2.15).
-    """
-    assert spec.scale is not None
-    return hides_nothing(rule, n) and (spec.scale > 0 or not rule.window.causal)
+    """Whether the kernel knows what is hidden: it leaves out later keys by itself."""
+    return hides_nothing(rule, n) and (may_hide_first(spec) or not rule.window.causal)
 
 
 def _hidden(hiding: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:

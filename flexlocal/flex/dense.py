@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..masks.keys import for_each_head
-from ..spec import Inputs, Spec, is_placed, is_plain, wants_gradients
+from ..spec import Inputs, Spec, is_placed, is_plain, may_hide_first, wants_gradients
 from ..torch_limits.attention import efficient_on_gpu, flash_on_gpu
 from ..torch_limits.kernels import KERNEL_DTYPES
 from ..torch_limits.tensors import has_address
@@ -44,7 +44,7 @@ def serves(spec: Spec, inputs: Inputs) -> bool:
         return False
     if not all(x is None or has_address(x) for x in (*inputs[:5], inputs.inv_freq)):
         return False
-    if spec.scale is not None and spec.scale <= 0:  # kernels may hide scores before they scale them
+    if not may_hide_first(spec):
         return False
     n, d = q.shape[-2:]
     if q.dtype not in KERNEL_DTYPES or d != v.shape[-1] or d % ALIGNED:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ..spec import Inputs, Spec, is_placed, wants_gradients
+from ..spec import Inputs, Spec, is_placed, may_hide_first, wants_gradients
 from ..torch_limits.tracing import seen_as_constant
 from . import flash_attention
 from .tuning import FLASH, STOCK_BLOCK, capability, nearest, overridden
@@ -67,7 +67,7 @@ def _takes(spec: Spec, inputs: Inputs) -> bool:
     q, k, v, mask, bias, *_ = inputs
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if spec.scale is not None and spec.scale <= 0:  # they hide scores before they scale them
+    if not may_hide_first(spec):
         return False
     if inputs.sinks is not None:
         by_head = q.dim() == 4 and inputs.sinks.shape[0] == q.shape[1]

@@ -32,7 +32,7 @@ def test_vmap_writes_no_batch_into_what_is_none():
 
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_later_keys_are_hidden_before_scores_are_scaled(scale):
-    """``_needs_no_mask``: test_fused."""
+    """``may_hide_first``: test_fused."""
     q = torch.randn(1, 2, 7, 8)
     found = F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale)
     assert found.isnan().any(), mended("a mask where the scale is 0 or less")

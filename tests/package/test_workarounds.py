@@ -118,7 +118,7 @@ WORKAROUNDS = {
         ", compiler test_the_backward_pass_is_compiled_at_its_first_call"
         ", limits test_the_gradient_of_a_sum_of_views_is_copied_by_torchs_own_compiler",
     ),
-    "eager/fused_alike.py _needs_no_mask": (
+    "spec.py may_hide_first": (
         "autograd test_later_keys_are_hidden_before_scores_are_scaled",
         "fused test_what_hides_nothing_is_right_with_any_scale",
     ),
