@@ -77,13 +77,12 @@ def gradients(
         scores: as in ``output``.
     """
     q, k, v = qkv
-    out, lse = result[0], result[1][..., None]
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
-        for place, each in zip((grad_q, grad_k, grad_v), at_once, strict=True):
-            place.copy_(each)  # in the order in memory of what it is a gradient of
+        grad_q, grad_k, grad_v = map(_lying_as, at_once, qkv)
         return grad_q, grad_k, grad_v
+    out, lse = result[0], result[1][..., None]
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     others = out, lse, grad, grad_q, grad_k, grad_v
     for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, others, scores):
         queries = tile.start, tile.stop - tile.start
@@ -98,6 +97,11 @@ def gradients(
             for first, some in enumerate(of_keys.split(tile.period, 2)):
                 cut(whole, tile.low + first * tile.period, some.shape[2]).add_(some)
     return grad_q, grad_k, grad_v
+
+
+def _lying_as(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` in the order in memory of ``x``, whose gradient it is."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def _calls(
