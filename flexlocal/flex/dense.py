@@ -36,7 +36,9 @@ def serves(spec: Spec, inputs: Inputs) -> bool:
     q, k, v, mask, bias = inputs[:5]
     if spec.backend != "auto" or spec.kernel_options is not None or overridden() is not None:
         return False
-    if torch.compiler.is_compiling() or is_tracing() or is_placed(inputs):
+    if torch.compiler.is_compiling() or is_tracing():
+        return False
+    if is_placed(inputs) and not _by_documents_of_rows(inputs):
         return False
     if torch.are_deterministic_algorithms_enabled():  # these kernels add up in any order
         return False
@@ -52,9 +54,22 @@ def serves(spec: Spec, inputs: Inputs) -> bool:
     if capability(q.device) not in [entry.capability for entry in TABLE]:
         return False
     scores = q.shape[:-1].numel() * n
-    if mask is None and bias is None and spec.rule.window.hides_nothing(n):
+    adds = mask is not None or bias is not None or is_placed(inputs)
+    if not adds and spec.rule.window.hides_nothing(n):
         return scores <= MOST_WHOLE
     return n <= dense_tables.LONGEST and scores <= MOST_SCORES
+
+
+def _by_documents_of_rows(inputs: Inputs) -> bool:
+    """Whether documents alone place tokens, the same for all heads of a batch entry.
+
+    Not where cumulative lengths tell them apart, since these are FlashAttention 4's.
+    """
+    q, documents = inputs.q, inputs.documents
+    places = inputs.q_offset, inputs.kv_offset, inputs.seeing, inputs.begin, inputs.cu_seqlens
+    if documents is None or q.dim() != 4 or any(x is not None for x in places):
+        return False
+    return documents.dim() == 1 or documents.shape[0] in (1, q.shape[0])
 
 
 def _fits(bias: Tensor | None, q: Tensor) -> bool:
@@ -77,6 +92,7 @@ def prepared(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Tensor]:
         A function of a call's shaped tensors. Its result is ``(b, h, n, d)``, in memory by head or
         by token as ``q`` is.
     """
+    inputs = _padded_by_documents(inputs)
     q, k, v, mask, bias = inputs[:5]
     window, (b, h, n, _), scale = spec.rule.window, q.shape, spec.scale
     trains, turns = wants_gradients(inputs), inputs.inv_freq is not None
@@ -88,12 +104,13 @@ def prepared(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Tensor]:
     rows_fit = all(map(_rows_fit, (q, k, v)))
 
     def run(inputs: Inputs) -> Tensor:
+        inputs = _padded_by_documents(inputs)
         q, k, v, mask, bias = inputs[:5]
         table = None if whole else hidden_by(window, q)
         scores = None
         if treat is not None:
             rotations = rotations_of(inputs.inv_freq, n, window.after, q.dtype)
-            q, k, v, scores = treat(q, k, v, Beside(rotations, mask, table, bias))
+            q, k, v, scores = treat(q, k, v, Beside(rotations, mask, inputs.documents, table, bias))
         if scores is None and table is not None:
             scores = table[:n, :n]
         if not rows_fit or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _ALIGNED_BYTES:
@@ -107,6 +124,16 @@ def prepared(spec: Spec, inputs: Inputs) -> Callable[[Inputs], Tensor]:
         return found.contiguous() if by_head else found  # kernels write heads side by side
 
     return run
+
+
+def _padded_by_documents(inputs: Inputs) -> Inputs:
+    """Shaped ``inputs``, documents for each batch entry, and padding among them in the mask."""
+    documents, mask = inputs.documents, inputs.mask
+    if documents is None:
+        return inputs
+    documents = documents.expand(inputs.q.shape[0], -1, -1).contiguous()
+    there = documents >= 0
+    return inputs._replace(documents=documents, mask=there if mask is None else mask & there)
 
 
 def _rows_fit(x: Tensor) -> bool:

@@ -37,12 +37,14 @@ class Beside(NamedTuple):
     Attributes:
         rotations: ``dense_tables.rotations_of``.
         mask: ``(b, h or 1, n)``, False where a token is padding, or None.
+        documents: ``(b, 1, n)``, or None.
         table: ``dense_tables.hidden_by``, if what is added to scores is to be written.
         bias: ``(heads, W, span)`` in queries' dtype, or None.
     """
 
     rotations: dense_tables.Rotations
     mask: Tensor | None
+    documents: Tensor | None
     table: Tensor | None
     bias: Tensor | None
 
@@ -95,7 +97,7 @@ class _Treated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        dq, dk, dv, _ = ctx.back(*grads, Beside(ctx.rotations, mask, None, None))
+        dq, dk, dv, _ = ctx.back(*grads, Beside(ctx.rotations, mask, None, None, None))
         return dq, dk, dv, None, None, None
 
 
@@ -136,14 +138,14 @@ class _Launch:
         return self._launched(q, k, v, beside)
 
     def _launched(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Treated:
-        rotations, mask, table, bias = beside
+        rotations, mask, documents, table, bias = beside
         q, k, v = _in_pieces(q), _in_pieces(k), _in_pieces(v)
         q_out = _like(q) if self._writes_q else None
         k_out = _like(k) if self._writes_k else None
         v_out = _like(v) if self._writes_v else None
         scores = None if self._scores_shape is None else q.new_empty(self._scores_shape)
         compiled = self._prepare(
-            q, k, v, q_out, k_out, v_out, *rotations, mask, table,
+            q, k, v, q_out, k_out, v_out, *rotations, mask, documents, table,
             None if bias is None else bias.contiguous(), scores,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *self._numbers,
         )  # fmt: skip

@@ -13,12 +13,12 @@ import triton.language as tl
         "q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "b", "n",
     ],
     do_not_specialize_on_alignment=[
-        "q", "k", "v", "q_out", "k_out", "v_out", "q_turns", "k_turns", "mask", "table", "bias",
-        "scores",
+        "q", "k", "v", "q_out", "k_out", "v_out", "q_turns", "k_turns", "mask", "documents",
+        "table", "bias", "scores",
     ],
 )  # fmt: skip
 def prepare(
-    q, k, v, q_out, k_out, v_out, q_turns, k_turns, mask, table, bias, scores,
+    q, k, v, q_out, k_out, v_out, q_turns, k_turns, mask, documents, table, bias, scores,
     q_b: tl.int64, q_h: tl.int64, q_n: tl.int64, k_b: tl.int64, k_h: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_n: tl.int64, b: tl.int64, n: tl.int64,
     H: tl.constexpr, KV: tl.constexpr, MASK_H: tl.constexpr, D: tl.constexpr,
@@ -35,6 +35,8 @@ def prepare(
         q, k, v: of strides ``q_b`` to ``v_n``, each token in one piece.
         q_turns, k_turns: ``(n, D)``, the cosines of each token and then its sines.
         mask: ``(b, MASK_H, n)``. Padding becomes zeros; of queries only NaN and inf do.
+        documents: ``(b, n)``, runs of equal numbers, or None. A query sees keys of its own run,
+            from whose first token the table and the bias count.
         TRAINS: whether gradients will be taken, so that queries have to be finite.
         BACK: whether these are gradients. They are rotated back, and only those of values cleared.
         table: 0 where a token sees another, else -inf; rows of ``TABLE_ROW`` numbers.
@@ -67,7 +69,7 @@ def prepare(
             SCORES_H: tl.constexpr = 1 if bias is None and MASK_H == 1 else H
             if row < (1 if mask is None else b) * SCORES_H:
                 _hide(
-                    table, bias, scores, mask, row, first, n,
+                    table, bias, scores, mask, documents, row, first, n,
                     SCORES_H, MASK_H, TABLE_ROW, LOW, BIAS_H, W, BEHIND, SPAN, ALIGNED,
                     TOKENS,
                 )  # fmt: skip
@@ -108,7 +110,7 @@ def _treat(
 
 @triton.jit
 def _hide(
-    table, bias, scores, mask, row, first, n,
+    table, bias, scores, mask, documents, row, first, n,
     H: tl.constexpr, MASK_H: tl.constexpr, TABLE_ROW: tl.constexpr, LOW: tl.constexpr,
     BIAS_H: tl.constexpr, W: tl.constexpr, BEHIND: tl.constexpr, SPAN: tl.constexpr,
     ALIGNED: tl.constexpr, TOKENS: tl.constexpr,
@@ -117,18 +119,49 @@ def _hide(
     KEYS: tl.constexpr = 128
     query = first + tl.arange(0, TOKENS)[:, None]
     at = scores + (row * n + query) * ((n + ALIGNED - 1) // ALIGNED * ALIGNED)
+    start, end = query * 0, query * 0 + n
+    if documents is not None:
+        start, end = _ends(documents + (row // H) * n, query, n, KEYS)
+    place = query - start
     for begin in range(0, n, KEYS):
         key = begin + tl.arange(0, KEYS)[None, :]
-        there = (query < n) & (key < n)
-        added = tl.load(table + query * TABLE_ROW + key, there, 0.0)
+        there = (query < n) & (key < n) & (key >= start) & (key < end)
+        added = tl.load(table + place * TABLE_ROW + (key - start), there, float("-inf"))
         if bias is not None:
-            of_query = bias + ((row % H % BIAS_H) * W + query % W) * SPAN
-            place = key - (query // W - BEHIND) * W
-            added += tl.load(of_query + place, there & (added == 0), 0.0)
+            of_query = bias + ((row % H % BIAS_H) * W + place % W) * SPAN
+            column = key - start - (place // W - BEHIND) * W
+            added += tl.load(of_query + column, there & (added == 0), 0.0)
         if mask is not None:
             keeps = tl.load(_keys_of(mask, row, n, H, MASK_H) + key, key < n, 0) != 0
             added = tl.where(keeps, added, LOW)
-        tl.store(at + key, added, there)
+        tl.store(at + key, added, (query < n) & (key < n))
+
+
+@triton.jit
+def _ends(documents, query, n, KEYS: tl.constexpr):
+    """The first token of each query's document, and the one after its last."""
+    n = n.to(tl.int32)
+    start, end = query * 0, query * 0 + n
+    for begin in range(0, n, KEYS):
+        token = begin + tl.arange(0, KEYS)[None, :]
+        inside = (token > 0) & (token < n)
+        number = tl.load(documents + token, inside, 0)
+        begins = inside & (number != tl.load(documents + token - 1, inside, 0))
+        before = tl.reduce(tl.where(begins & (token <= query), token, 0), 1, _later, keep_dims=True)
+        after = tl.reduce(tl.where(begins & (token > query), token, n), 1, _sooner, keep_dims=True)
+        start, end = tl.maximum(start, before), tl.minimum(end, after)
+    return start, end
+
+
+# Not tl.max and tl.min, which Triton's interpreter knows only if it was asked for from the start.
+@triton.jit
+def _later(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def _sooner(one, other):
+    return tl.minimum(one, other)
 
 
 @triton.jit

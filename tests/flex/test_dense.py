@@ -3,13 +3,14 @@
 import dataclasses
 from unittest.mock import patch
 
+import placed
 import pytest
 import torch
 from budget import gradients
 from features import PLAIN, feature, windows_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import cases
+from strategies import EXAMPLES, cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlocal import Rotary, Window
@@ -50,7 +51,7 @@ def on_the_cpu(monkeypatch, interpreted):
     kept._made.cache_clear()
 
 
-def at_once(case):
+def at_once(case, documents=None):
     """Runs the case's call so, the checks and the choice aside."""
     window = Window(
         case.W, case.window.causal, case.window.look_backward, case.window.ahead, case.window.exact
@@ -58,7 +59,9 @@ def at_once(case):
     turns = Rotary(case.d).inv_freq if case.rotary else None
 
     def run(call):
-        inputs = Inputs(call.q, call.k, call.v, call.mask, call.bias, inv_freq=turns)
+        inputs = Inputs(
+            call.q, call.k, call.v, call.mask, call.bias, inv_freq=turns, documents=documents
+        )
         spec = resolved(Spec(window, case.scale), inputs)
         found = prepared(spec, shaped(inputs), "dense")(shaped(inputs))
         return found.reshape(*call.q.shape[:-1], case.d_v)
@@ -82,16 +85,49 @@ def check(case, dtype=torch.float64, tolerance=1e-9):
 SERVED = {"shared_qk": False, "xpos": False, "override": None}
 
 
-@given(st.booleans().flatmap(lambda long: cases(long=long)), st.sampled_from([8, 12]))
-def test_results_and_gradients(case, d):
+def served(case, d):
+    """The case, of what these kernels know."""
     if case.n > 320:
         case = dataclasses.replace(case, n=case.n % 300 + 1, autopad=True)
-    kept._made.cache_clear()
     scale = case.scale if case.scale is None else abs(case.scale) or None
     shares = len(case.lead) == 2 and case.bias_heads and not case.lead[1] % case.bias_heads
     bias_heads = case.bias_heads if shares else None
-    case = dataclasses.replace(case, **SERVED, scale=scale, d=d, d_v=d, bias_heads=bias_heads)
+    return dataclasses.replace(case, **SERVED, scale=scale, d=d, d_v=d, bias_heads=bias_heads)
+
+
+@given(st.booleans().flatmap(lambda long: cases(long=long)), st.sampled_from([8, 12]))
+def test_results_and_gradients(case, d):
+    kept._made.cache_clear()
+    case = served(case, d)
     check(case, tolerance=1e-4 if case.rotary else 1e-9)  # frequencies are fp32
+
+
+@settings(max_examples=min(EXAMPLES, 10))  # the interpreter takes a second or two for each
+@given(
+    placed.placed().filter(lambda call: len(call.case.lead) == 2),
+    st.booleans(),
+    st.sampled_from([5, 61, 149]),
+)
+def test_documents(call, by_row, n):
+    """Runs of numbers, not all of them in order; some are padding."""
+    kept._made.cache_clear()
+    case = dataclasses.replace(served(call.case, 8), n=n)
+    call = placed.Placed(
+        case, case.n, case.lead[0] if by_row else 0, *[None] * 3, False, None, None
+    )
+    tensors = call.tensors()
+    tensors.bias is None or tensors.bias.requires_grad_(False)
+    exact = tensors.to(torch.float64)
+    out = at_once(case, tensors.documents)(tensors)
+    truth, _ = call.truth(exact)
+    close = dict.fromkeys(("rtol", "atol"), 1e-4 if case.rotary else 1e-9)
+    torch.testing.assert_close(out, truth, **close)
+    for x, right in zip(
+        torch.autograd.grad((out * tensors.cotangent).sum(), (tensors.q, tensors.k, tensors.v)),
+        torch.autograd.grad((truth * exact.cotangent).sum(), (exact.q, exact.k, exact.v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, right, **close)
 
 
 NAMES = {

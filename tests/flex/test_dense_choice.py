@@ -33,7 +33,14 @@ LEFT = {
     "softcap": {"softcap": 30.0},
     "log-sum-exps": {"return_lse": True},
     "sinks": {"sinks": torch.zeros(6)},
-    "documents": {"documents": torch.zeros(300, dtype=torch.int32)},
+    "cumulative lengths": {"cu_seqlens": torch.tensor([0, 100, 300])},
+    "documents by head": {"documents": torch.zeros(12, 300, dtype=torch.int32)},
+    "documents of rows": {
+        **dict.fromkeys("qkv", on_gpu(5, 300, 64)), "documents": torch.zeros(300, dtype=torch.int32)
+    },
+    "documents at an offset": {
+        "documents": torch.zeros(300, dtype=torch.int32), "q_offset": 1, "kv_offset": 0
+    },
     "offsets": {"q_offset": 1, "kv_offset": 1},
     "options": {"kernel_options": {}},
     "scale zero": {"scale": 0.0},
@@ -42,7 +49,10 @@ LEFT = {
     "too long": dict.fromkeys("qkv", on_gpu(1, 1, 321, 64)),
     "too many": dict.fromkeys("qkv", on_gpu(40, 6, 300, 64)),
     "too long for a mask": {**dict.fromkeys("qkv", WHOLE), "mask": torch.ones(1, 2100) > 0},
-}
+    "a mask of too long documents": {
+        **dict.fromkeys("qkv", WHOLE), "documents": torch.zeros(2100, dtype=torch.int32)
+    },
+}  # fmt: skip
 SERVED_TOO = {
     "plain": {},
     "rows": dict.fromkeys("qkv", on_gpu(5, 300, 64)),
@@ -51,6 +61,8 @@ SERVED_TOO = {
     "fp16": dict.fromkeys("qkv", on_gpu(2, 6, 300, 64, dtype=torch.float16)),
     "a mask": {"mask": torch.ones(2, 300, dtype=torch.bool)},
     "rotary": {"inv_freq": Rotary(64).inv_freq},
+    "documents": {"documents": torch.zeros(300, dtype=torch.int32)},
+    "documents by entry": {"documents": torch.zeros(2, 300, dtype=torch.int32)},
     "a scale": {"scale": 0.3},
     "a bias": {"bias": torch.zeros(3, 100, 200, dtype=torch.bfloat16)},
 }

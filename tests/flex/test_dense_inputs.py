@@ -14,7 +14,7 @@ def turned_by(inv_freq, x, dtype=torch.float32):
     """``x``'s keys as they are rotated there."""
     turns = dense_tables.rotations_of(inv_freq, x.shape[2], 0, dtype)
     treat = dense_inputs.Treatment(Window(8), Inputs(x, x, x, inv_freq=inv_freq), trains=False)
-    return treat(x, x, x, dense_inputs.Beside(turns, None, None, None))[1]
+    return treat(x, x, x, dense_inputs.Beside(turns, None, None, None, None))[1]
 
 
 def test_layers_of_the_same_frequencies_share_a_table():

@@ -14,7 +14,7 @@ CONSTANTS = {
     "TABLE_ROW": 1024, "LOW": -(2.0**24), "BIAS_H": 3, "W": 33, "BEHIND": 1, "SPAN": 66,
     "ALIGNED": 8,
 }  # fmt: skip
-BACK = {**dict.fromkeys(OF_SCORES), "TRAINS": False, "BACK": True}
+BACK = {**dict.fromkeys(("documents", *OF_SCORES)), "TRAINS": False, "BACK": True}
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")  # 3.9
@@ -23,5 +23,5 @@ BACK = {**dict.fromkeys(OF_SCORES), "TRAINS": False, "BACK": True}
 def test_it_compiles(dtype, changes):
     constants = {**CONSTANTS, **changes}
     kinds = {**dict.fromkeys(FP32, "*fp32"), **dict.fromkeys(NUMBERS + OF_SCORES, f"*{dtype}")}
-    kinds["mask"] = "*i1"
+    kinds |= {"mask": "*i1", "documents": "*i32"}
     assert code_for_hopper(prepare, kinds, constants)

@@ -4,12 +4,13 @@ import dataclasses
 from functools import partial
 
 import budget
+import placed
 import pytest
 import torch
 from budget import gradients
 from features import PLAIN, windows_of
 
-from flexlocal import LocalAttention, Window, local_attention
+from flexlocal import LocalAttention, Window, explain, local_attention
 from flexlocal.flex import dense_tables, kept
 
 pytestmark = [
@@ -74,6 +75,38 @@ def test_results_and_gradients(name, dtype):
             for name in ("auto", "flex")
         )
     torch.testing.assert_close(found, fused, rtol=2e-2, atol=2e-2)
+
+
+PACKED = {
+    "sliding": {"window": windows_of(50, exact=True), "n": 333},
+    "standing": {"window": windows_of(33, causal=False), "n": 301},
+    "grouped": {"lead": (2, 6), "kv_heads": 3, "n": 219},
+    "padding": {"padded": True, "n": 277, "window": windows_of(400)},
+    "a mask": {"mask_batch": 2, "n": 150, "window": windows_of(16)},
+    "bias, rotary": {"bias_heads": 3, "rotary": True, "n": 171, "window": windows_of(32)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", PACKED)
+def test_documents(name, dtype):
+    case = dataclasses.replace(PLAIN, d=64, d_v=64, **PACKED[name])
+    call = placed.Placed(case, case.n, case.lead[0], *[None] * 3, False, None, None)
+    tensors = call.tensors(dtype, "cuda")
+    if tensors.bias is not None:
+        tensors.bias.requires_grad_(False)
+    arguments = call.arguments(tensors)
+    qkv = tensors.q, tensors.k, tensors.v
+    assert explain(*qkv, call.window, **arguments).engine == "dense"
+    out = local_attention(*qkv, call.window, **arguments)
+    exact = tensors.to(torch.float64)
+    truth, _ = call.truth(exact)
+    found = torch.autograd.grad((out * tensors.cotangent).sum(), qkv)
+    right = torch.autograd.grad((truth * exact.cotangent).sum(), (exact.q, exact.k, exact.v))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for ours, true in zip((out, *found), (truth, *right), strict=True):
+        size = max(1.0, true.abs().max().item())
+        assert (ours.cpu().double() - true).abs().max() <= tolerance * size
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
