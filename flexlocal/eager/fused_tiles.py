@@ -107,17 +107,16 @@ def cuts_of(alike: Sequence[Tile], *tensors: Tensor, masks: int = 0) -> Iterator
     else:
         by_entry = b < len(alike)
     at_once = numbers if by_entry else b * numbers
-    most = max(1, _MOST_NUMBERS // max(1, at_once, masks))
+    most = max(1, _MOST_NUMBERS // max(1, at_once, masks)) if by_entry or joins else 1
     for entry in range(b if by_entry else 1):
         for first in range(0, len(alike), most):
             count, shift = min(most, len(alike) - first), first * period
             if by_entry:
                 yield partial(_of_entry, entry, shift, period, count)
-            elif count > 1 and joins:
+            elif count > 1:
                 yield partial(_joined, shift, period, count)
             else:
-                for tile in range(count):
-                    yield partial(_of_tile, shift + tile * period)
+                yield partial(_of_tile, shift)
 
 
 def _joined(shift: int, period: int, count: int, x: Tensor, token: int, tokens: int) -> Tensor:

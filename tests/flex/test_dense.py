@@ -112,11 +112,12 @@ def test_documents(call, by_row, n):
     """Runs of numbers, not all of them in order; some are padding."""
     kept._made.cache_clear()
     case = dataclasses.replace(served(call.case, 8), n=n)
-    call = placed.Placed(
-        case, case.n, case.lead[0] if by_row else 0, *[None] * 3, False, None, None
-    )
+    documents = case.lead[0] if by_row else 0
+    nowhere = dict.fromkeys(("q_offset", "kv_offset", "offset_rows", "softcap", "sink_heads"))
+    call = dataclasses.replace(call, case=case, m=n, documents=documents, **nowhere)
     tensors = call.tensors()
-    tensors.bias is None or tensors.bias.requires_grad_(False)
+    if tensors.bias is not None:
+        tensors.bias.requires_grad_(False)
     exact = tensors.to(torch.float64)
     out = at_once(case, tensors.documents)(tensors)
     truth, _ = call.truth(exact)

@@ -90,8 +90,7 @@ PACKED = {
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", PACKED)
 def test_documents(name, dtype):
-    case = dataclasses.replace(PLAIN, d=64, d_v=64, **PACKED[name])
-    call = placed.Placed(case, case.n, case.lead[0], *[None] * 3, False, None, None)
+    call = placed.case_of(documents=2, d=64, d_v=64, **PACKED[name])
     tensors = call.tensors(dtype, "cuda")
     if tensors.bias is not None:
         tensors.bias.requires_grad_(False)
