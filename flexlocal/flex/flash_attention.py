@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..positions import rule_of
 from ..spec import Inputs, Result, Spec, numbered, wants_gradients
+from ..torch_limits.gradients import refuse_to_be_differentiated
 from .turned import Turn, turned
 
 
@@ -233,9 +234,8 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        again = torch.is_grad_enabled()  # by create_graph=True
-        run = partial(_Once.apply if again else _backward_and_turn, ctx.turn)
-        return *_gradients(ctx, run, grad, grad_lse), None
+        refuse_to_be_differentiated("FlashAttention 4's")
+        return *_gradients(ctx, partial(_backward_and_turn, ctx.turn), grad, grad_lse), None
 
 
 def _backward_and_turn(turn: Turn | None, *arguments: Any) -> Sequence[Tensor]:
@@ -244,20 +244,6 @@ def _backward_and_turn(turn: Turn | None, *arguments: Any) -> Sequence[Tensor]:
     if turn is not None:
         dq, dk = turn(dq, dk, back=True)
     return dq, dk, *others
-
-
-class _Once(torch.autograd.Function):
-    """The gradients, of which there is no other gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, turn: Turn | None, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward_and_turn(turn, *arguments))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "FlashAttention 4's kernels have no second derivative: backend must be 'eager' here"
-        )
 
 
 _forward_operator: Any = torch.library.custom_op(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .passes import passes_of
+
 
 def mark_length_dynamic(x: Tensor, dim: int) -> None:
     """Has lengths share a graph from the second one on, however many blocks they have."""
@@ -53,21 +55,33 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     to 2.15 let a backward pass write over what was saved for it, and then refuse to retain a graph:
     a user who compiled nothing cannot expect it. They compile a backward pass at its own first
     call, while other threads may run (``flex/threads.py``); here it is with the forward pass.
+
+    What a graph of ours is compiled to is called without torch's wrappers (``passes.py``).
     """
     from torch._functorch import config
     from torch._guards import TracingContext
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    passes: dict[bool, Any] = {}
+
+    def compile_pass(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        found: Any = compile_fx_inner(graph, inputs, **options)
+        passes[options.get("is_backward", False)] = found
+        return found
 
     settings = config.patch(
         guess_tangent_strides_as_outputs=True,
         donated_buffer=False,
         force_non_lazy_backward_lowering=True,
-        enable_autograd_cache=False,  # it would keep graphs without the list that is mended below
+        enable_autograd_cache=False,  # which has neither passes nor the list that is mended below
     )
     with settings, sizes_told_apart():
-        compiled = compile_fx(graph, inputs)
+        compiled = compile_fx(graph, inputs, inner_compile=compile_pass)
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         # torch leaves None here, but refuses to retain a graph unless the list is empty.
         context.fw_metadata.bw_donated_idxs = []
+        step = passes_of(passes, context.fw_metadata)
+        if step is not None:
+            return step
     return compiled  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Batches of ``torch.vmap``, and gradients that come in one."""
+"""Batches of ``torch.vmap``, gradients that come in one, and gradients of gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,3 +37,19 @@ def for_each_gradient(
         None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
         for each in zip(*found, strict=True)
     ]
+
+
+def refuse_to_be_differentiated(whose: str) -> None:
+    """Refuses a backward pass whose gradients are to be differentiated, by kernels that cannot be.
+
+    ``once_differentiable`` refuses later, and not at all where the gradient that came in is a
+    constant, as that of a sum: what depends on the gradients is then left out (torch 2.11 to 2.15).
+
+    Raises:
+        RuntimeError: ``create_graph=True`` was asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{whose} kernels have no second derivative: create_graph must be False here, "
+            "or backend 'eager'"
+        )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from compilers import needs_compiled_kernels_on_the_cpu
 from faults import TORCH, assert_refused, is_close, mended
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd.function import once_differentiable
 
 from flexlocal import LocalAttention, Window, local_attention
 from flexlocal.eager.tiles import Sizes
@@ -36,6 +37,30 @@ def test_later_keys_are_hidden_before_scores_are_scaled(scale):
     q = torch.randn(1, 2, 7, 8)
     found = F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale)
     assert found.isnan().any(), mended("a mask where the scale is 0 or less")
+
+
+class Cube(torch.autograd.Function):
+    """Of which kernels might compute the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 3 * x**2
+
+
+def test_what_is_differentiable_once_leaves_constants_out():
+    """``refuse_to_be_differentiated``: test_passes."""
+    x = torch.ones(3, requires_grad=True)
+    out = Cube.apply(x).sum()
+    (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+    (found,) = torch.autograd.grad(out + gradient.sum(), x)
+    assert not is_close(found, torch.full((3,), 3.0 + 6.0)), mended("refuse_to_be_differentiated")
 
 
 class Doubled(torch.autograd.Function):

@@ -103,15 +103,15 @@ def test_callables_of_the_same_code_share_a_limit():
 
 def test_the_backward_pass_is_compiled_at_its_first_call(monkeypatch):
     """``force_non_lazy_backward_lowering`` in ``inductor``, which the end of this test needs."""
-    real, compiled = compile_fx.compile_fx, []
+    compiled = []
 
     def uncompiled(graph, inputs, is_backward=False, **options):
         compiled.append("backward" if is_backward else "forward")
         return graph.forward
 
-    monkeypatch.setattr(compile_fx, "compile_fx", partial(real, inner_compile=uncompiled))
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", uncompiled)
     x = torch.zeros(3, requires_grad=True)
-    for backend in (partial(real, inner_compile=uncompiled), inductor):
+    for backend in (partial(compile_fx.compile_fx, inner_compile=uncompiled), inductor):
         torch.compiler.reset()
         torch.compile(lambda x: x.sin(), backend=backend)(x)
     assert compiled[:2] == ["forward", "forward"], mended("force_non_lazy_backward_lowering")
