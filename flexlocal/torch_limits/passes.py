@@ -1,8 +1,8 @@
 """A compiled graph's two passes, called without what torch's compiler wraps around them.
 
 Its wrappers look again, on every call, at what was settled when the graph was compiled: which
-results are views, which inputs are written to, which gradients are wanted. On an H200's host (torch
-2.11) that takes 0.1 to 0.3 ms of a step of 0.5 to 0.7 ms.
+results are views, which inputs are written to, which gradients are wanted. Without them a training
+step takes the host 0.81 to 0.87 of the time (H200, torch 2.11).
 """
 
 from collections.abc import Callable, Mapping, Sequence
