@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexlocal import LocalAttention, Rotary, Window, local_attention
 from flexlocal.eager import apart, operator
+from flexlocal.eager import call as arguments
 from flexlocal.eager.apart import Costs
 
 HEADS, KV_HEADS, N, D, D_V = 6, 3, 205, 8, 5
@@ -121,7 +122,7 @@ def test_documents_are_cut_inside_as_they_are_outside(name, monkeypatch, fresh_c
     monkeypatch.setattr(apart, "costs_of", lambda *call: threads.add(call[3]) or costs)
     outside = results(run, given)
     threads.clear()
-    monkeypatch.setattr(operator, "_threads", lambda: 7)
+    monkeypatch.setattr(arguments, "_threads", lambda: 7)
     monkeypatch.setattr(
         operator, "_attend", lambda call: found.append(call.q.shape[2]) or as_it_is(call)
     )
