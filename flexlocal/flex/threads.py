@@ -2,7 +2,7 @@
 
 torch's compiler keeps what it does in global variables. A thread that enters a compiled callable
 while another compiles is taken for a part of the other's work: "Detected that you are using FX to
-symbolically trace a dynamo-optimized function" (torch 2.11 to 2.13; not seen with 2.15).
+symbolically trace a dynamo-optimized function" (torch 2.11 to 2.13).
 """
 
 import os

@@ -56,7 +56,7 @@ def test_a_thread_that_runs_meets_another_that_traces():
     thread.start()
     tracing.wait(60)
     try:
-        if TORCH >= (2, 15):
+        if TORCH >= (2, 14):
             run(torch.zeros(3))
         else:
             assert_refused(lambda: run(torch.zeros(3)), "using FX to symbolically", "Gate")
