@@ -64,7 +64,7 @@ def rotate(x: Tensor, table: Table, layout: KeyLayout | None = None) -> Tensor:
     """
     cos, sin = table
     if is_transformed():
-        return _Turned.forward(x, cos, sin, layout)
+        return _joined(x, cos, sin, layout)
     turned: Tensor = _Turned.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]
     return turned
 
@@ -78,15 +78,10 @@ class _Turned(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
-        laid_out = x if layout is None else layout.in_slots(x)
-        return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, cos, sin, ctx.layout = inputs
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.layout = x.dtype, layout
+        return _joined(x, cos, sin, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,6 +90,12 @@ class _Turned(torch.autograd.Function):
         if ctx.layout is not None:  # before `cat`, whose result Inductor would write to memory
             halves = tuple(ctx.layout.from_slots(half) for half in halves)
         return torch.cat(halves, dim=-1), None, None, None
+
+
+def _joined(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
+    """``x``, or its slots, rotated in ``cos``'s dtype."""
+    laid_out = x if layout is None else layout.in_slots(x)
+    return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

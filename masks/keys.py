@@ -28,6 +28,11 @@ def mask_of_rows(key_mask: Tensor, batch: int, heads: int) -> Tensor:
     return key_mask[:, None].expand(-1, copies, -1).contiguous().view(batch, masks, -1)
 
 
+def hides_none(key_mask: Tensor) -> bool:
+    """Whether a processor, which computes the call now, knows that the mask keeps every key."""
+    return _is_computed_now(key_mask) and bool(key_mask.all())
+
+
 def padding_mod(kept: Tensor) -> MaskMod:
     """FlexAttention's mask_mod of ``kept``, boolean ``(b, h or 1, slots)``, True = keep."""
     by_head = kept.shape[1] > 1  # a bool, because kernels cannot capture a symbolic size
@@ -89,16 +94,12 @@ class _Cleared(torch.autograd.Function):
     """Zeros for what is not kept. Backward changes nothing: its gradients are zero already."""
 
     @staticmethod
-    def forward(x: Tensor, kept: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
         if not _is_computed_now(x):
             return torch.where(kept, x, 0.0)
         # All bits or none. A processor takes six times as long for `where`.
         bits = _BITS[x.element_size()]
         return (x.view(bits) & -kept.to(bits)).view(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..masks.keys import finite_padding, without_padding
+from ..masks.keys import finite_padding, hides_none, without_padding
 from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
@@ -41,6 +41,8 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     Returns:
         ``(b, h, n, d_v)`` in ``q``'s dtype, and with ``return_lse`` the log-sum-exps ``(b, h, n)``.
     """
+    if inputs.mask is not None and hides_none(inputs.mask):
+        inputs = inputs._replace(mask=None)
     pieces = apart.pieces_of(spec, inputs, wants_gradients(inputs))
     if pieces is not None:
         return apart.attend(attend, spec, inputs, pieces)

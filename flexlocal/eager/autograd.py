@@ -87,8 +87,7 @@ def output_by_torch(
         lse: as in ``fused.output``.
     """
     out = empty_output(operands.q, operands.v)
-    fused.output(spec, rule, operands, out, lse, scores_in_a_portion(out.device))
-    return out
+    return fused.output(spec, rule, operands, out, lse, scores_in_a_portion(out.device))
 
 
 def gradients(

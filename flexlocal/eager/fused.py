@@ -80,26 +80,27 @@ def _can_compute(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
 
 def output(
     spec: Spec, rule: Rule, operands: Operands, out: Tensor, lse: Tensor | None, scores: int
-) -> None:
-    """Fills ``out``, ``(b, h, n, d)``.
+) -> Tensor:
+    """The output ``(b, h, n, d)``.
 
     Args:
+        out: memory for it, which is not needed where one call of the kernel computes all.
         lse: filled with log-sum-exps ``(b, h, n)``; only if ``serves_backward``.
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
     if fused_alike.serves(rule, mask):
-        fused_alike.output(spec, rule, (q, k, v), mask, out, lse, scores)
-        return
+        return fused_alike.output(spec, rule, (q, k, v), mask, out, lse, scores)
     first, last = bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:
         _fill(spec, rule, (q, k, v), (first, last), None, out, scores)
-        return
+        return out
     for entry in range(q.shape[0]):  # each has keys of its own to leave out
         one = slice(entry, entry + 1)
         shown = (first, last) if first.shape[0] == 1 else (first[one], last[one])
         kept = None if mask is None else mask[one]
         _fill(spec, rule, (q[one], k[one], v[one]), shown, kept, out[one], scores)
+    return out
 
 
 def _fill(
@@ -111,7 +112,7 @@ def _fill(
     out: Tensor,
     scores: int,
 ) -> None:
-    """``output`` of batch entries that share a mask, a tile at a time."""
+    """Fills ``out`` with ``output`` of batch entries that share a mask, a tile at a time."""
     q, k, v = qkv
     groups = q.shape[1] // k.shape[1]
     masks = q.shape[1] if rule.by_head else groups

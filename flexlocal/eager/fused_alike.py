@@ -36,27 +36,38 @@ def output(
     out: Tensor,
     lse: Tensor | None,
     scores: int,
-) -> None:
-    """Fills ``out``, ``(b, h, n, d)``, and the log-sum-exps ``lse``, ``(b, h, n)``.
+) -> Tensor:
+    """The output ``(b, h, n, d)``: ``out``, filled, or as it lies if one call computes it.
 
     Args:
         mask: boolean ``(b or 1, 1, m)``, True for keys that are no padding.
+        out: memory for it.
+        lse: log-sum-exps ``(b, h, n)``, to be filled.
         scores: about how many scores a mask may be of.
     """
     q, k, v = qkv
     if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
-        out.copy_(whole)
         if lse is not None:
             lse.copy_(of_rows)
-        return
+        return _kept_or_copied(whole, out)
     results = [out] if lse is None else [out, lse[..., None]]
     for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, results, scores):
         found, of_rows = attention(*part, hidden, False, spec.scale)
         if blind is not None:
             found.masked_fill_(blind, 0.0)
-        for whole, some in zip(results, (found, of_rows[..., None]), strict=False):
-            cut(whole, tile.start, tile.stop - tile.start).copy_(some)
+        if lse is not None:
+            cut(results[1], tile.start, tile.stop - tile.start).copy_(of_rows[..., None])
+        if found.shape == out.shape:
+            return _kept_or_copied(found, out)
+        cut(out, tile.start, tile.stop - tile.start).copy_(found)
+    return out
+
+
+def _kept_or_copied(found: Tensor, out: Tensor) -> Tensor:
+    """``found``, if it lies in memory as ``out`` does, or a copy of it in ``out``."""
+    alike = found.stride() == out.stride() and found.dtype == out.dtype
+    return found if alike else out.copy_(found)
 
 
 def gradients(
@@ -79,7 +90,10 @@ def gradients(
     q, k, v = qkv
     if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
-        grad_q, grad_k, grad_v = map(_lying_as, at_once, qkv)
+        grad_q, grad_k, grad_v = (
+            _kept_or_copied(found, torch.empty_like(x))
+            for found, x in zip(at_once, qkv, strict=True)
+        )
         return grad_q, grad_k, grad_v
     out, lse = result[0], result[1][..., None]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -97,11 +111,6 @@ def gradients(
             for first, some in enumerate(of_keys.split(tile.period, 2)):
                 cut(whole, tile.low + first * tile.period, some.shape[2]).add_(some)
     return grad_q, grad_k, grad_v
-
-
-def _lying_as(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad`` in the order in memory of ``x``, whose gradient it is."""
-    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def _calls(

@@ -53,7 +53,8 @@ def attention(
     # The heads of a group as queries of one head: torch would copy the keys for each of them.
     grouped = q if hiding is None else _folded(q, k)
     out, lse = flash_on_cpu(grouped, k, v, 0.0, causal, attn_mask=hiding, scale=scale)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    # Detached: to a view that an autograd.Function returns nobody may write.
+    return out.reshape(q.shape).detach(), lse.reshape(q.shape[:-1])
 
 
 def gradients(

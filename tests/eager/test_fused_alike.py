@@ -1,6 +1,7 @@
 """Tiles that see alike share masks and calls of torch's kernel; its gradients."""
 
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import placed
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import EXAMPLES, windows
 
 from flexlocal import Window, local_attention
-from flexlocal.eager import autograd, fused, fused_alike, fused_tiles
+from flexlocal.eager import attend, autograd, fused, fused_alike, fused_tiles
 
 PADDED = {
     "a row": {"lead": (1, 6), "n": 205},
@@ -22,6 +23,46 @@ PADDED = {
     "longer than all": {"lead": (3, 6), "n": 53, "window": windows_of(64, causal=False)},
     "both ways": {"lead": (2, 6), "n": 130, "window": windows_of(9, causal=False)},
 }
+
+
+@pytest.mark.parametrize("window", [Window(64), Window(16, causal=True)], ids=["all", "few"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mask_that_hides_nothing_costs_nothing(window, learned, monkeypatch):
+    q, k, v = (torch.randn(3, 2, 48, 8, requires_grad=learned) for _ in range(3))
+    mask = torch.ones(3, 48, dtype=torch.bool)
+    plain = local_attention(q, k, v, window)
+    with monkeypatch.context() as patched:
+        patched.setattr(attend, "without_padding", None)
+        assert torch.equal(local_attention(q, k, v, window, mask=mask), plain)
+    mask[1, 5] = False
+    assert not torch.equal(local_attention(q, k, v, window, mask=mask)[1], plain[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_one_call_computes_is_not_copied(masked):
+    q, k, v = (torch.randn(3, 48, 2, 8).transpose(1, 2) for _ in range(3))
+    mask = torch.arange(48) < torch.tensor([48, 31, 7])[:, None] if masked else None
+    call = partial(local_attention, q, k, v, Window(64), mask=mask)
+    expected = call()
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        found = call()
+    assert torch.equal(found, expected)
+    assert found.stride() == q.stride()
+    copied = [x.input_shapes[0] for x in profile.events() if x.name == "aten::copy_"]
+    assert list(q.shape) not in copied
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_output_may_be_written_to(kv_heads, transposed):
+    """It is no view of what the kernel wrote, which autograd would refuse to have written to."""
+    sizes = {"lead": (2, 6), "kv_heads": kv_heads, "n": 48, "d": 8, "d_v": 8}
+    call = placed.case_of(**sizes, transposed=transposed, window=Window(64))
+    tensors = call.tensors(torch.float64)
+    out = call.run(tensors, return_lse=False, backend="eager")
+    assert out.requires_grad
+    expected = 2 * out.detach()
+    assert torch.equal(out.mul_(2), expected)
 
 
 @pytest.mark.parametrize("name", PADDED)
