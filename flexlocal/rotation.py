@@ -64,7 +64,7 @@ def rotate(x: Tensor, table: Table, layout: KeyLayout | None = None) -> Tensor:
     """
     cos, sin = table
     if is_transformed():
-        return _joined(x, cos, sin, layout)
+        return _Turned.forward(x, cos, sin, layout)
     turned: Tensor = _Turned.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]
     return turned
 
@@ -78,10 +78,15 @@ class _Turned(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
+        laid_out = x if layout is None else layout.in_slots(x)
+        return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, cos, sin, ctx.layout = inputs
         ctx.save_for_backward(cos, sin)
-        ctx.dtype, ctx.layout = x.dtype, layout
-        return _joined(x, cos, sin, layout)
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,12 +95,6 @@ class _Turned(torch.autograd.Function):
         if ctx.layout is not None:  # before `cat`, whose result Inductor would write to memory
             halves = tuple(ctx.layout.from_slots(half) for half in halves)
         return torch.cat(halves, dim=-1), None, None, None
-
-
-def _joined(x: Tensor, cos: Tensor, sin: Tensor, layout: KeyLayout | None) -> Tensor:
-    """``x``, or its slots, rotated in ``cos``'s dtype."""
-    laid_out = x if layout is None else layout.in_slots(x)
-    return torch.cat(_turned(laid_out, cos, sin, cos.dtype), dim=-1)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 Shapes: ``b`` batch entries, ``h`` query heads, ``kv`` key heads, ``n`` tokens, ``d`` the last size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -62,6 +63,22 @@ def without_padding(keys: Tensor, key_mask: Tensor) -> Tensor:
     return _cleared(keys, key_mask[..., None])
 
 
+def does_no_harm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether a processor may read hidden keys and values, where no gradients are taken.
+
+    So it is if all values are finite, and all scores: none is above the product of the norms of
+    queries and keys. To ask takes as long as to clear one of them, but no memory.
+    """
+    if not all(map(_is_computed_now, (q, k, v))):
+        return False
+    norms = (
+        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
+        for x in (q, k)
+    )
+    most = math.prod(norms, start=max(1.0, abs(scale)))
+    return most < torch.finfo(torch.float32).max and bool(v.sum().isfinite())
+
+
 def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
     """``queries`` ``(b, h, n, d)`` with zeros for NaN and inf where ``key_mask`` hides their keys.
 
@@ -94,12 +111,16 @@ class _Cleared(torch.autograd.Function):
     """Zeros for what is not kept. Backward changes nothing: its gradients are zero already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+    def forward(x: Tensor, kept: Tensor) -> Tensor:
         if not _is_computed_now(x):
             return torch.where(kept, x, 0.0)
         # All bits or none. A processor takes six times as long for `where`.
         bits = _BITS[x.element_size()]
         return (x.view(bits) & -kept.to(bits)).view(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..masks.keys import finite_padding, hides_none, without_padding
+from ..masks.keys import does_no_harm, finite_padding, hides_none, without_padding
 from ..masks.rule import Rule
 from ..mods.dropout import key_draws, query_draws
 from ..mods.shared_qk import unit_keys
@@ -55,7 +55,8 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     if mask is not None:
         with region("key mask"):
             q = _finite_padding(rule, inputs)
-            k, v = without_padding(k, mask), without_padding(v, mask)
+            if wants_gradients(inputs) or not _does_no_harm(spec, inputs):
+                k, v = without_padding(k, mask), without_padding(v, mask)
     q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
     inputs = inputs._replace(q=q, k=k, v=v)
     if dense.serves(spec, rule, inputs):
@@ -124,6 +125,12 @@ def _finite_padding(rule: Rule, inputs: Inputs) -> Tensor:
     """The call's queries, finite where they are padding and gradients are taken."""
     mask = mask_of_queries(rule, inputs)
     return inputs.q if mask is None else finite_padding(inputs.q, mask)
+
+
+def _does_no_harm(spec: Spec, inputs: Inputs) -> bool:
+    """``does_no_harm``, of keys that are multiplied as they are or rotated."""
+    as_they_are = spec.xpos_base is None and not spec.shared_qk
+    return as_they_are and does_no_harm(*inputs[:3], spec.scale or 1.0)
 
 
 def _with_a_hidden_key(inputs: Inputs) -> Inputs:

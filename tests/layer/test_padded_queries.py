@@ -1,10 +1,16 @@
-"""Padding is a query too: NaN or inf there must not reach the gradients of real tokens."""
+"""Padding is a query too: NaN or inf there must not reach the gradients of real tokens.
+
+Nor, as a key, what a processor computes in inference, where padding is not always cleared.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 from features import PLAIN, feature
 
 from flexlocal import LocalAttention, Window, local_attention
+from flexlocal.eager import attend
 
 CASE = feature("mask", n=150)
 REAL = torch.arange(150) < torch.tensor([[90], [150]])  # the first entry is padded on the right
@@ -72,3 +78,32 @@ def test_queries_that_stand_elsewhere_are_not_the_mask_s(n_keys):
     keep[:, 3] = False
     out = local_attention(q, k, k, Window(4), mask=keep, q_offset=n_keys - 16)
     assert out[..., 3, :].isnan().all() and out[..., 4:, :].isfinite().all()
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 30.0}], ids=["the kernel", "tiles"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38, 1e25])
+@pytest.mark.parametrize("place", ["k", "v"])
+def test_inference_reads_no_padding_that_does_harm(place, poison, more):
+    """Nor finite padding whose products with a query are not."""
+    tensors = {name: torch.randn(3, 2, 30, 8) for name in "qkv"}
+    mask = torch.arange(30) < torch.tensor([30, 17, 0])[:, None]
+    tensors["q"][0, 0, 0] = 1e15
+    call = partial(local_attention, window=Window(8), mask=mask, backend="eager", **more)
+    expected = call(**tensors)
+    tensors[place].transpose(0, 1)[:, ~mask] = poison
+    found = call(**tensors)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_inference_clears_no_padding_in_vain(poisoned, monkeypatch):
+    cleared, as_it_is = [], attend.without_padding
+    noted = lambda *given: cleared.append(given) or as_it_is(*given)  # noqa: E731
+    monkeypatch.setattr(attend, "without_padding", noted)
+    q, k, v = (torch.randn(2, 3, 30, 8) for _ in range(3))
+    mask = torch.arange(30)[None] < 17
+    if poisoned:
+        v[:, :, 20] = torch.nan
+    local_attention(q, k, v, Window(8), mask=mask, backend="eager")
+    assert len(cleared) == 2 * poisoned
