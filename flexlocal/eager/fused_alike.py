@@ -90,26 +90,37 @@ def gradients(
     q, k, v = qkv
     if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
         at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
-        grad_q, grad_k, grad_v = (
-            _kept_or_copied(found, torch.empty_like(x))
-            for found, x in zip(at_once, qkv, strict=True)
-        )
-        return grad_q, grad_k, grad_v
+        return _lying_as(at_once, qkv)
     out, lse = result[0], result[1][..., None]
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    others = out, lse, grad, grad_q, grad_k, grad_v
-    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, others, scores):
+    totals = None  # they lie as queries and keys do, and are cut alike
+    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, (out, lse, grad), scores):
         queries = tile.start, tile.stop - tile.start
         of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
         given = cut(grad, *queries)
         if blind is not None:
             given = given.masked_fill(blind, 0.0)
-        found_q, *found = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
-        cut(grad_q, *queries).copy_(found_q)
-        for whole, of_keys in zip((grad_k, grad_v), found, strict=True):
+        at_once = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
+        if all(found.shape == x.shape for found, x in zip(at_once, qkv, strict=True)):
+            return _lying_as(at_once, qkv)
+        totals = totals or _yet_to_be_added(qkv)
+        cut(totals[0], *queries).copy_(at_once[0])
+        for whole, of_keys in zip(totals[1:], at_once[1:], strict=True):
             # Keys of several tiles overlap, those of a period do not.
             for first, some in enumerate(of_keys.split(tile.period, 2)):
                 cut(whole, tile.low + first * tile.period, some.shape[2]).add_(some)
+    return totals or _yet_to_be_added(qkv)
+
+
+def _yet_to_be_added(qkv: QKV) -> QKV:
+    q, k, v = qkv
+    return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+def _lying_as(gradients: QKV, qkv: QKV) -> QKV:
+    """``gradients``, each in the order in memory of what it is the gradient of."""
+    grad_q, grad_k, grad_v = (
+        _kept_or_copied(found, torch.empty_like(x)) for found, x in zip(gradients, qkv, strict=True)
+    )
     return grad_q, grad_k, grad_v
 
 

@@ -40,16 +40,26 @@ def test_a_mask_that_hides_nothing_costs_nothing(window, learned, monkeypatch):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_one_call_computes_is_not_copied(masked):
-    q, k, v = (torch.randn(3, 48, 2, 8).transpose(1, 2) for _ in range(3))
+    """Nor are its gradients, or added to zeros."""
+    q, k, v, grad = (torch.randn(3, 48, 2, 8).transpose(1, 2) for _ in range(4))
     mask = torch.arange(48) < torch.tensor([48, 31, 7])[:, None] if masked else None
     call = partial(local_attention, q, k, v, Window(64), mask=mask)
-    expected = call()
-    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
-        found = call()
-    assert torch.equal(found, expected)
-    assert found.stride() == q.stride()
-    copied = [x.input_shapes[0] for x in profile.events() if x.name == "aten::copy_"]
-    assert list(q.shape) not in copied
+
+    def step():
+        out = call()
+        return out, *(torch.autograd.grad(out, (q, k, v), grad) if out.requires_grad else ())
+
+    for learned in (False, True):
+        q, k, v = (x.requires_grad_(learned) for x in (q, k, v))
+        expected = step()
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+            found = step()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.stride() == q.stride()
+        moved = ("aten::copy_", "aten::add_", "aten::zero_", "aten::fill_")
+        shapes = [x.input_shapes[0] for x in profile.events() if x.name in moved]
+        assert list(q.shape) not in shapes
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
