@@ -76,7 +76,7 @@ def does_no_harm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
         for x in (q, k)
     )
     most = math.prod(norms, start=max(1.0, abs(scale)))
-    return most < torch.finfo(torch.float32).max and bool(v.sum().isfinite())
+    return most < torch.finfo(torch.float32).max and _is_finite(v)
 
 
 def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
@@ -85,9 +85,14 @@ def finite_padding(queries: Tensor, key_mask: Tensor) -> Tensor:
     Nobody reads the result of padding, whose gradient is 0. But a NaN in its query makes its
     weights NaN, and the gradients of all keys that it sees: 0 * NaN again.
     """
-    if _is_computed_now(queries) and bool(queries.detach().sum().isfinite()):
+    if _is_computed_now(queries) and _is_finite(queries):
         return queries  # as nearly always: to ask takes a twentieth of the time
     return _cleared(queries, key_mask[..., None] | queries.isfinite())
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of ``x`` is; a sum that is too large may deny it."""
+    return bool(x.detach().sum().isfinite())
 
 
 def _is_computed_now(x: Tensor) -> bool:

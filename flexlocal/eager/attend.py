@@ -55,7 +55,7 @@ def attend(spec: Spec, inputs: Inputs) -> Result:
     if mask is not None:
         with region("key mask"):
             q = _finite_padding(rule, inputs)
-            if wants_gradients(inputs) or not _does_no_harm(spec, inputs):
+            if not _may_read_padding(spec, inputs):
                 k, v = without_padding(k, mask), without_padding(v, mask)
     q, k = _turned(spec, rule, inputs._replace(q=q, k=k))
     inputs = inputs._replace(q=q, k=k, v=v)
@@ -127,10 +127,12 @@ def _finite_padding(rule: Rule, inputs: Inputs) -> Tensor:
     return inputs.q if mask is None else finite_padding(inputs.q, mask)
 
 
-def _does_no_harm(spec: Spec, inputs: Inputs) -> bool:
-    """``does_no_harm``, of keys that are multiplied as they are or rotated."""
-    as_they_are = spec.xpos_base is None and not spec.shared_qk
-    return as_they_are and does_no_harm(*inputs[:3], spec.scale or 1.0)
+def _may_read_padding(spec: Spec, inputs: Inputs) -> bool:
+    """Whether keys and values that the mask hides may stay, as the norms of queries and keys do."""
+    assert spec.scale is not None
+    if wants_gradients(inputs) or spec.xpos_base is not None or spec.shared_qk:
+        return False
+    return does_no_harm(*inputs[:3], spec.scale)
 
 
 def _with_a_hidden_key(inputs: Inputs) -> Inputs:

@@ -78,20 +78,17 @@ def _can_compute(spec: Spec, rule: Rule, tensors: Inputs | Operands) -> bool:
     return plain and fits and all(x.stride(-1) == 1 for x in (q, k, v))
 
 
-def output(
-    spec: Spec, rule: Rule, operands: Operands, out: Tensor, lse: Tensor | None, scores: int
-) -> Tensor:
+def output(spec: Spec, rule: Rule, operands: Operands, lse: Tensor | None, scores: int) -> Tensor:
     """The output ``(b, h, n, d)``.
 
     Args:
-        out: memory for it, which is not needed where one call of the kernel computes all.
         lse: filled with log-sum-exps ``(b, h, n)``; only if ``serves_backward``.
         scores: about how many scores a tile's mask may be of.
     """
     q, k, v, _, _, mask = operands
     if fused_alike.serves(rule, mask):
-        return fused_alike.output(spec, rule, (q, k, v), mask, out, lse, scores)
-    first, last = bounds(rule, q, k)
+        return fused_alike.output(spec, rule, (q, k, v), mask, lse, scores)
+    out, (first, last) = torch.empty_like(q), bounds(rule, q, k)
     if mask is None and first.shape[0] == 1:
         _fill(spec, rule, (q, k, v), (first, last), None, out, scores)
         return out

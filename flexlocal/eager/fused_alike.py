@@ -16,7 +16,7 @@ from ..spec import Spec, may_hide_first
 from ..torch_limits.tensors import has_values
 from .fused_kernel import QKV, attention, computed_in, hiding_of
 from .fused_kernel import gradients as gradients_of_kernel
-from .fused_tiles import Cut, Tile, cuts_of, tiles_of
+from .fused_tiles import Cut, Tile, cuts_of, everything, tiles_of
 
 _MOST_KEPT = 2**17
 """Numbers of a mask that is kept from call to call."""
@@ -29,45 +29,35 @@ def serves(rule: Rule, mask: Tensor | None) -> bool:
 
 
 def output(
-    spec: Spec,
-    rule: Rule,
-    qkv: QKV,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    scores: int,
+    spec: Spec, rule: Rule, qkv: QKV, mask: Tensor | None, lse: Tensor | None, scores: int
 ) -> Tensor:
-    """The output ``(b, h, n, d)``: ``out``, filled, or as it lies if one call computes it.
+    """The output ``(b, h, n, d)``.
 
     Args:
         mask: boolean ``(b or 1, 1, m)``, True for keys that are no padding.
-        out: memory for it.
         lse: log-sum-exps ``(b, h, n)``, to be filled.
         scores: about how many scores a mask may be of.
     """
-    q, k, v = qkv
-    if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
-        whole, of_rows = attention(*qkv, None, rule.window.causal, spec.scale)
-        if lse is not None:
-            lse.copy_(of_rows)
-        return _kept_or_copied(whole, out)
-    results = [out] if lse is None else [out, lse[..., None]]
-    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, results, scores):
-        found, of_rows = attention(*part, hidden, False, spec.scale)
+    q, out = qkv[0], None
+    others = [] if lse is None else [lse[..., None]]
+    for cut, tile, part, hidden, blind in _calls(spec, rule, qkv, mask, others, scores):
+        queries = tile.start, tile.stop - tile.start
+        found, of_rows = attention(*part, hidden, _is_causal(rule, hidden), spec.scale)
         if blind is not None:
             found.masked_fill_(blind, 0.0)
-        if lse is not None:
-            cut(results[1], tile.start, tile.stop - tile.start).copy_(of_rows[..., None])
-        if found.shape == out.shape:
-            return _kept_or_copied(found, out)
-        cut(out, tile.start, tile.stop - tile.start).copy_(found)
-    return out
+        for rows in others:
+            cut(rows, *queries).copy_(of_rows[..., None])
+        if found.shape == q.shape:
+            return _lying_as(found, q)
+        out = torch.empty_like(q) if out is None else out
+        cut(out, *queries).copy_(found)
+    return torch.empty_like(q) if out is None else out
 
 
-def _kept_or_copied(found: Tensor, out: Tensor) -> Tensor:
-    """``found``, if it lies in memory as ``out`` does, or a copy of it in ``out``."""
-    alike = found.stride() == out.stride() and found.dtype == out.dtype
-    return found if alike else out.copy_(found)
+def _lying_as(found: Tensor, x: Tensor) -> Tensor:
+    """``found``, in the dtype and the order in memory of ``x``."""
+    alike = found.stride() == x.stride() and found.dtype == x.dtype
+    return found if alike else torch.empty_like(x).copy_(found)
 
 
 def gradients(
@@ -83,28 +73,27 @@ def gradients(
 
     Args:
         mask: as in ``output``.
-        result: what ``output`` filled: the output and the log-sum-exps.
+        result: the output and the log-sum-exps.
         grad: the output's.
         scores: as in ``output``.
     """
-    q, k, v = qkv
-    if mask is None and _needs_no_mask(spec, rule, q.shape[2]):
-        at_once = gradients_of_kernel(grad, qkv, result, None, rule.window.causal, spec.scale)
-        return _lying_as(at_once, qkv)
     out, lse = result[0], result[1][..., None]
     totals = None  # they lie as queries and keys do, and are cut alike
-    for cut, tile, part, hidden, blind in _calls(rule, qkv, mask, (out, lse, grad), scores):
+    others = out, lse, grad
+    for cut, tile, part, hidden, blind in _calls(spec, rule, qkv, mask, others, scores):
         queries = tile.start, tile.stop - tile.start
         of_part = cut(out, *queries), cut(lse, *queries)[..., 0]
         given = cut(grad, *queries)
         if blind is not None:
             given = given.masked_fill(blind, 0.0)
-        at_once = gradients_of_kernel(given, part, of_part, hidden, False, spec.scale)
-        if all(found.shape == x.shape for found, x in zip(at_once, qkv, strict=True)):
-            return _lying_as(at_once, qkv)
+        causal = _is_causal(rule, hidden)
+        found = gradients_of_kernel(given, part, of_part, hidden, causal, spec.scale)
+        if all(one.shape == x.shape for one, x in zip(found, qkv, strict=True)):
+            grad_q, grad_k, grad_v = map(_lying_as, found, qkv)
+            return grad_q, grad_k, grad_v
         totals = totals or _yet_to_be_added(qkv)
-        cut(totals[0], *queries).copy_(at_once[0])
-        for whole, of_keys in zip(totals[1:], at_once[1:], strict=True):
+        cut(totals[0], *queries).copy_(found[0])
+        for whole, of_keys in zip(totals[1:], found[1:], strict=True):
             # Keys of several tiles overlap, those of a period do not.
             for first, some in enumerate(of_keys.split(tile.period, 2)):
                 cut(whole, tile.low + first * tile.period, some.shape[2]).add_(some)
@@ -112,21 +101,19 @@ def gradients(
 
 
 def _yet_to_be_added(qkv: QKV) -> QKV:
+    """Memory for each query's gradient, and for sums of the others."""
     q, k, v = qkv
     return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
 
-def _lying_as(gradients: QKV, qkv: QKV) -> QKV:
-    """``gradients``, each in the order in memory of what it is the gradient of."""
-    grad_q, grad_k, grad_v = (
-        _kept_or_copied(found, torch.empty_like(x)) for found, x in zip(gradients, qkv, strict=True)
-    )
-    return grad_q, grad_k, grad_v
-
-
 def _calls(
-    rule: Rule, qkv: QKV, mask: Tensor | None, others: Sequence[Tensor], scores: int
-) -> Iterator[tuple[Cut, Tile, QKV, Tensor, Tensor | None]]:
+    spec: Spec,
+    rule: Rule,
+    qkv: QKV,
+    mask: Tensor | None,
+    others: Sequence[Tensor],
+    scores: int,
+) -> Iterator[tuple[Cut, Tile, QKV, Tensor | None, Tensor | None]]:
     """Calls of the kernel.
 
     Args:
@@ -135,9 +122,13 @@ def _calls(
 
     Yields:
         How tensors are cut, by the first tile, which comes second; queries, keys and values; and
-        what ``_hidden`` says of them.
+        what ``_hidden`` says of them, or None twice where the kernel knows what is hidden.
     """
     q, k, v = qkv
+    n, m = q.shape[2], k.shape[2]
+    if mask is None and _needs_no_mask(spec, rule, n):
+        yield everything, Tile(0, n, 0, m, n), qkv, None, None
+        return
     kept = None if mask is None else mask.expand(q.shape[0], -1, -1)[..., None]
     for tiles, hiding in _alike(rule, q, k, scores):
         start, stop, low, high, _ = tiles[0]
@@ -152,6 +143,11 @@ def _calls(
 def hides_nothing(rule: Rule, n: int) -> bool:
     """Whether a query sees all keys, or all but those after it."""
     return n > 0 and rule.is_window and bool(rule.window.hides_nothing(n))
+
+
+def _is_causal(rule: Rule, hidden: Tensor | None) -> bool:
+    """Whether the kernel is to leave out later keys, of which nothing else tells it."""
+    return hidden is None and bool(rule.window.causal)
 
 
 def _needs_no_mask(spec: Spec, rule: Rule, n: int) -> bool:

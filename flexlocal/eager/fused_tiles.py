@@ -88,6 +88,11 @@ Cut = Callable[[Tensor, int, int], Tensor]
 tile. The first token and their number are given as those of the first tile."""
 
 
+def everything(x: Tensor, token: int, tokens: int) -> Tensor:
+    """The ``Cut`` of a call that is given all there is."""
+    return x
+
+
 def cuts_of(alike: Sequence[Tile], *tensors: Tensor, masks: int = 0) -> Iterator[Cut]:
     """How tiles that see alike are cut out of ``tensors``, one cut for each call of the kernel.
 
