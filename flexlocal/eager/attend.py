@@ -128,7 +128,10 @@ def _finite_padding(rule: Rule, inputs: Inputs) -> Tensor:
 
 
 def _may_read_padding(spec: Spec, inputs: Inputs) -> bool:
-    """Whether keys and values that the mask hides may stay, as the norms of queries and keys do."""
+    """Whether keys and values that the mask hides may be left as they are.
+
+    Not with xpos and ``shared_qk``, which change the norms of keys.
+    """
     assert spec.scale is not None
     if wants_gradients(inputs) or spec.xpos_base is not None or spec.shared_qk:
         return False
